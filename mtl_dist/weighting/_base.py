@@ -1,0 +1,170 @@
+"""The contract of a rule, documented once: pure functions of (statistics, state).
+
+A rule is a frozen dataclass of hyperparameters. It never sees a model, a process group or a parameter. Its
+memory is a `State`, a flat dictionary of tensors whose shapes are fixed by `init`; the state is its own
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats, stats_dtype
+
+State = dict[str, Tensor]
+
+
+class Needs(IntEnum):
+    """What a rule reads of the statistics. A rule that reads only losses costs no gradient probe."""
+
+    LOSSES = 0
+    NORMS = 1
+    GRAM = 2
+
+
+class Rule(ABC):
+    """A weighting rule.
+
+    Attributes:
+        needs: what `update` reads of the statistics.
+        positive_losses: whether `update` takes logarithms or powers of losses. The balancer then raises
+            `ValueError` on every rank for a loss <= 0, naming task, value and rule.
+    """
+
+    needs: ClassVar[Needs] = Needs.LOSSES
+    positive_losses: ClassVar[bool] = False
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """State before the first step: tensors of fixed shapes on `device`, constants included.
+
+        Args:
+            tasks: the n task names, in the order of every vector.
+            device: where the statistics will be.
+
+        Raises:
+            ValueError: a hyperparameter names an unknown task or leaves one out.
+        """
+        return {}
+
+    @abstractmethod
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """Weights for this step, and the state for the next.
+
+        Contract, tested for every rule in `RULES`:
+
+        * Statistics and state are not modified; the same input gives the same output, bit for bit, so all
+          ranks agree. Random rules draw from a generator seeded by `stats.step`.
+        * Absent tasks (`~stats.present`) take no part: the weights of the others are what the rule gives for
+          them alone. Whatever is returned for absent tasks must be finite; the balancer sets it to 0.
+        * State of an absent task is kept.
+        * Closed forms stay on the device and never wait for the host; iterative solvers may run on the CPU
+          in float64 (`on_present`).
+        * Tests for zero are relative, never absolute.
+
+        Args:
+            stats: global statistics, finite, the same on every rank.
+            state: what `init` or the previous `update` returned.
+
+        Returns:
+            `[n]` weights in the dtype of the statistics, and a state with the keys and shapes of `state`.
+        """
+
+    def needs_at(self, step: int) -> Needs:
+        """What `update` will read at `step`; less than `needs` where a measurement is to be left out."""
+        return self.needs
+
+
+@dataclass(frozen=True)
+class Combinator(Rule):
+    """A rule made of another one. Reads what the inner rule reads.
+
+    Attributes:
+        rule: the inner rule.
+    """
+
+    rule: Rule
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # an instance's answer, where plain rules have the class's
+        """What the inner rule reads."""
+        return self.rule.needs
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the inner rule takes logarithms or powers of losses."""
+        return self.rule.positive_losses
+
+    def needs_at(self, step: int) -> Needs:
+        """What the inner rule reads at `step`."""
+        return self.rule.needs_at(step)
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """The inner rule's state."""
+        return nest("rule", self.rule.init(tasks, device))
+
+
+def per_task(
+    values: Mapping[str, float] | Sequence[float], tasks: Sequence[str], device: torch.device, name: str
+) -> Tensor:
+    """`[n]` tensor of one hyperparameter per task, given by name or in task order.
+
+    Raises:
+        ValueError: names or length do not match the tasks, or a value is not a finite number.
+    """
+    if isinstance(values, Mapping):
+        if set(values) != set(tasks):
+            raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {dict(values)}")
+        values = [values[task] for task in tasks]
+    if len(values) != len(tasks):
+        raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {list(values)}")
+    tensor = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {tensor.tolist()}")
+    return tensor.to(device, stats_dtype(device))
+
+
+def constant(value: float, num_tasks: int, device: torch.device) -> Tensor:
+    """`[n]` tensor filled with `value`, in the dtype of statistics on `device`."""
+    return torch.full((num_tasks,), value, dtype=stats_dtype(device), device=device)
+
+
+def mean_present(values: Tensor, stats: TaskStats) -> Tensor:
+    """Scalar, mean of `values` (`[n]`) over the tasks present."""
+    return torch.where(stats.present, values, torch.zeros_like(values)).sum() / stats.num_present
+
+
+def on_present(solver: Callable[[Tensor], Tensor], stats: TaskStats) -> Tensor:
+    """Weights from an iterative solver of the Gram matrix of the tasks present.
+
+    Args:
+        solver: takes `[m, m]` float64 on the CPU with m >= 1, returns `[m]`.
+        stats: statistics with a Gram matrix.
+
+    Returns:
+        `[n]` weights on the device of the statistics; 0 for absent tasks.
+    """
+    gram = stats.require_gram()
+    host = torch.cat([gram, stats.present.to(gram.dtype)[:, None]], dim=1).cpu().double()  # one transfer
+    index = host[:, -1].nonzero().squeeze(1)
+    weights = torch.zeros(len(host), dtype=torch.float64)
+    if len(index):
+        weights[index] = solver(host[index][:, index])
+    return weights.to(gram.device, gram.dtype)
+
+
+def nest(prefix: str, state: State) -> State:
+    """An inner rule's state as part of an outer one's: every key preceded by `prefix.`."""
+    return {f"{prefix}.{key}": value for key, value in state.items()}
+
+
+def unnest(prefix: str, state: State) -> State:
+    """The inner state that `nest` put into `state`."""
+    start = f"{prefix}."
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}

@@ -1,0 +1,20 @@
+"""Equal weights: the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State
+
+
+@dataclass(frozen=True)
+class Equal(Rule):
+    """`αᵢ = 1/n`: the mean of the losses, n counting the tasks present."""
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = 1/n`."""
+        return torch.ones_like(stats.losses) / stats.num_present, state
