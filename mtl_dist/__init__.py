@@ -1,5 +1,26 @@
-"""Synchronised multi-task loss weighting for any data-parallel engine."""
+"""Synchronised multi-task loss weighting for any data-parallel engine.
+
+`Balancer` turns task losses into one scalar with weights that all ranks agree on; rules are in
+`mtl_dist.weighting`, probes in `mtl_dist.probes`.
+"""
 
 from __future__ import annotations
 
+from mtl_dist.balancer import Balancer
+from mtl_dist.probes import FeatureProbe, FeatureTap
+from mtl_dist.stats import StepReport, TaskStats
+from mtl_dist.weighting import COMBINATORS, RULES, Needs, Rule
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "COMBINATORS",
+    "RULES",
+    "Balancer",
+    "FeatureProbe",
+    "FeatureTap",
+    "Needs",
+    "Rule",
+    "StepReport",
+    "TaskStats",
+]

@@ -1,0 +1,307 @@
+"""The facade: probe -> one all-reduce -> rule -> one scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtl_dist._alarm import Alarm
+from mtl_dist._explain import explain_refusal
+from mtl_dist._quench import Quench
+from mtl_dist.probes import Counts, FeatureProbe, FeatureTap, Heads, Losses, Probe, Reduced, TaskLosses
+from mtl_dist.probes._losses import collect, evaluate
+from mtl_dist.stats import LocalStats, StepReport, global_stats, stats_dtype
+from mtl_dist.sync import Synchronizer
+from mtl_dist.weighting import Needs, Rule, State
+
+OnNonfinite = Literal["raise", "skip", "hold"]
+
+_STATE_PREFIX = "rule."
+
+
+class Balancer(nn.Module):
+    """Turns task losses into one scalar loss with weights that all ranks agree on.
+
+    Call it in the model's forward, on the shared features and the tasks' heads, or on losses alone:
+
+        loss = balancer(z, {"depth": lambda z: depth_loss(z, y), "normal": lambda z: normal_loss(z, y)})
+        loss = balancer(z, lambda z: decode(z, y))           # one function, a mapping of losses
+        loss = balancer({"depth": l1, "normal": l2})         # rules that read losses only
+
+    With local mean losses `l_i` over `c_i` samples, rank r of W returns `Σ α_i (W c_i / C_i) l_i`. An engine
+    that averages gradients over ranks then computes the gradient of `Σ α_i L_i` on the concatenated batch.
+
+    It holds no parameters and no buffers. As a submodule it follows `model.train()` and `model.eval()` and
+    adds nothing to `model.state_dict()`; its own state is read and set with `state_dict` and
+    `load_state_dict`. In eval mode or under `torch.no_grad()` it measures nothing, updates nothing, and
+    returns the local total with the current weights.
+
+    Args:
+        tasks: names of the n tasks, unique, the same on every rank and in the same order.
+        weighting: the rule.
+        probe: how gradients are measured. None: `FeatureProbe()` for rules that read gradients, nothing for
+            the others. A probe given beside a losses-only rule measures for the report.
+        group: ranks that hold different samples. None: all ranks. Tensor-parallel ranks must not be counted
+            twice.
+        on_nonfinite: what all ranks do about a NaN or infinite loss or gradient. "raise": `ValueError` naming
+            task and rank (at the next call on an accelerator, so that the host never waits). "hold": keep the
+            rule's state, use the previous weights, return the total as it is (for engines that skip such
+            steps themselves, as loss scalers do). "skip": the same, and all gradients of this step are zero;
+            the host waits for the flag.
+
+    Raises:
+        ValueError: task names empty or repeated, or a combination that cannot work.
+
+    Attributes:
+        report: `StepReport` of the last training step; None before the first.
+        step: number of training steps taken.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        weighting: Rule,
+        *,
+        probe: Probe | None = None,
+        group: dist.ProcessGroup | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ) -> None:
+        super().__init__()
+        self.tasks = _checked_tasks(tasks)
+        self.weighting = weighting
+        self._probe_given = probe is not None
+        self.probe = probe if probe is not None else FeatureProbe()
+        self.on_nonfinite = _checked_policy(on_nonfinite, self.probe)
+        self.step = 0
+        self.report: StepReport | None = None
+        self._synchronizer = Synchronizer(len(self.tasks), group)
+        self._alarm = Alarm()
+        self._quench = Quench()
+        cpu = torch.device("cpu")
+        self._state: State = weighting.init(self.tasks, cpu)
+        self._weights = torch.full((len(self.tasks),), 1 / len(self.tasks), dtype=stats_dtype(cpu))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
+    def forward(self, features: Any, heads: Heads | None = None, *, counts: Counts | None = None) -> Tensor:
+        """One scalar, ready for any engine's backward.
+
+        Args:
+            features: shared representation, a tensor or pytree of tensors; or, without `heads`, the losses:
+                a mapping from task to scalar mean loss (None or absent: no sample on this rank).
+            heads: a mapping from task to a function of the features that returns the scalar mean loss (or
+                None), or one function that returns such a mapping.
+            counts: samples (or tokens) behind each mean, by task; numbers or scalar tensors. None: 1 for
+                each task present.
+
+        Raises:
+            ValueError: unknown tasks, losses that are no scalars, losses <= 0 under a rule that takes
+                logarithms, a non-finite value (`on_nonfinite="raise"`), or ranks that disagree about tasks
+                or rule (on every rank, at the first step).
+            RuntimeError: another rank failed before this step.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return self._evaluated(features, heads, counts)
+        self._quench.release()
+        self._alarm.poll()
+        self._synchronizer.connect(self._fingerprint())
+        step = _Step(self, counts)
+        try:
+            if heads is not None:
+                total = self.probe(features, heads, step)
+            else:
+                total = self._of_losses(features, step)
+        except Exception:
+            if not step.reduced:
+                self._synchronizer.announce_failure(self._weights.device)
+            raise
+        if self.on_nonfinite == "skip" and self.report is not None and bool(self.report.held):
+            total = self._quench(total, features)
+        return total
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Everything the next step depends on: tensors, strings and numbers.
+
+        As a submodule's (`destination` given) it adds nothing, so that model checkpoints do not depend on
+        how the model was trained.
+        """
+        destination = kwargs.get("destination", args[0] if args else None)
+        if destination is not None:
+            return cast(dict[str, Any], destination)
+        self._alarm.poll()
+        state = {_STATE_PREFIX + key: value.detach().clone() for key, value in self._state.items()}
+        header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": self.step}
+        return {**header, "weights": self._weights.clone(), **state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Continues from a `state_dict`, bit for bit.
+
+        Raises:
+            ValueError: it belongs to other tasks or another rule; nothing is changed then.
+        """
+        expected = self.state_dict()
+        _check_same_state(expected, state_dict)
+        self.step = int(state_dict["step"])
+        self._weights = state_dict["weights"].detach().clone()
+        rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
+        self._state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
+        self.report = None
+
+    def set_group(self, group: dist.ProcessGroup | None) -> None:
+        """Sets the data-parallel group before the first step.
+
+        Raises:
+            RuntimeError: a step was already taken with another group.
+        """
+        self._synchronizer.set_group(group)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The current weight of each task: that of the last step it was present in."""
+        return dict(zip(self.tasks, self._weights.tolist(), strict=True))
+
+    def extra_repr(self) -> str:
+        """Tasks, rule and probe."""
+        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, on_nonfinite={self.on_nonfinite!r}"
+
+    def measures_at(self, step: int) -> bool:
+        """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
+        if self.weighting.needs > Needs.LOSSES:
+            return self.weighting.needs_at(step) > Needs.LOSSES
+        return self._probe_given
+
+    def _of_losses(self, losses: Any, step: _Step) -> Tensor:
+        if self.weighting.needs > Needs.LOSSES:
+            raise ValueError(
+                f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
+            )
+        step.measure = False
+        collected = step.collect(_checked_losses(losses), self._device_of(losses))
+        reduced = step.reduce(collected.stats())
+        weights = step.decide(reduced)
+        total = collected.total(weights * reduced.shares)
+        return total if collected.any_present else total.requires_grad_()
+
+    def _evaluated(self, features: Any, heads: Heads | None, counts: Counts | None) -> Tensor:
+        losses = _checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
+        collected = collect(losses, counts, self.tasks, self._device_of(losses))
+        self._move_to(collected.counts.device)
+        return collected.total(self._weights)
+
+    def _device_of(self, losses: Any) -> torch.device:
+        values = losses.values() if isinstance(losses, Mapping) else ()
+        return next((value.device for value in values if isinstance(value, Tensor)), self._weights.device)
+
+    def _move_to(self, device: torch.device) -> None:
+        if self._weights.device != device:
+            dtype = stats_dtype(device)
+            self._weights = self._weights.to(device, dtype)
+            self._state = {
+                key: value.to(device, dtype if value.is_floating_point() else None)
+                for key, value in self._state.items()
+            }
+
+    def _fingerprint(self) -> str:
+        return f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
+
+    def _take(self, reduced: Reduced, *, measured: bool) -> Tensor:
+        """One update of the rule; every decision on the device. Returns the weights used, `[n]`."""
+        stats = global_stats(reduced.total, self.step, with_gram=measured)
+        present = stats.present
+        finite = stats.losses.isfinite().all() & reduced.total.gram.isfinite().all()
+        in_domain = torch.where(present, stats.losses > 0, True).all() | (not self.weighting.positive_losses)
+        sound = finite & in_domain & (reduced.faults.failure[0] == 0)
+        weights, state = self.weighting.update(stats.guarded(sound), self._state)
+        sound = sound & weights.isfinite().all()
+        if self.on_nonfinite == "raise":
+            refused = ~sound
+        else:
+            refused = (finite & ~in_domain) | (reduced.faults.failure[0] > 0)
+        self._alarm.watch(refused, lambda: explain_refusal(self.tasks, self.weighting, stats, reduced.faults))
+        self._weights = torch.where(sound & present, weights, self._weights)
+        self._state = {key: torch.where(sound, state[key], old) for key, old in self._state.items()}
+        used = torch.where(present, self._weights, torch.zeros_like(self._weights))
+        self.report = StepReport(self.tasks, stats, used, ~sound)
+        self.step += 1
+        return used
+
+
+class _Step:
+    """One training step of a balancer, as a probe sees it (`Exchange`)."""
+
+    def __init__(self, balancer: Balancer, counts: Counts | None) -> None:
+        self.tasks: Sequence[str] = balancer.tasks
+        self.measure = balancer.measures_at(balancer.step)
+        self.reduced = False
+        self._balancer = balancer
+        self._counts = counts
+
+    def collect(self, losses: Losses, device: torch.device) -> TaskLosses:
+        """Checks the losses and adds the counts of this call."""
+        return collect(losses, self._counts, self.tasks, device)
+
+    def reduce(self, local: LocalStats) -> Reduced:
+        """One all-reduce."""
+        balancer = self._balancer
+        balancer._move_to(local.counts.device)
+        self.reduced = True
+        total, faults = balancer._synchronizer.reduce(local)
+        world_size = balancer._synchronizer.world_size
+        # s_i = W c_i / C_i
+        shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
+        return Reduced(total, faults, shares, world_size)
+
+    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """Raises `explain()` where `flag` holds."""
+        self._balancer._alarm.watch(flag, explain)
+
+    def decide(self, reduced: Reduced) -> Tensor:
+        """`[n]` weights, the same on every rank."""
+        return self._balancer._take(reduced, measured=self.measure)
+
+
+def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(tasks)
+    if isinstance(tasks, str) or not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"tasks must be a sequence of names, got {tasks!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"task names must be unique, got {list(names)}")
+    return names
+
+
+def _checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
+    if on_nonfinite not in ("raise", "skip", "hold"):
+        raise ValueError(f'on_nonfinite must be "raise", "skip" or "hold", got {on_nonfinite!r}')
+    if on_nonfinite == "skip" and isinstance(probe, FeatureTap):
+        raise ValueError(
+            'FeatureTap learns of a bad gradient when the heads already have theirs, so on_nonfinite="skip" '
+            'cannot undo the step; use "hold" or "raise", or FeatureProbe()'
+        )
+    return on_nonfinite
+
+
+def _checked_losses(losses: Any) -> Losses:
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"balancer(losses) takes a mapping from task to loss, got {type(losses).__name__}; "
+            "with features, give the heads too: balancer(features, heads)"
+        )
+    return losses
+
+
+def _check_same_state(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for key in ("tasks", "rule"):
+        if given.get(key) != expected[key]:
+            raise ValueError(
+                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
+            )
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
+            shape = getattr(given[key], "shape", type(given[key]).__name__)
+            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")

@@ -1,0 +1,76 @@
+"""What a probe is, and what it may ask of the balancer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mtl_dist.probes._losses import Heads, Losses, TaskLosses
+from mtl_dist.stats import LocalStats
+from mtl_dist.sync import Faults
+
+
+class Exchange(Protocol):
+    """One step of a balancer, seen from a probe.
+
+    Attributes:
+        tasks: the n task names.
+        measure: whether gradients are wanted at this step.
+    """
+
+    tasks: Sequence[str]
+    measure: bool
+
+    def collect(self, losses: Losses, device: torch.device) -> TaskLosses:
+        """Checks the losses and adds the counts of this call."""
+        ...
+
+    def reduce(self, local: LocalStats) -> Reduced:
+        """One all-reduce: the sum over ranks, and this rank's shares."""
+        ...
+
+    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """Raises `explain()` where `flag` (scalar bool) holds: now on the CPU, at the next step elsewhere."""
+        ...
+
+    def decide(self, reduced: Reduced) -> Tensor:
+        """`[n]` weights from the global statistics, by the rule; the same on every rank. Once a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Statistics summed over ranks.
+
+    Attributes:
+        total: the sum.
+        faults: which ranks sent values that are not finite.
+        shares: `[n]`, `s_i = W c_i / C_i` of this rank: what turns the engine's mean over ranks into the
+            mean over samples. 0 for tasks absent on this rank.
+        world_size: W, number of ranks.
+    """
+
+    total: LocalStats
+    faults: Faults
+    shares: Tensor
+    world_size: int
+
+    def with_gram(self, later: Reduced) -> Reduced:
+        """These losses and counts, with the Gram of a later reduction of the same step."""
+        return replace(self, total=self.total + later.total, faults=self.faults.first(later.faults))
+
+
+class Probe(ABC):
+    """Measures gradient statistics, and lets the weights re-enter the graph.
+
+    Probes are frozen dataclasses without state: what a step needs lives in the step's graph.
+    """
+
+    @abstractmethod
+    def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:
+        """The scalar whose backward, averaged over ranks by the engine, is that of `Σ α_i L_i`."""

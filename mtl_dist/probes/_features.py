@@ -1,0 +1,111 @@
+"""The shared features as a list of leaves, and inner products of gradients at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # no public spelling yet in torch 2.13
+
+from mtl_dist.stats import stats_dtype
+
+Gradients = Sequence[Tensor | None]
+
+# Elements of each gradient converted at a time: n x 64 kB stay in a core's cache, n x 8 MB fill a GPU.
+_CHUNK_HOST = 8192
+_CHUNK_DEVICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Features:
+    """Any pytree of tensors, split into the leaves that gradients are taken at and the rest.
+
+    Attributes:
+        leaves: floating-point tensors, each requiring gradients.
+        spec: structure to rebuild the pytree.
+        flat: all leaves of the pytree.
+        positions: where `leaves` stand in `flat`.
+    """
+
+    leaves: tuple[Tensor, ...]
+    spec: pytree.TreeSpec
+    flat: tuple[Any, ...]
+    positions: tuple[int, ...]
+
+    def rebuild(self, leaves: Sequence[Tensor]) -> Any:
+        """The pytree with `leaves` in place of its floating-point tensors."""
+        flat = list(self.flat)
+        for position, leaf in zip(self.positions, leaves, strict=True):
+            flat[position] = leaf
+        return pytree.tree_unflatten(flat, self.spec)
+
+
+def split(features: Any, *, detach: bool) -> Features:
+    """The floating-point leaves of a pytree, ready to take gradients at.
+
+    Args:
+        features: tensor or pytree of tensors (and anything else, passed through).
+        detach: cut the leaves off the graph that made them; leaves of a frozen trunk are always cut.
+
+    Raises:
+        ValueError: no floating-point tensor in `features`.
+    """
+    flat, spec = pytree.tree_flatten(features)
+    positions = tuple(
+        i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
+    if not positions:
+        raise ValueError(
+            f"features must hold a floating-point tensor to measure gradients at, got {features!r}"
+        )
+    tensors = (flat[position] for position in positions)
+    leaves = tuple(t.detach().requires_grad_() if detach or not t.requires_grad else t for t in tensors)
+    return Features(leaves, spec, tuple(flat), positions)
+
+
+def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
+    """`[n, n]` inner products of n gradients, each a list of one tensor a leaf (None for a zero gradient).
+
+    In float64, chunk by chunk. A float32 matrix product of 10^5 elements is wrong in the 6th digit, TF32 and
+    autocast make it the 3rd, and squares of small gradients underflow; converting costs little, because
+    features are small beside the model, and it takes n x 64 kB of scratch memory on
+    the CPU, n x 8 MB on an accelerator.
+    """
+    n, dtype = len(rows), stats_dtype(device)
+    gram = torch.zeros(n, n, dtype=dtype, device=device)
+    present = [i for i, row in enumerate(rows) if any(g is not None for g in row)]
+    if not present:
+        return gram
+    block = torch.zeros(len(present), len(present), dtype=dtype, device=device)
+    size = _CHUNK_HOST if device.type == "cpu" else _CHUNK_DEVICE
+    for leaf in zip(*(rows[i] for i in present), strict=True):
+        like = next((g for g in leaf if g is not None), None)
+        if like is None:
+            continue
+        vectors = [torch.zeros_like(like).flatten() if g is None else g.detach().flatten() for g in leaf]
+        for start in range(0, like.numel(), size):
+            chunk = torch.stack([v[start : start + size] for v in vectors]).to(dtype)
+            block.addmm_(chunk, chunk.T)
+    index = torch.tensor(present, device=device)
+    gram[index[:, None], index] = block
+    return gram
+
+
+def anchored(total: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """`total`, with a zero gradient at every leaf: a rank without any task still runs a backward."""
+    result: Tensor = _Anchor.apply(total, *leaves)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(leaf) for leaf in ctx.saved_tensors)

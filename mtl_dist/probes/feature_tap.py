@@ -1,0 +1,150 @@
+"""FeatureTap: the weights enter at the shared features, inside the engine's one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtl_dist.probes._base import Exchange, Probe, Reduced
+from mtl_dist.probes._features import Features, gradient_gram, split
+from mtl_dist.probes._losses import Heads, evaluate
+from mtl_dist.stats import LocalStats
+
+
+@dataclass(frozen=True)
+class FeatureTap(Probe):
+    """Measures `g_i = ∂l_i/∂z` as they arrive in the backward, and passes `Σ α_i g_i` on to the trunk.
+
+    No extra pass at all. In exchange:
+
+    * The weights reach the trunk only: each head keeps its own unweighted gradient (the convention of
+      LibMTL and of TorchJD's `mtl_backward`), and the scalar's value is the unweighted sum of the losses.
+    * The weights of a step are known after its backward; so is `balancer.report`.
+    * Two collectives a step: losses and counts in the forward, the Gram in the backward.
+    * `heads` must be a mapping: one function for all tasks gives one gradient for all of them.
+
+    Loss scale and accumulation factors are read off the scalar's own gradient and divided out.
+    """
+
+    def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:
+        """`Σ s_i l_i`, whose backward is weighted at the features."""
+        if not isinstance(heads, Mapping):
+            raise TypeError(
+                "FeatureTap needs heads as a mapping of one function a task, because one function for all "
+                "tasks gives one gradient for all; use FeatureProbe() for a shared function"
+            )
+        shared = split(features, detach=False)
+        step = _TapStep(exchange, shared.leaves[0].device)
+        anchor, *branches = step.branch(shared)
+        losses = {
+            task: evaluate({task: heads[task]}, branch, exchange.tasks)[task]
+            for task, branch in zip(exchange.tasks, branches, strict=True)
+            if task in heads
+        }
+        collected = exchange.collect(losses, step.device)
+        step.begin(exchange.reduce(collected.stats()))
+        total = collected.total(step.forward.shares)
+        # the anchor brings the backward, and its collective, to ranks where no task is present
+        root: Tensor = _Root.apply(total + anchor.to(total.dtype), step)  # type: ignore[no-untyped-call]
+        return root
+
+
+@dataclass
+class _TapStep:
+    """What one step's backward must know of its forward."""
+
+    exchange: Exchange
+    device: torch.device
+    reduced: Reduced | None = None
+    weights: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def forward(self) -> Reduced:
+        assert self.reduced is not None
+        return self.reduced
+
+    def branch(self, shared: Features) -> list[Any]:
+        """A scalar zero, and for each task the features with views of its own."""
+        n, m = len(self.exchange.tasks), len(shared.leaves)
+        anchor, *views = _Tap.apply(self, n, *shared.leaves)  # type: ignore[no-untyped-call]
+        return [anchor, *(shared.rebuild(views[i * m : (i + 1) * m]) for i in range(n))]
+
+    def begin(self, reduced: Reduced) -> None:
+        """Takes the losses and counts of all ranks; without a measurement the rule decides here."""
+        self.reduced = reduced
+        if not self.exchange.measure:
+            self.weights = self.exchange.decide(reduced)
+
+    def decide(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """`[n]` weights, once the gradient of every task has arrived."""
+        if self.weights is None:
+            gram = self._local_gram(rows)
+            zeros = LocalStats.zeros(len(rows), self.device)
+            later = self.exchange.reduce(LocalStats(zeros.loss_sums, zeros.counts, gram))
+            self.weights = self.exchange.decide(self.forward.with_gram(later))
+        elif self.exchange.measure:
+            raise RuntimeError(
+                "FeatureTap: a second backward through the same step; the weights belong to the first one. "
+                "Call backward once a step (retain_graph is not supported here)"
+            )
+        return self.weights
+
+    def _local_gram(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """`c_i c_j ⟨g_i, g_j⟩` from gradients that arrive as `scale s_i g_i`, with `s_i = W c_i / C_i`."""
+        assert self.scale is not None
+        received = gradient_gram(rows, self.device)
+        # c_i / (scale s_i)
+        factor = self.forward.total.counts / (self.forward.world_size * self.scale)
+        factor = torch.where(self.forward.shares > 0, factor, torch.zeros_like(factor))
+        return received * torch.outer(factor, factor)
+
+
+class _Tap(torch.autograd.Function):
+    """A zero and n views of every leaf forward; the weighted sum of the views' gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _TapStep, num_tasks: int, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.step, ctx.num_tasks = step, num_tasks
+        ctx.set_materialize_grads(False)
+        views = (leaf.view_as(leaf) for _ in range(num_tasks) for leaf in leaves)
+        return leaves[0].new_zeros(()), *views
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        m = len(gradients) // ctx.num_tasks
+        rows = [gradients[i * m : (i + 1) * m] for i in range(ctx.num_tasks)]
+        weights = ctx.step.decide(rows)
+        leaves = zip(*rows, strict=True)
+        return (None, None, *(_weighted_sum(weights, leaf) for leaf in leaves))
+
+
+class _Root(torch.autograd.Function):
+    """Identity that reads the factor (loss scale, 1 / accumulation) its scalar is differentiated with."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, step: _TapStep) -> Tensor:
+        ctx.step = step
+        return total.view_as(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.step.scale = gradient.to(ctx.step.forward.shares.dtype)
+        return gradient, None
+
+
+def _weighted_sum(weights: Tensor, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """`Σ α_i g_i` of one leaf."""
+    total: Tensor | None = None
+    for weight, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:
+            term = weight * gradient  # a scalar keeps the gradient's dtype
+            total = term if total is None else total.add_(term)
+    return total

@@ -1,0 +1,168 @@
+"""The only file that names a collective: pack, one all-reduce, unpack.
+
+Every step reduces one buffer whose layout depends on the number of tasks alone:
+
+    loss sums n | counts n | upper triangle of the Gram n(n+1)/2 | fault counts n | fault ranks n | failure 2
+
+so no collective's shape or presence depends on a batch, and ranks that disagree about their data still agree
+about the bytes. The buffer is summed (SUM), because everything in it adds.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtl_dist.stats import LocalStats
+
+_FAREWELL_SECONDS = 30  # how long a failing rank waits for the others to hear of it
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Which ranks sent a value that is not finite, or failed before they had any.
+
+    Attributes:
+        counts: `[n]`, number of ranks whose loss or gradient of the task was NaN or infinite.
+        rank_sums: `[n]`, sum of those ranks' indices: the rank itself where there is only one.
+        failure: `[2]`, number of ranks that failed before this step's statistics, and the sum of their
+            indices (see `Synchronizer.announce_failure`).
+    """
+
+    counts: Tensor
+    rank_sums: Tensor
+    failure: Tensor
+
+    def first(self, later: Faults) -> Faults:
+        """These faults, and those of `later` for tasks that had none yet: a cause, not its consequences."""
+        had = self.counts > 0
+        return Faults(
+            torch.where(had, self.counts, later.counts),
+            torch.where(had, self.rank_sums, later.rank_sums),
+            self.failure,
+        )
+
+
+class Synchronizer:
+    """Sums statistics over the data-parallel ranks, on a process group of its own.
+
+    A group of its own, because the tap's collective runs among the engine's gradient buckets, and where a
+    task is absent on some ranks the order of the two can differ between ranks. It is made at the first step
+    (`connect`), which is a collective; without `torch.distributed` nothing is reduced.
+
+    Attributes:
+        num_tasks: n, which fixes the layout.
+        group: the data-parallel group given by the user; None for all ranks.
+        world_size: number of ranks that are summed; 1 before `connect`.
+        rank: this rank's index among them.
+    """
+
+    def __init__(self, num_tasks: int, group: dist.ProcessGroup | None = None) -> None:
+        self.num_tasks = num_tasks
+        self.group = group
+        self.world_size = 1
+        self.rank = 0
+        self._own_group: dist.ProcessGroup | None = None
+        self._connected = False
+
+    def connect(self, fingerprint: str) -> None:
+        """Makes the group and compares `fingerprint` (tasks, rule, probe) over its ranks, once.
+
+        Raises:
+            ValueError: on every rank, where ranks differ; the message shows each rank's fingerprint.
+        """
+        if self._connected:
+            return
+        if is_distributed():
+            ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+            # local synchronisation: other data-parallel groups make theirs elsewhere, if at all
+            self._own_group = dist.new_group(ranks, use_local_synchronization=True)
+            self.world_size = len(ranks)
+            self.rank = ranks.index(dist.get_rank())
+            self._check_agreement(fingerprint)
+        self._connected = True
+
+    def set_group(self, group: dist.ProcessGroup | None) -> None:
+        """Sets the data-parallel group.
+
+        Raises:
+            RuntimeError: `connect` was already called.
+        """
+        if self._connected:
+            raise RuntimeError("mtl_dist: the group cannot change after the first step")
+        self.group = group
+
+    def reduce(self, local: LocalStats) -> tuple[LocalStats, Faults]:
+        """Sum of `local` over all ranks, by one all-reduce of fixed layout, and what was wrong with it."""
+        buffer = self._pack(local)
+        if self._own_group is not None:
+            dist.all_reduce(buffer, group=self._own_group)
+        return self._unpack(buffer)
+
+    def announce_failure(self, device: torch.device) -> None:
+        """Takes part in this step's all-reduce with the failure slot set, so that every rank raises.
+
+        Waits at most 30 s: where the others cannot come (they wait in a collective of the engine's), this
+        rank still raises its own error, and its launcher ends them.
+        """
+        if self._own_group is None:
+            return
+        local = LocalStats.zeros(self.num_tasks, device)
+        buffer = self._pack(local)
+        buffer[-2:] = torch.tensor([1.0, self.rank])
+        work = dist.all_reduce(buffer, group=self._own_group, async_op=True)
+        try:
+            work.wait(timeout=datetime.timedelta(seconds=_FAREWELL_SECONDS))
+        except RuntimeError:  # the others did not come, or went first: our own error says more
+            return
+
+    @property
+    def num_floats(self) -> int:
+        """Length of the buffer: what one step sends."""
+        n = self.num_tasks
+        return 4 * n + n * (n + 1) // 2 + 2
+
+    def _pack(self, local: LocalStats) -> Tensor:
+        finite = local.loss_sums.isfinite() & local.gram.isfinite().all(dim=1)
+        faulty = (~finite).to(local.loss_sums.dtype)
+        row, column = torch.triu_indices(self.num_tasks, self.num_tasks, device=local.gram.device)
+        failure = faulty.new_zeros(2)
+        return torch.cat(
+            [local.loss_sums, local.counts, local.gram[row, column], faulty, faulty * self.rank, failure]
+        )
+
+    def _unpack(self, buffer: Tensor) -> tuple[LocalStats, Faults]:
+        n = self.num_tasks
+        sizes = [n, n, n * (n + 1) // 2, n, n, 2]
+        loss_sums, counts, triangle, fault_counts, rank_sums, failure = torch.split(buffer, sizes)
+        row, column = torch.triu_indices(n, n, device=buffer.device)
+        gram = buffer.new_zeros(n, n)
+        gram[row, column] = triangle
+        gram[column, row] = triangle
+        return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure)
+
+    def _check_agreement(self, fingerprint: str) -> None:
+        everyone: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(everyone, fingerprint, group=self._own_group)
+        if any(other != fingerprint for other in everyone):
+            listing = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(everyone))
+            raise ValueError(
+                f"mtl_dist: ranks were given different balancers; make them the same on all ranks:\n{listing}"
+            )
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a `torch.distributed` job."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of `tensor` over the ranks of `group` (None: all), a new tensor; a copy in a single process."""
+    total = tensor.clone()
+    if is_distributed():
+        dist.all_reduce(total, group=group)
+    return total
