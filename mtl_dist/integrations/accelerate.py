@@ -1,0 +1,121 @@
+"""Accelerate: one call that ties a balancer to an `Accelerator`, and refuses launches that fell back silently.
+
+    accelerator = Accelerator()
+    balancer = attach(Balancer(tasks, MGDA()), accelerator)
+
+Loss scale and gradient accumulation need nothing more: `FeatureProbe` differentiates the unscaled local
+losses, and `FeatureTap` divides out the factor that its scalar arrives with. With accumulation, each
+micro-batch is a step of the balancer, with its own weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from mtl_dist.balancer import Balancer
+from mtl_dist.probes import FeatureTap
+
+EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # set by launch/ scripts; anyone may set it
+
+
+def attach(balancer: Balancer, accelerator: Accelerator) -> Balancer:
+    """Ties `balancer` to `accelerator`: data-parallel group and checkpoints. Call it before the first step.
+
+    The balancer's state is then part of `accelerator.save_state` and `load_state`.
+
+    Returns:
+        The same balancer.
+
+    Raises:
+        RuntimeError: the launch fell back silently (`check_launch`).
+        ValueError: a combination that cannot work, with what to change.
+    """
+    check_launch(accelerator)
+    scaler = accelerator.scaler
+    if scaler is not None and isinstance(balancer.probe, FeatureTap) and balancer.on_nonfinite == "raise":
+        raise ValueError(
+            "a gradient scaler makes infinite gradients on purpose and skips their steps, and FeatureTap sees "
+            'them: give the balancer on_nonfinite="hold", or use FeatureProbe(), which sees unscaled losses'
+        )
+    balancer.set_group(data_parallel_group(accelerator))
+    accelerator.register_for_checkpointing(balancer)
+    return balancer
+
+
+def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """The ranks that hold different samples; None for all ranks.
+
+    With a device mesh these are the ranks along its data-parallel axes, so that tensor-parallel ranks, which
+    hold the same samples, are not counted twice.
+
+    Raises:
+        ValueError: a mesh without a data-parallel axis of a known name.
+    """
+    mesh = accelerator.torch_device_mesh
+    if mesh is None:
+        return None
+    axes = [name for name in (mesh.mesh_dim_names or ()) if name.startswith("dp")]
+    if not axes:
+        raise ValueError(
+            f"no data-parallel axis in the device mesh {mesh.mesh_dim_names}; give the group yourself: "
+            "Balancer(..., group=mesh[axis].get_group())"
+        )
+    name = axes[0] if len(axes) == 1 else "dp"  # Accelerate flattens dp_replicate and dp_shard into dp
+    return mesh[name].get_group()
+
+
+def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
+    """Compares what the launcher was asked for with what this process got.
+
+    Known silent fallbacks: `accelerate launch --cpu --num_processes 2` runs one process;
+    `Accelerator(cpu=True)` turns a DeepSpeed or FSDP configuration into plain data parallelism;
+    `Accelerator()` on a CPU without a backend makes every rank believe it is alone.
+
+    Raises:
+        RuntimeError: they differ; the message says what to change.
+    """
+    got, kind = accelerator.num_processes, accelerator.distributed_type
+    asked = _asked_processes(environment)
+    if asked is not None and asked != got:
+        raise RuntimeError(
+            f"{asked} processes were asked for, and this run has {got} ({kind.value}). Start it with "
+            f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`, and "
+            "on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
+        )
+    if asked is None and got == 1 and _launched_alone(environment):
+        raise RuntimeError(
+            "accelerate launch was asked for several processes on the CPU and started one: its --cpu launcher "
+            "needs MPI. Use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` or "
+            "`torchrun --nproc_per_node N`"
+        )
+    for variable, wanted in _ENGINES.items():
+        if environment.get(variable, "").lower() in ("1", "true") and kind != wanted:
+            raise RuntimeError(
+                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. Do not pass cpu=True to "
+                "Accelerator; on a CPU give DeepSpeed its backend: "
+                'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
+            )
+
+
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+}
+
+
+def _asked_processes(environment: Mapping[str, str]) -> int | None:
+    for variable in (EXPECTED_PROCESSES, "WORLD_SIZE"):
+        if environment.get(variable, "").isdigit():
+            return int(environment[variable])
+    return None
+
+
+def _launched_alone(environment: Mapping[str, str]) -> bool:
+    """Accelerate's one-process launcher sets a master address when it was asked for several, but no ranks."""
+    launched = "ACCELERATE_MIXED_PRECISION" in environment
+    return launched and "MASTER_PORT" in environment and "RANK" not in environment
