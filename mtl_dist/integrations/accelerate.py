@@ -1,4 +1,4 @@
-"""Accelerate: one call that ties a balancer to an `Accelerator`, and refuses launches that fell back silently.
+"""Accelerate: one call ties a balancer to an `Accelerator`, and refuses launches that fell back silently.
 
     accelerator = Accelerator()
     balancer = attach(Balancer(tasks, MGDA()), accelerator)
@@ -39,8 +39,9 @@ def attach(balancer: Balancer, accelerator: Accelerator) -> Balancer:
     scaler = accelerator.scaler
     if scaler is not None and isinstance(balancer.probe, FeatureTap) and balancer.on_nonfinite == "raise":
         raise ValueError(
-            "a gradient scaler makes infinite gradients on purpose and skips their steps, and FeatureTap sees "
-            'them: give the balancer on_nonfinite="hold", or use FeatureProbe(), which sees unscaled losses'
+            "a gradient scaler makes infinite gradients on purpose and skips their steps, and FeatureTap "
+            'sees them: give the balancer on_nonfinite="hold", or use FeatureProbe(), which sees unscaled '
+            "losses"
         )
     balancer.set_group(data_parallel_group(accelerator))
     accelerator.register_for_checkpointing(balancer)
@@ -66,7 +67,8 @@ def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
             "Balancer(..., group=mesh[axis].get_group())"
         )
     name = axes[0] if len(axes) == 1 else "dp"  # Accelerate flattens dp_replicate and dp_shard into dp
-    return mesh[name].get_group()
+    group: dist.ProcessGroup = mesh[name].get_group()
+    return group
 
 
 def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
@@ -84,20 +86,20 @@ def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.e
     if asked is not None and asked != got:
         raise RuntimeError(
             f"{asked} processes were asked for, and this run has {got} ({kind.value}). Start it with "
-            f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`, and "
-            "on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
+            f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`, "
+            "and on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
         )
     if asked is None and got == 1 and _launched_alone(environment):
         raise RuntimeError(
-            "accelerate launch was asked for several processes on the CPU and started one: its --cpu launcher "
-            "needs MPI. Use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` or "
+            "accelerate launch was asked for several processes on the CPU and started one: its --cpu "
+            "launcher needs MPI. Use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` or "
             "`torchrun --nproc_per_node N`"
         )
     for variable, wanted in _ENGINES.items():
         if environment.get(variable, "").lower() in ("1", "true") and kind != wanted:
             raise RuntimeError(
-                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. Do not pass cpu=True to "
-                "Accelerator; on a CPU give DeepSpeed its backend: "
+                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. Do not pass cpu=True "
+                "to Accelerator; on a CPU give DeepSpeed its backend: "
                 'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
             )
 
