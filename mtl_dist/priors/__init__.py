@@ -1,0 +1,35 @@
+"""Initial and prior losses from label statistics: what a task's loss is before anything is learned.
+
+The initial loss is that of a model that knows nothing (zero logits, zero outputs), the prior loss that of the
+best constant prediction (the label marginal). Both need labels only, one streaming pass, and are the natural
+units of a task's loss: https://kexue.fm/archives/8870.
+
+    =========== ============ ====================
+    loss        initial      prior
+    =========== ============ ====================
+    Categorical log K        entropy of the label frequencies
+    Regression  E‖y‖²        E‖y - E y‖²
+    Binary      log 2        entropy of the positive rate
+    MultiLabel  log 2        mean of the labels' entropies
+    =========== ============ ====================
+"""
+
+from __future__ import annotations
+
+from mtl_dist.priors._base import LabelStatistics
+from mtl_dist.priors._synchronize import synchronize
+from mtl_dist.priors.binary import Binary, MultiLabel
+from mtl_dist.priors.categorical import Categorical
+from mtl_dist.priors.estimate import Priors, estimate_priors
+from mtl_dist.priors.regression import Regression
+
+__all__ = [
+    "Binary",
+    "Categorical",
+    "LabelStatistics",
+    "MultiLabel",
+    "Priors",
+    "Regression",
+    "estimate_priors",
+    "synchronize",
+]
