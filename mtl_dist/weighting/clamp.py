@@ -1,0 +1,33 @@
+"""Clamp: bounds on another rule's weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Combinator, State, nest, unnest
+
+
+@dataclass(frozen=True)
+class Clamp(Combinator):
+    """`αᵢ ← min(max(αᵢ, low), high)`.
+
+    Attributes:
+        low: lower bound; -inf for none.
+        high: upper bound; inf for none.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:  # refuses NaN too
+            raise ValueError(f"Clamp: low must be <= high, got low={self.low}, high={self.high}")
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """The rule's weights within the bounds."""
+        weights, inner = self.rule.update(stats, unnest("rule", state))
+        return weights.clamp(self.low, self.high), nest("rule", inner)

@@ -1,0 +1,35 @@
+"""Fixed weights: chosen by hand, or found by a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State, per_task
+from mtl_dist.weighting._checks import check_positive
+
+
+@dataclass(frozen=True)
+class Fixed(Rule):
+    """`αᵢ = wᵢ`: the given weights as they are, neither divided by n nor made to sum to 1.
+
+    Attributes:
+        weights: one non-negative number per task, by name or in task order.
+    """
+
+    weights: Mapping[str, float] | Sequence[float]
+
+    def __post_init__(self) -> None:
+        check_positive(self, "weights", self.weights, zero=True)
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """The weights, on the device once and for all."""
+        return {"weights": per_task(self.weights, tasks, device, "Fixed: weights")}
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = wᵢ`."""
+        return state["weights"].clone(), state

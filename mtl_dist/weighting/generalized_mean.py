@@ -1,0 +1,50 @@
+"""Generalised mean: one power between the minimum, the geometric mean, the mean and the maximum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State, mean_present
+
+
+@dataclass(frozen=True)
+class GeneralizedMean(Rule):
+    """Gradient of `M = ((1/n) Σ Lᵢᵖ)^(1/p)`: `αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ`.
+
+    Su, "On multi-task learning I", kexue.fm/archives/8870. p = 1 is the mean; limits: p = 0 the geometric
+    mean, p = inf the maximum, p = -inf the minimum (where several losses tie, they share the weight). A
+    larger p attends to larger losses. Only p = 0 keeps its direction when one task's loss is scaled.
+
+    Attributes:
+        power: `p`, any number, infinities included.
+    """
+
+    power: float
+
+    positive_losses = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.power):
+            raise ValueError(f"GeneralizedMean: power must be a number or an infinity, got {self.power}")
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ = softmax(p log L)ᵢ M / Lᵢ`, n and M over the tasks present."""
+        # every exponent is taken relative to the loss that dominates, so none overflows
+        sign = math.copysign(1.0, self.power)
+        log_dominant = sign * (sign * stats.losses.log()).masked_fill(~stats.present, -math.inf).amax()
+        x = torch.where(stats.present, stats.losses.log() - log_dominant, 0.0)
+        if math.isinf(self.power):
+            dominant = (x == 0) & stats.present
+            return dominant / dominant.sum().clamp(min=1).to(x.dtype), state
+        # expm1 and log1p, because p may be so small that 1 + p x rounds to 1
+        growth = mean_present(torch.expm1(self.power * x), stats)
+        # log M = (1/p) log mean_j exp(p x_j), whose limit at p = 0 is mean_j x_j
+        log_mean = torch.log1p(growth) / self.power if self.power else mean_present(x, stats)
+        # α_i = (1/n) exp(p x_i) / mean_j exp(p x_j) · M / L_i
+        weights = torch.exp(self.power * x - torch.log1p(growth) + log_mean - x) / stats.num_present
+        return torch.where(stats.present, weights, torch.zeros_like(weights)), state

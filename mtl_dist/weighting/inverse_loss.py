@@ -1,0 +1,25 @@
+"""Real-time state: every loss in units of its present value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State
+
+
+@dataclass(frozen=True)
+class InverseLoss(Rule):
+    """`αᵢ = 1 / sg(Lᵢ)`: the gradient of `Σ log Lᵢ`, whose direction is that of the geometric mean.
+
+    The total is the constant n, only its gradient says something. Su, "On multi-task learning I",
+    kexue.fm/archives/8870; "scale-invariant linear scalarisation" in Navon et al., ICML 2022.
+    """
+
+    positive_losses = True
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = 1 / Lᵢ`."""
+        return stats.losses.reciprocal(), state

@@ -1,0 +1,38 @@
+"""Prior state: every loss in units of what a prediction without input achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State, per_task
+from mtl_dist.weighting._checks import check_positive
+
+
+@dataclass(frozen=True)
+class PriorLoss(Rule):
+    """`αᵢ = 1 / Lᵢᵖʳⁱᵒʳ`, with the loss of the best constant prediction: a loss of 1 means "nothing learned".
+
+    `Lᵢᵖʳⁱᵒʳ` is the entropy of the label frequencies for classification and the variance of the labels for
+    regression; `mtl_dist.priors` computes both. Su, "On multi-task learning I", kexue.fm/archives/8870.
+
+    Attributes:
+        losses: the prior loss of each task, by name or in task order.
+    """
+
+    losses: Mapping[str, float] | Sequence[float]
+
+    def __post_init__(self) -> None:
+        check_positive(self, "losses", self.losses)
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """The prior losses."""
+        return {"losses": per_task(self.losses, tasks, device, "PriorLoss: losses")}
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = 1 / Lᵢᵖʳⁱᵒʳ`."""
+        return state["losses"].reciprocal(), state
