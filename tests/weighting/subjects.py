@@ -1,0 +1,92 @@
+"""What the laws are tried on: every rule of `RULES`, variants of some, and combinators over a few of them.
+
+A new rule takes part by being in `RULES`. One with required constructor arguments needs a line in `EXAMPLES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mtl_dist.weighting import (
+    COMBINATORS,
+    RULES,
+    Clamp,
+    Combinator,
+    Every,
+    Fixed,
+    GeneralizedMean,
+    InitialLoss,
+    Normalize,
+    Preference,
+    PriorLoss,
+    Rule,
+    Smooth,
+    Warmup,
+)
+
+Factory = Callable[[Sequence[str]], Rule]
+Wrapper = Callable[[Rule, Sequence[str]], Combinator]
+
+
+def values(tasks: Sequence[str]) -> dict[str, float]:
+    """One positive number a task, which stays with its name."""
+    return {task: 0.5 + 1.7 * (int(task.removeprefix("task")) % 5) for task in tasks}
+
+
+# an example of each rule that cannot be made without arguments
+EXAMPLES: dict[str, Factory] = {
+    "fixed": lambda tasks: Fixed(values(tasks)),
+    "generalized_mean": lambda tasks: GeneralizedMean(2.0),
+    "prior_loss": lambda tasks: PriorLoss(values(tasks)),
+}
+
+# further settings that are another formula; the name begins with the rule's
+VARIANTS: dict[str, Factory] = {
+    "generalized_mean(power=inf)": lambda tasks: GeneralizedMean(float("inf")),
+    "generalized_mean(power=-inf)": lambda tasks: GeneralizedMean(float("-inf")),
+    "generalized_mean(power=0)": lambda tasks: GeneralizedMean(0.0),
+    "generalized_mean(power=-0.5)": lambda tasks: GeneralizedMean(-0.5),
+    "initial_loss(losses)": lambda tasks: InitialLoss(losses=values(tasks)),
+    "initial_loss(steps=3)": lambda tasks: InitialLoss(steps=3),
+}
+
+WRAPPERS: dict[str, Wrapper] = {
+    "clamp": lambda rule, tasks: Clamp(rule, 0.1, 2.0),
+    "every": lambda rule, tasks: Every(rule, 3),
+    "normalize": lambda rule, tasks: Normalize(rule),
+    "preference": lambda rule, tasks: Preference(rule, values(tasks)),
+    "smooth": lambda rule, tasks: Smooth(rule, 0.9),
+    "warmup": lambda rule, tasks: Warmup(rule, 2),
+}
+
+# one rule of each need, and one with state
+INNER = ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss")
+
+
+def build(name: str, tasks: Sequence[str]) -> Rule:
+    """The example of a subject for these tasks."""
+    if name in VARIANTS:
+        return VARIANTS[name](tasks)
+    if name in EXAMPLES:
+        return EXAMPLES[name](tasks)
+    if name in RULES:
+        try:
+            return RULES[name]()
+        except TypeError as error:
+            raise AssertionError(
+                f"{name}: {error}. A rule with required arguments needs an example: "
+                "add a line to EXAMPLES in tests/weighting/subjects.py"
+            ) from error
+    outer, _, inner = name.partition("/")
+    if outer not in WRAPPERS:
+        raise AssertionError(
+            f"{name}: combinators need an example: add a line to WRAPPERS in tests/weighting/subjects.py"
+        )
+    return WRAPPERS[outer](build(inner, tasks), tasks)
+
+
+SUBJECTS: tuple[str, ...] = (
+    *RULES,
+    *VARIANTS,
+    *(f"{outer}/{inner}" for outer in COMBINATORS for inner in INNER),
+)
