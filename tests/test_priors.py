@@ -3,15 +3,13 @@
 import functools
 import math
 import operator
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launcher import succeed
 from torch import Tensor
 
 from mtl_dist.priors import (
@@ -24,8 +22,8 @@ from mtl_dist.priors import (
     estimate_priors,
     synchronize,
 )
-
-RANKS = Path(__file__).parent / "distributed" / "priors_ranks.py"
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting import InitialLoss, PriorLoss
 
 BCE = F.binary_cross_entropy_with_logits
 
@@ -412,6 +410,17 @@ def test_priors_are_plain_mappings_of_floats():
     assert all(type(value) is float for value in (*priors.initial.values(), *priors.prior.values()))
 
 
+def test_the_rules_take_them():
+    priors = estimate_priors(batches(), {"sum": Regression(), "digit": Categorical(3)}, labels=lambda b: b)
+    for rule, losses in (
+        (InitialLoss(losses=priors.initial), priors.initial),
+        (PriorLoss(losses=priors.prior), priors.prior),
+    ):
+        stats = TaskStats(torch.ones(2).double(), torch.ones(2).bool(), None, torch.ones(2).double())
+        weights, _ = rule.update(stats, rule.init(["digit", "sum"], torch.device("cpu")))
+        assert weights.tolist() == pytest.approx([1 / losses["digit"], 1 / losses["sum"]], rel=1e-12)
+
+
 def test_the_comparison_of_ranks_has_a_fixed_size(monkeypatch):
     """Ranks with unlike tasks must meet in buffers of one size; what they then say, real processes test."""
     shapes: list[list[torch.Size]] = []
@@ -444,12 +453,5 @@ def test_sums_travel_on_a_device_that_the_backend_takes(monkeypatch, config, dev
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_equal_one_process(world_size):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    done = subprocess.run(
-        [*command, str(world_size), str(RANKS), str(world_size)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("all checks passed") == world_size
+    printed = succeed("priors_ranks.py", world_size)
+    assert printed.count("all checks passed") == world_size

@@ -1,15 +1,11 @@
-"""Body of `test_ranks_equal_one_process`: W ranks with unequal shards, one of them empty, equal one process.
+"""W ranks with unequal shards, one of them empty, have the priors of one process. Run by test_priors.py."""
 
-torchrun --standalone --nproc_per_node W priors_ranks.py W
-"""
-
-import datetime
 import math
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import start, stop
 
 from mtl_dist.priors import Binary, Categorical, MultiLabel, Regression, estimate_priors
 
@@ -122,9 +118,7 @@ def check_group(rank):
 
 
 def main():
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    assert world_size == int(sys.argv[1]), f"asked for {sys.argv[1]} ranks, got {world_size}"
+    rank, world_size = start()
     check_each(rank, world_size, last_empty=False)
     check_each(rank, world_size, last_empty=True)
     check_estimate(rank, world_size)
@@ -132,8 +126,7 @@ def main():
     check_faults_reach_every_rank(rank, world_size)
     check_group(rank)
     print("all checks passed\n", end="", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    stop()
 
 
 if __name__ == "__main__":
