@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -122,21 +122,24 @@ class Balancer(nn.Module):
             total = self._quench(total, features)
         return total
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Everything the next step depends on: tensors, strings and numbers.
 
         As a submodule's (`destination` given) it adds nothing, so that model checkpoints do not depend on
         how the model was trained.
         """
-        destination = kwargs.get("destination", args[0] if args else None)
         if destination is not None:
-            return cast(dict[str, Any], destination)
+            return destination
         self._alarm.poll()
         state = {_STATE_PREFIX + key: value.detach().clone() for key, value in self._state.items()}
         header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": self.step}
         return {**header, "weights": self._weights.clone(), **state}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
         """Continues from a `state_dict`, bit for bit.
 
         Raises:

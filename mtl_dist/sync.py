@@ -127,7 +127,7 @@ class Synchronizer:
         return 4 * n + n * (n + 1) // 2 + 2
 
     def _pack(self, local: LocalStats) -> Tensor:
-        finite = local.loss_sums.isfinite() & local.gram.isfinite().all(dim=1)
+        finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
         faulty = (~finite).to(local.loss_sums.dtype)
         row, column = torch.triu_indices(self.num_tasks, self.num_tasks, device=local.gram.device)
         failure = faulty.new_zeros(2)

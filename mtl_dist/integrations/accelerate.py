@@ -86,14 +86,14 @@ def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.e
     if asked is not None and asked != got:
         raise RuntimeError(
             f"{asked} processes were asked for, and this run has {got} ({kind.value}). Start it with "
-            f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`, "
-            "and on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
+            f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`"
+            ", and on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
         )
     if asked is None and got == 1 and _launched_alone(environment):
         raise RuntimeError(
-            "accelerate launch was asked for several processes on the CPU and started one: its --cpu "
-            "launcher needs MPI. Use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` or "
-            "`torchrun --nproc_per_node N`"
+            "accelerate launch was asked for several processes on the CPU and started one, because its --cpu "
+            "launcher needs MPI. Use `torchrun --nproc_per_node N`, or ACCELERATE_USE_CPU=true and "
+            "`accelerate launch --multi_gpu --num_processes N`"
         )
     for variable, wanted in _ENGINES.items():
         if environment.get(variable, "").lower() in ("1", "true") and kind != wanted:

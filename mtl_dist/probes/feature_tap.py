@@ -111,6 +111,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: _TapStep, num_tasks: int, *leaves: Tensor) -> tuple[Tensor, ...]:
         ctx.step, ctx.num_tasks = step, num_tasks
+        ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         ctx.set_materialize_grads(False)
         views = (leaf.view_as(leaf) for _ in range(num_tasks) for leaf in leaves)
         return leaves[0].new_zeros(()), *views
@@ -121,8 +122,9 @@ class _Tap(torch.autograd.Function):
         m = len(gradients) // ctx.num_tasks
         rows = [gradients[i * m : (i + 1) * m] for i in range(ctx.num_tasks)]
         weights = ctx.step.decide(rows)
-        leaves = zip(*rows, strict=True)
-        return (None, None, *(_weighted_sum(weights, leaf) for leaf in leaves))
+        sums = (_weighted_sum(weights, leaf) for leaf in zip(*rows, strict=True))
+        # zeros, not None, where no task is present: engines wait for every trunk parameter
+        return None, None, *(_or_zeros(s, like) for s, like in zip(sums, ctx.like, strict=True))
 
 
 class _Root(torch.autograd.Function):
@@ -138,6 +140,11 @@ class _Root(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.step.scale = gradient.to(ctx.step.forward.shares.dtype)
         return gradient, None
+
+
+def _or_zeros(gradient: Tensor | None, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    shape, dtype, device = like
+    return torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
 
 
 def _weighted_sum(weights: Tensor, gradients: Sequence[Tensor | None]) -> Tensor | None:

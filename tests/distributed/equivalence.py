@@ -1,0 +1,84 @@
+"""Trains every rule with every probe in every scenario under DDP; rank 0 writes the trajectories to a file.
+
+equivalence.py OUT NUM_STEPS DTYPE [RULE ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+from problem import SCENARIOS, TASKS, Net, global_batch, shard
+from ranks import start, stop
+from subjects import build
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap
+
+PROBES = {
+    "FeatureProbe": FeatureProbe(),
+    "FeatureProbe(reevaluate)": FeatureProbe(reevaluate=True),
+    "FeatureTap": FeatureTap(),
+}
+RANK, WORLD_SIZE = start()
+
+
+def train(rule: str, probe: str, scenario: str, num_steps: int, dtype: torch.dtype) -> list[dict]:
+    torch.manual_seed(7)
+    balancer = Balancer(TASKS, build(rule, TASKS), probe=PROBES[probe])
+    net = Net(balancer).to(dtype)
+    model = net
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(net, find_unused_parameters=scenario != "even")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.005)
+    rows = []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        model(shard(global_batch(step, scenario, dtype), RANK, WORLD_SIZE, scenario)).backward()
+        rows.append(row(balancer, net, step))
+        optimizer.step()
+    assert balancer._synchronizer.world_size == WORLD_SIZE
+    return rows
+
+
+def row(balancer: Balancer, net: Net, step: int) -> dict:
+    """Everything that must not depend on the number of ranks."""
+    report = balancer.report
+    assert report is not None
+    assert report.step == step
+    stats = report.stats
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()
+    }
+    return {
+        "losses": stats.losses * stats.present,
+        "gram": stats.gram,
+        "weights": report.weight_vector,
+        "gradients": gradients,
+    }
+
+
+def check_agreement(results: dict) -> None:
+    """All ranks hold bitwise the same weights."""
+    if WORLD_SIZE > 1:
+        mine = torch.stack([row["weights"] for rows in results.values() for row in rows])
+        everyone = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
+        torch.distributed.all_gather(everyone, mine)
+        assert all(torch.equal(everyone[0], other) for other in everyone), "weights differ between ranks"
+
+
+def main() -> None:
+    out, num_steps, dtype, *rules = sys.argv[1:]
+    cells = itertools.product(rules or sorted(RULES), PROBES, SCENARIOS)
+    results = {
+        (rule, probe, scenario): train(rule, probe, scenario, int(num_steps), getattr(torch, dtype))
+        for rule, probe, scenario in cells
+    }
+    check_agreement(results)
+    if RANK == 0:
+        torch.save(results, out)
+    stop()
+
+
+main()

@@ -1,0 +1,28 @@
+"""What every launched script begins with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> tuple[int, int]:
+    """Joins the job and returns (rank, world size). A silent fallback to one process fails here."""
+    torch.set_num_threads(1)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    assert world_size == int(os.environ["EXPECTED_WORLD_SIZE"]), f"the launcher started {world_size} ranks"
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        assert dist.get_world_size() == world_size
+        return dist.get_rank(), world_size
+    return 0, 1
+
+
+def stop() -> None:
+    """Leaves the job."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
