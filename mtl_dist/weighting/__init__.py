@@ -7,31 +7,59 @@ from __future__ import annotations
 
 from mtl_dist.weighting._base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.clamp import Clamp
+from mtl_dist.weighting.coba import CoBa
+from mtl_dist.weighting.db_mtl import DBMTL
+from mtl_dist.weighting.dwa import DWA
+from mtl_dist.weighting.encodec import Encodec
 from mtl_dist.weighting.equal import Equal
 from mtl_dist.weighting.every import Every
+from mtl_dist.weighting.famo import FAMO
 from mtl_dist.weighting.fixed import Fixed
 from mtl_dist.weighting.generalized_mean import GeneralizedMean
 from mtl_dist.weighting.geometric_mean import GeometricMean
+from mtl_dist.weighting.grad_norm import GradNorm
+from mtl_dist.weighting.imtl_l import IMTLL
 from mtl_dist.weighting.initial_loss import InitialLoss
 from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm
 from mtl_dist.weighting.inverse_loss import InverseLoss
+from mtl_dist.weighting.log_sum_exp import LogSumExp
 from mtl_dist.weighting.mgda import MGDA
 from mtl_dist.weighting.normalize import Normalize
+from mtl_dist.weighting.ntk_balance import NTKBalance
 from mtl_dist.weighting.preference import Preference
 from mtl_dist.weighting.prior_loss import PriorLoss
+from mtl_dist.weighting.relobralo import ReLoBRaLo
+from mtl_dist.weighting.rlw import RLW
 from mtl_dist.weighting.smooth import Smooth
+from mtl_dist.weighting.soft_adapt import SoftAdapt
+from mtl_dist.weighting.stch import STCH
+from mtl_dist.weighting.uncertainty import Uncertainty
 from mtl_dist.weighting.warmup import Warmup
 
 RULES: dict[str, type[Rule]] = {
+    "coba": CoBa,
+    "db_mtl": DBMTL,
+    "dwa": DWA,
+    "encodec": Encodec,
     "equal": Equal,
+    "famo": FAMO,
     "fixed": Fixed,
     "generalized_mean": GeneralizedMean,
     "geometric_mean": GeometricMean,
+    "grad_norm": GradNorm,
+    "imtl_l": IMTLL,
     "initial_loss": InitialLoss,
     "inverse_grad_norm": InverseGradNorm,
     "inverse_loss": InverseLoss,
+    "log_sum_exp": LogSumExp,
     "mgda": MGDA,
+    "ntk_balance": NTKBalance,
     "prior_loss": PriorLoss,
+    "relobralo": ReLoBRaLo,
+    "rlw": RLW,
+    "soft_adapt": SoftAdapt,
+    "stch": STCH,
+    "uncertainty": Uncertainty,
 }
 
 COMBINATORS: dict[str, type[Combinator]] = {
@@ -45,24 +73,38 @@ COMBINATORS: dict[str, type[Combinator]] = {
 
 __all__ = [
     "COMBINATORS",
+    "DBMTL",
+    "DWA",
+    "FAMO",
+    "IMTLL",
     "MGDA",
+    "RLW",
     "RULES",
+    "STCH",
     "Clamp",
+    "CoBa",
     "Combinator",
+    "Encodec",
     "Equal",
     "Every",
     "Fixed",
     "GeneralizedMean",
     "GeometricMean",
+    "GradNorm",
     "InitialLoss",
     "InverseGradNorm",
     "InverseLoss",
+    "LogSumExp",
+    "NTKBalance",
     "Needs",
     "Normalize",
     "Preference",
     "PriorLoss",
+    "ReLoBRaLo",
     "Rule",
     "Smooth",
+    "SoftAdapt",
     "State",
+    "Uncertainty",
     "Warmup",
 ]

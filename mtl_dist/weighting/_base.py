@@ -36,10 +36,12 @@ class Rule(ABC):
         needs: what `update` reads of the statistics.
         positive_losses: whether `update` takes logarithms or powers of losses. The balancer then raises
             `ValueError` on every rank for a loss <= 0, naming task, value and rule.
+        observes: whether the rule also learns from losses measured outside the step (`observe`).
     """
 
     needs: ClassVar[Needs] = Needs.LOSSES
     positive_losses: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """State before the first step: tensors of fixed shapes on `device`, constants included.
@@ -76,6 +78,23 @@ class Rule(ABC):
             `[n]` weights in the dtype of the statistics, and a state with the keys and shapes of `state`.
         """
 
+    def observe(self, stats: TaskStats, state: State) -> State:
+        """Learns from losses measured outside the step: validation losses, or the batch's after the step.
+
+        Which ones a rule wants is said in its own docstring. The contract is that of `update`.
+
+        Args:
+            stats: global statistics of those losses; neither gradients nor `step` are read.
+            state: what `init`, `update` or `observe` returned.
+
+        Returns:
+            A state with the keys and shapes of `state`.
+
+        Raises:
+            ValueError: the rule learns from the losses of the step alone (`observes` is False).
+        """
+        raise ValueError(f"{self!r} takes no losses from outside the step: do not call observe")
+
     def needs_at(self, step: int) -> Needs:
         """What `update` will read at `step`; less than `needs` where a measurement is to be left out."""
         return self.needs
@@ -101,6 +120,15 @@ class Combinator(Rule):
         """Whether the inner rule takes logarithms or powers of losses."""
         return self.rule.positive_losses
 
+    @property
+    def observes(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the inner rule learns from losses measured outside the step."""
+        return self.rule.observes
+
+    def observe(self, stats: TaskStats, state: State) -> State:
+        """Hands the losses to the inner rule."""
+        return {**state, **nest("rule", self.rule.observe(stats, unnest("rule", state)))}
+
     def needs_at(self, step: int) -> Needs:
         """What the inner rule reads at `step`."""
         return self.rule.needs_at(step)
@@ -111,13 +139,20 @@ class Combinator(Rule):
 
 
 def per_task(
-    values: Mapping[str, float] | Sequence[float], tasks: Sequence[str], device: torch.device, name: str
+    values: Mapping[str, float] | Sequence[float] | None,
+    tasks: Sequence[str],
+    device: torch.device,
+    name: str,
+    *,
+    default: float = 1.0,
 ) -> Tensor:
-    """`[n]` tensor of one hyperparameter per task, given by name or in task order.
+    """`[n]` tensor of one hyperparameter per task, given by name or in task order; None: all the default.
 
     Raises:
         ValueError: names or length do not match the tasks, or a value is not a finite number.
     """
+    if values is None:
+        return constant(default, len(tasks), device)
     if isinstance(values, Mapping):
         if set(values) != set(tasks):
             raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {dict(values)}")

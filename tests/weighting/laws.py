@@ -35,11 +35,13 @@ def run(rule: Rule, case: Case, steps: Sequence[TaskStats], state: State | None 
 def trace(
     rule: Rule, case: Case, steps: Sequence[TaskStats], state: State | None = None
 ) -> list[tuple[Tensor, State]]:
-    """Weights and states of consecutive steps."""
+    """Weights and states of consecutive steps. A rule that takes feedback is shown the next step's losses."""
     state = rule.init(case.tasks, CPU) if state is None else state
     result = []
-    for stats in steps:
+    for stats, following in zip(steps, [*steps[1:], *steps[-1:]], strict=True):
         weights, state = rule.update(stats, state)
+        if rule.observes:
+            state = rule.observe(replace(following, gram=None), state)
         result.append((weights, state))
     return result
 
@@ -78,6 +80,11 @@ def pure(name: str, case: Case) -> None:
         weights_again, after_again = rule.update(stats, state)
         assert torch.equal(weights, weights_again), (weights, weights_again)
         assert_equal_states(after, after_again)
+        if rule.observes:
+            observed = rule.observe(stats, after)
+            assert_equal_states(after, after_again)
+            assert_equal_states(observed, rule.observe(stats, after))
+            after = observed
         assert_equal_states(state, kept_state)
         for field in ("losses", "present", "gram", "counts"):
             assert torch.equal(getattr(stats, field), getattr(kept_stats, field)), field
@@ -115,7 +122,7 @@ def homogeneous(name: str, case: Case) -> None:
 
 def absent(name: str, case: Case) -> None:
     """A task that is never present changes nothing for the others; one that is absent for a while keeps its
-    state, and what is returned for it is finite."""
+    state, and what is returned for it is finite. So for all of them at once."""
     missing = case.n // 2
     others = [i for i in range(case.n) if i != missing]
     if others:
@@ -126,15 +133,20 @@ def absent(name: str, case: Case) -> None:
             assert a.isfinite().all(), a
             assert_same(a[others], b, stats, f"{case.tasks[missing]} absent")
     rule = build(name, case.tasks)
-    seen, gone, *_ = stream(case)
-    _, before = rule.update(seen, rule.init(case.tasks, CPU))
-    weights, after = rule.update(without(gone, missing), before)
+    seen, later, *_ = stream(case)
+    ((_, before),) = trace(rule, case, [seen])
+    ((weights, after),) = trace(rule, case, [without(later, missing)], before)
     assert weights.isfinite().all(), weights
     for key, value in before.items():
         for dim, size in enumerate(value.shape):
             if size == case.n:
                 a, b = (tensor.select(dim, missing) for tensor in (after[key], value))
                 assert torch.equal(a, b), f"state {key} of an absent task moved from {b} to {a}"
+    for state in (rule.init(case.tasks, CPU), before):
+        ((weights, after),) = trace(rule, case, [without(later, *range(case.n))], state)
+        assert weights.isfinite().all(), f"nobody present: {weights}"
+        per_task = {key: value for key, value in state.items() if case.n in value.shape}
+        assert_equal_states({key: after[key] for key in per_task}, per_task)
 
 
 def single(name: str, case: Case) -> None:
@@ -227,7 +239,21 @@ LAWS: dict[str, Law] = {
 }
 
 # (a, b): weights go with the a-th power of a factor on all losses, and the b-th of one on all gradients
-DEGREES: dict[str, tuple[int, int]] = {
+DEGREES: dict[str, tuple[float, float]] = {
+    "coba": (0, 0),
+    "db_mtl": (-1, 0),
+    "dwa": (0, 0),
+    "encodec": (0, -1),
+    "famo": (0, 0),
+    "grad_norm": (0, 0),
+    "imtl_l": (0, 0),
+    "log_sum_exp": (0, 0),
+    "ntk_balance": (0, 0),
+    "relobralo": (0, 0),
+    "rlw": (0, 0),
+    "soft_adapt": (0, 0),
+    "stch": (0, 0),
+    "uncertainty": (0, 0),
     "equal": (0, 0),
     "fixed": (0, 0),
     "generalized_mean": (0, 0),
@@ -242,6 +268,28 @@ DEGREES: dict[str, tuple[int, int]] = {
 
 # weight of a single task with loss L and gradient norm d, at the first step
 SINGLE: dict[str, Callable[[float, float], float]] = {
+    "coba": lambda loss, norm: 1.0,
+    "db_mtl": lambda loss, norm: 1 / loss,
+    "dwa": lambda loss, norm: 1.0,
+    "dwa(interval=1)": lambda loss, norm: 1.0,
+    "encodec": lambda loss, norm: 1 / norm,
+    "encodec(weights)": lambda loss, norm: 1 / norm,
+    "famo": lambda loss, norm: 1.0,
+    "famo(min_losses)": lambda loss, norm: 1.0,
+    "famo(feedback=after)": lambda loss, norm: 1.0,
+    "grad_norm": lambda loss, norm: 1.0,
+    "imtl_l": lambda loss, norm: 1.0,  # e⁰
+    "log_sum_exp": lambda loss, norm: 1.0,
+    "ntk_balance": lambda loss, norm: 1.0,
+    "ntk_balance(power=1)": lambda loss, norm: 1.0,
+    "relobralo": lambda loss, norm: 1.0,
+    "relobralo(beta=0.5)": lambda loss, norm: 1.0,
+    "rlw": lambda loss, norm: 1.0,
+    "soft_adapt": lambda loss, norm: 1.0,
+    "soft_adapt(rate=difference)": lambda loss, norm: 1.0,
+    "stch": lambda loss, norm: 1.0,
+    "stch(weights)": lambda loss, norm: 0.5,  # λ of task0 in the example
+    "uncertainty": lambda loss, norm: 0.5,  # ½e⁰
     "equal": lambda loss, norm: 1.0,
     "fixed": lambda loss, norm: 0.5,  # what the example gives to task0
     "generalized_mean": lambda loss, norm: 1.0,
@@ -279,6 +327,9 @@ class Exempt:
 
 
 _BOUNDS = "the bounds are in units of the weights"
+_UNITS = "a setting is in units of the losses"
+_LEARNS = "it starts from weight 1 and learns the losses' scale"
+_DRAWS = "draws go by position, not by task"
 _STARTS = "equal weights have degree 0, those that follow have not"
 
 EXEMPT: dict[tuple[str, str], Exempt] = {
@@ -288,10 +339,19 @@ EXEMPT: dict[tuple[str, str], Exempt] = {
     ("homogeneous", "warmup/inverse_loss"): Exempt(_STARTS),
     ("homogeneous", "warmup/inverse_grad_norm"): Exempt(_STARTS),
     ("homogeneous", "warmup/initial_loss"): Exempt(_STARTS),
+    ("homogeneous", "famo(min_losses)"): Exempt(_UNITS),
+    ("homogeneous", "log_sum_exp"): Exempt(_UNITS),
+    ("homogeneous", "soft_adapt(rate=difference)"): Exempt(_UNITS),
+    ("homogeneous", "stch"): Exempt(_UNITS),
+    ("homogeneous", "stch(weights)"): Exempt(_UNITS),
+    ("homogeneous", "imtl_l"): Exempt(_LEARNS),
+    ("homogeneous", "uncertainty"): Exempt(_LEARNS),
+    ("permutation", "rlw"): Exempt(_DRAWS),
+    ("absent", "rlw"): Exempt(_DRAWS),
 }
 
 
-def degrees(name: str) -> tuple[int, int]:
+def degrees(name: str) -> tuple[float, float]:
     """Expected degrees; a combinator has its inner rule's, but for those that fix the scale."""
     if name in DEGREES:
         return DEGREES[name]
@@ -314,9 +374,10 @@ def to_float32(stats: TaskStats) -> TaskStats:
     return replace(stats, losses=stats.losses.float(), gram=gram, counts=stats.counts.float())
 
 
-def without(stats: TaskStats, task: int) -> TaskStats:
-    """The statistics of a step where no rank had a sample of the task."""
-    present = torch.arange(len(stats.losses)) != task
+def without(stats: TaskStats, *tasks: int) -> TaskStats:
+    """The statistics of a step where no rank had a sample of these tasks."""
+    present = stats.present.clone()
+    present[list(tasks)] = False
     return replace(
         stats,
         losses=stats.losses.masked_fill(~present, 1.0),

@@ -9,18 +9,26 @@ from collections.abc import Callable, Sequence
 
 from mtl_dist.weighting import (
     COMBINATORS,
+    DWA,
+    FAMO,
     RULES,
+    STCH,
     Clamp,
+    CoBa,
     Combinator,
+    Encodec,
     Every,
     Fixed,
     GeneralizedMean,
     InitialLoss,
     Normalize,
+    NTKBalance,
     Preference,
     PriorLoss,
+    ReLoBRaLo,
     Rule,
     Smooth,
+    SoftAdapt,
     Warmup,
 )
 
@@ -33,8 +41,9 @@ def values(tasks: Sequence[str]) -> dict[str, float]:
     return {task: 0.5 + 1.7 * (int(task.removeprefix("task")) % 5) for task in tasks}
 
 
-# an example of each rule that cannot be made without arguments
+# an example of each rule that cannot be made without arguments, or whose defaults need more steps than a test
 EXAMPLES: dict[str, Factory] = {
+    "coba": lambda tasks: CoBa(warmup=2, window=4),
     "fixed": lambda tasks: Fixed(values(tasks)),
     "generalized_mean": lambda tasks: GeneralizedMean(2.0),
     "prior_loss": lambda tasks: PriorLoss(values(tasks)),
@@ -42,6 +51,14 @@ EXAMPLES: dict[str, Factory] = {
 
 # further settings that are another formula; the name begins with the rule's
 VARIANTS: dict[str, Factory] = {
+    "dwa(interval=1)": lambda tasks: DWA(interval=1),
+    "encodec(weights)": lambda tasks: Encodec(values(tasks), decay=0.5),
+    "famo(feedback=after)": lambda tasks: FAMO(feedback="after"),
+    "famo(min_losses)": lambda tasks: FAMO(min_losses={task: -v for task, v in values(tasks).items()}),
+    "ntk_balance(power=1)": lambda tasks: NTKBalance(1.0),
+    "relobralo(beta=0.5)": lambda tasks: ReLoBRaLo(beta=0.5),
+    "soft_adapt(rate=difference)": lambda tasks: SoftAdapt(beta=0.1, rate="difference"),
+    "stch(weights)": lambda tasks: STCH(0.3, weights=values(tasks), reference=values(tasks)),
     "generalized_mean(power=inf)": lambda tasks: GeneralizedMean(float("inf")),
     "generalized_mean(power=-inf)": lambda tasks: GeneralizedMean(float("-inf")),
     "generalized_mean(power=0)": lambda tasks: GeneralizedMean(0.0),

@@ -11,6 +11,7 @@ from tests.weighting.laws import EXEMPT, LAWS
 from tests.weighting.subjects import EXAMPLES, SUBJECTS, VARIANTS, WRAPPERS
 
 CASES = zoo()
+SMALL = [case for case in CASES if case.n <= 3]
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -18,7 +19,8 @@ CASES = zoo()
 def test_law(name: str, law: str):
     exempt = EXEMPT.get((law, name))
     broken = {}
-    for case in CASES:
+    # a combinator treats tasks one by one: the large cases are for the rules themselves
+    for case in SMALL if "/" in name else CASES:
         try:
             LAWS[law](name, case)
         except AssertionError as error:

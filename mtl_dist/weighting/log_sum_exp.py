@@ -1,0 +1,33 @@
+"""LogSumExp: a smooth maximum of the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State
+from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting._softmax import softmax_present
+
+
+@dataclass(frozen=True)
+class LogSumExp(Rule):
+    """Gradient of the smooth maximum `S = T log Σ exp(Lᵢ/T)`: `α = softmax(L/T)`.
+
+    Blind to a constant added to every loss, not to their units: T is in units of the losses. For a smooth
+    maximum of losses of different units see `GeneralizedMean`, which is this one of log L.
+
+    Attributes:
+        temperature: `T`; towards 0 the maximum, towards infinity equal weights.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", self.temperature)
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`α = softmax(L/T)` over the tasks present."""
+        return softmax_present(stats.losses / self.temperature, stats.present), state

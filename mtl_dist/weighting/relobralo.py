@@ -1,0 +1,71 @@
+"""ReLoBRaLo: progress since the last step and since the start, with random look-back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State, constant
+from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting._random import step_generator
+from mtl_dist.weighting._softmax import softmax_present
+
+
+@dataclass(frozen=True)
+class ReLoBRaLo(Rule):
+    """`λ(t) = a (ρ λ(t-1) + (1-ρ) λ̂(t, 0)) + (1-a) λ̂(t, t-1)`, `ρ ~ Bernoulli(β)`.
+
+    Relative loss balancing with random look-back, `λ̂ᵢ(t, t') = n softmax(L(t) / (τ L(t')))ᵢ`. Bischof and
+    Kraus, 2021. ρ is one draw for all tasks, from the step and `seed`; PhysicsNeMo-Sym draws it
+    on each rank for itself, so that weights part. At the first step all weights are 1.
+
+    Attributes:
+        alpha: `a`, how much of the past is kept.
+        beta: probability that the past is the last step's weights and not a look back to the start.
+        tau: temperature τ; larger is closer to equal weights.
+        seed: of the draws.
+    """
+
+    alpha: float = 0.95
+    beta: float = 0.99
+    tau: float = 1.0
+    seed: int = 0
+
+    positive_losses = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tau", self.tau)
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ReLoBRaLo: {name} must be in [0, 1], got {getattr(self, name)}")
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """λ, the losses of the first and of the last step, and whether there was one."""
+        ones = constant(1.0, len(tasks), device)
+        seen = torch.zeros(len(tasks), dtype=torch.bool, device=device)
+        return {"lambda": ones, "first": ones.clone(), "last": ones.clone(), "seen": seen}
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """λ after this step's losses."""
+        first = torch.where(state["seen"], state["first"], stats.losses)
+        last = torch.where(state["seen"], state["last"], stats.losses)
+        draw = torch.rand((), generator=step_generator(self.seed, stats.step), dtype=torch.float64)
+        kept = state["lambda"] if draw < self.beta else self._progress(stats, first)
+        # λ <- a (ρ λ + (1-ρ) λ̂(t, 0)) + (1-a) λ̂(t, t-1)
+        blend = self.alpha * kept + (1 - self.alpha) * self._progress(stats, last)
+        weights = torch.where(stats.present, blend, state["lambda"])
+        return weights, {
+            "lambda": weights.clone(),
+            "first": torch.where(stats.present, first, state["first"]),
+            "last": torch.where(stats.present, stats.losses, state["last"]),
+            "seen": state["seen"] | stats.present,
+        }
+
+    def _progress(self, stats: TaskStats, reference: Tensor) -> Tensor:
+        # λ̂_i = n softmax(L / (τ L_ref))_i
+        ratio = stats.losses / (self.tau * reference)
+        return stats.num_present * softmax_present(ratio, stats.present)

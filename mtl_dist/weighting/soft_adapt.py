@@ -1,0 +1,59 @@
+"""SoftAdapt: weight follows the last change of each loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Rule, State, constant
+from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting._softmax import softmax_present
+
+Rate = Literal["ratio", "difference"]
+
+
+@dataclass(frozen=True)
+class SoftAdapt(Rule):
+    """`αᵢ = n softmax(βs)ᵢ` with the rates `sᵢ = Lᵢ(t) / Lᵢ(t-1)`: a loss that falls slowly gets more weight.
+
+    Heydari, Thompson and Mehmood, 2019. Their rate is the difference `Lᵢ(t) - Lᵢ(t-1)`, with β = 0.1 and
+    weights that sum to 1; the ratio, with β = 1 and weights that sum to n, is PhysicsNeMo-Sym's, followed
+    here because it does not depend on the losses' units. A task seen for the first time has not changed.
+
+    Attributes:
+        beta: `β`; larger is further from equal weights.
+        rate: "ratio", or the paper's "difference".
+    """
+
+    beta: float = 1.0
+    rate: Rate = "ratio"
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]  # depends on a setting
+        """Whether losses are divided by."""
+        return self.rate == "ratio"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "beta", self.beta)
+        if self.rate not in get_args(Rate):
+            raise ValueError(f"SoftAdapt: rate must be one of {get_args(Rate)}, got {self.rate!r}")
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """The losses of the last step, and whether there was one."""
+        seen = torch.zeros(len(tasks), dtype=torch.bool, device=device)
+        return {"losses": constant(1.0, len(tasks), device), "seen": seen}
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`αᵢ = n softmax(βs)ᵢ` over the tasks present."""
+        before = torch.where(state["seen"], state["losses"], stats.losses)
+        # s_i = L_i(t) / L_i(t-1)
+        s = stats.losses / before if self.rate == "ratio" else stats.losses - before
+        # α_i = n softmax(β s)_i
+        weights = stats.num_present * softmax_present(self.beta * s, stats.present)
+        losses = torch.where(stats.present, stats.losses, state["losses"])
+        return weights, {"losses": losses, "seen": state["seen"] | stats.present}
