@@ -1,0 +1,186 @@
+"""YAML and `key=value` overrides -> validated settings -> objects.
+
+A component (rule, probe, recipe) is written as its registry name, or as a mapping with `name` and the fields
+of its class; rules nest: `{name: smooth, decay: 0.9, rule: {name: mgda}}`. Whatever is wrong is a
+`ValueError` that shows the path, the value received and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mtl_dist._components import build, hint
+from mtl_dist.balancer import Balancer
+from mtl_dist.probes import FeatureProbe, FeatureTap
+from mtl_dist.recipes import RECIPES, Recipe
+from mtl_dist.weighting import COMBINATORS, RULES, Rule
+
+# a component: its name, or a mapping with `name` and fields; checked by building it
+Spec = Any
+
+PROBES: dict[str, type[Any]] = {"feature": FeatureProbe, "tap": FeatureTap}
+
+
+class Settings(BaseModel):
+    """Everything a training run is made from. Field descriptions: `configs/recipe/multi_digits.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Spec
+    weighting: Spec = "equal"
+    probe: Spec | None = None
+    on_nonfinite: Literal["raise", "skip", "hold"] = "raise"
+    seed: int = Field(0, ge=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    eval_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(0, ge=0)
+    num_processes: int | None = Field(None, gt=0)
+    output_dir: Path
+    overwrite: bool = False
+    resume_from: str | None = None
+
+    @field_validator("recipe")
+    @classmethod
+    def _check_recipe(cls, spec: Spec) -> Spec:
+        build_recipe(spec)
+        return spec
+
+    @field_validator("weighting")
+    @classmethod
+    def _check_weighting(cls, spec: Spec) -> Spec:
+        build_rule(spec)
+        return spec
+
+    @field_validator("probe")
+    @classmethod
+    def _check_probe(cls, spec: Spec | None) -> Spec | None:
+        build_probe(spec)
+        return spec
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        build_balancer(self)
+        return self
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Reads a YAML file, applies overrides such as `weighting.name=mgda`, validates.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value`; values are YAML, so `.inf`, `null` and `{name: mgda}` mean what they do
+            in the file.
+
+    Raises:
+        ValueError: the file, a key or a value is wrong; one line per problem.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, str(path))) from None
+
+
+def build_rule(spec: Spec, path: str = "weighting") -> Rule:
+    """The rule or combinator that `spec` describes.
+
+    Args:
+        spec: registry name, or mapping with `name` and the fields of the class.
+        path: where the specification stands, for messages.
+
+    Raises:
+        ValueError: unknown name or field, missing field, wrong value.
+    """
+    return build(spec, {**RULES, **COMBINATORS}, path, {Rule: build_rule})
+
+
+def build_probe(spec: Spec | None, path: str = "probe") -> Any:
+    """The probe that `spec` describes; None leaves the choice to the balancer. Raises as `build_rule`."""
+    return None if spec is None else build(spec, PROBES, path, {})
+
+
+def build_balancer(settings: Settings) -> Balancer:
+    """A balancer of the recipe's tasks.
+
+    Raises:
+        ValueError: rule, tasks, probe and policy do not go together.
+    """
+    rule, probe = build_rule(settings.weighting), build_probe(settings.probe)
+    tasks = build_recipe(settings.recipe).tasks
+    return Balancer(tasks, rule, probe=probe, on_nonfinite=settings.on_nonfinite)
+
+
+def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
+    """The recipe that `spec` describes. Raises as `build_rule`."""
+    return build(spec, RECIPES, path, {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no configuration file {str(path)!r}; the shipped ones are in configs/recipe"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a mapping of settings, got {values!r}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value` in place. A component given by name alone becomes a mapping when a field is set."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"override {override!r}: write key=value, such as weighting.name=mgda")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.setdefault(key, {})
+        if isinstance(inner, str):
+            inner = values[key] = {"name": inner}
+        elif inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {inner!r}, which has no fields"
+            )
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            instead = hint(where, Settings.model_fields)
+            lines.append(f"{source}: {where!r} (= {problem['input']!r}) is not a setting{instead}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {where!r} is missing; set it in the file or with {where}=...")
+        elif problem["type"] == "value_error":
+            lines.append(f"{source}: {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{source}: {where}: {problem['msg']}; got {problem['input']!r}")
+    return "\n".join(lines)

@@ -1,0 +1,12 @@
+"""The shipped trainings. `RECIPES` is the one list that configuration, CLI and tests read."""
+
+from __future__ import annotations
+
+from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe
+from mtl_dist.recipes.multi_digits import MultiDigits
+
+RECIPES: dict[str, type[Recipe]] = {
+    "multi_digits": MultiDigits,
+}
+
+__all__ = ["RECIPES", "Batch", "BatchData", "Metric", "MultiDigits", "Recipe"]

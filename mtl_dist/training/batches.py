@@ -1,0 +1,80 @@
+"""Which samples a step sees: a pure function of seed and step, whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from mtl_dist.recipes import Batch, BatchData
+
+
+class StepBatches(Sampler[list[int]]):
+    """Batch sampler of the global batches of steps `first_step` to `last_step - 1`.
+
+    Every epoch is a permutation drawn from (seed, epoch), cut into full batches; what is left over waits for
+    another epoch's draw. A resumed run therefore needs no sampler state, only its step.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples of a global batch, over all ranks.
+        seed: of the run.
+        first_step: optimizer steps already done.
+        last_step: optimizer steps of the whole run.
+
+    Raises:
+        ValueError: the data set is smaller than one batch.
+    """
+
+    drop_last = True  # Accelerate reads it: there are no partial batches to even out
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
+        if num_samples < batch_size:
+            raise ValueError(f"batch_size is {batch_size}, but there are only {num_samples} training samples")
+        self.batch_size = batch_size
+        self._num_samples = num_samples
+        self._seed = seed
+        self._steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self._num_samples // self.batch_size
+        order: list[int] = []
+        for step in self._steps:
+            epoch, batch = divmod(step, per_epoch)
+            if not order or batch == 0:
+                order = self._permutation(epoch)
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        # a generator seeded by both numbers: seeds s and s + 1 must not share shifted epochs
+        seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(self._seed)))
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order: list[int] = torch.randperm(self._num_samples, generator=generator).tolist()
+        return order
+
+
+def train_loader(data: BatchData, sampler: StepBatches) -> DataLoader[Batch]:
+    """A loader of global batches, for `Accelerator.prepare` with `split_batches=True` to cut per rank."""
+    dataset: Any = data  # torch asks for `__getitem__`, but fetches by `__getitems__` where there is one
+    collate: Any = _as_is  # torch's annotation only knows lists of samples
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+
+def eval_batches(data: BatchData, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
+    """This rank's part of every validation batch, each sample on exactly one rank.
+
+    All ranks get the same number of batches, so that engines which communicate in the forward stay in step;
+    the parts of a last batch may differ by one sample, or be empty.
+    """
+    for start in range(0, len(data), batch_size):
+        indices = torch.arange(start, min(start + batch_size, len(data)))
+        yield data.__getitems__(indices.tensor_split(num_processes)[rank].tolist())
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,77 @@
+"""Checkpoints: whole or absent, found by step, refused by a run that they do not belong to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from mtl_dist.config import Settings
+
+_META = "mtl_dist.json"
+# a checkpoint continues a run only where these agree: they fix the data, its order and the model
+_IDENTITY = ("recipe", "weighting", "probe", "seed", "batch_size")
+
+
+def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> Path:
+    """Writes `checkpoints/step_<step>` of the output folder; call it on all ranks.
+
+    A checkpoint is written under another name and renamed when every rank is done, so a folder `step_*` is
+    whole, whenever the run is killed.
+    """
+    final = settings.output_dir / "checkpoints" / f"step_{step:08d}"
+    unfinished = final.with_suffix(".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        meta = {"step": step, "num_processes": accelerator.num_processes, **_identity(settings)}
+        (unfinished / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        if final.exists():  # a run that was resumed from an earlier step and now passes this one again
+            shutil.rmtree(final)
+        unfinished.replace(final)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def find_checkpoint(settings: Settings) -> tuple[Path | None, int]:
+    """The checkpoint that `resume_from` names and the optimizer steps it holds; (None, 0) for a fresh run.
+
+    Raises:
+        ValueError: there is none, it is of another run, or it leaves no step to train.
+    """
+    if settings.resume_from is None:
+        return None, 0
+    folder = _latest(settings) if settings.resume_from == "latest" else Path(settings.resume_from)
+    if not (folder / _META).is_file():
+        raise ValueError(f"resume_from: {str(folder)!r} is no checkpoint; give a folder step_* or 'latest'")
+    meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+    for key, value in _identity(settings).items():
+        if meta[key] != value:
+            raise ValueError(
+                f"resume_from: {str(folder)!r} was trained with {key}={meta[key]!r}, this run has {value!r}; "
+                f"set it back, or start a new run without resume_from"
+            )
+    step = int(meta["step"])
+    if step >= settings.steps:
+        raise ValueError(f"resume_from: {str(folder)!r} is at step {step} of {settings.steps}; raise steps")
+    return folder, step
+
+
+def _latest(settings: Settings) -> Path:
+    folder = settings.output_dir / "checkpoints"
+    found = sorted(folder.glob("step_????????"))
+    if not found:
+        raise ValueError(f"resume_from: 'latest', but there is no checkpoint in {str(folder)!r}")
+    return found[-1]
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(settings.model_dump_json(include=set(_IDENTITY)))
+    return values

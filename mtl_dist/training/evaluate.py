@@ -1,0 +1,47 @@
+"""Validation: sums and counts over ranks, divided once."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+
+from mtl_dist.recipes import BatchData, Recipe
+from mtl_dist.stats import stats_dtype
+from mtl_dist.tracking import Row
+from mtl_dist.training.batches import eval_batches
+
+
+def evaluate(
+    model: nn.Module, data: BatchData, recipe: Recipe, accelerator: Accelerator, batch_size: int
+) -> Row:
+    """`eval/loss/<task>` and `eval/<task>/<metric>` over all validation samples, the same on every rank.
+
+    Args:
+        model: as prepared by `accelerator`; its training mode is restored.
+        data: validation samples.
+        recipe: whose tasks and metrics are meant.
+        accelerator: of the run.
+        batch_size: samples of a validation batch, over all ranks.
+    """
+    dtype = stats_dtype(accelerator.device)
+    total = torch.zeros(len(recipe.tasks), 3, dtype=dtype, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in eval_batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
+            total += model(**send_to_device(batch, accelerator.device))
+    model.train(was_training)
+    sums: torch.Tensor = accelerator.reduce(total, reduction="sum")
+    return eval_row(sums, recipe)
+
+
+def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:
+    """Means and metrics from `[n, 3]` sums of loss, metric and samples; none for tasks without samples."""
+    row: Row = {}
+    for (task, metric), (loss, value, count) in zip(recipe.metrics.items(), sums.tolist(), strict=True):
+        if count:
+            row[f"eval/loss/{task}"] = loss / count
+            row[f"eval/{task}/{metric.name}"] = metric.finish(value / count)
+    return row

@@ -1,0 +1,143 @@
+"""Before the first step: the processes, the output folder, the objects."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mtl_dist.balancer import Balancer
+from mtl_dist.config import Settings, build_balancer, build_recipe
+from mtl_dist.integrations.accelerate import EXPECTED_PROCESSES, attach, check_launch
+from mtl_dist.recipes import Batch, BatchData, Recipe
+from mtl_dist.training.batches import StepBatches, train_loader
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, prepared for the engine.
+
+    Attributes:
+        settings: validated.
+        recipe: data, model and metrics.
+        accelerator: of this process.
+        balancer: inside `model`.
+        model: as the engine wrapped it.
+        optimizer: as the engine wrapped it.
+        loader: this rank's part of the global batches that are left to train.
+        eval_data: all validation samples.
+    """
+
+    settings: Settings
+    recipe: Recipe
+    accelerator: Accelerator
+    balancer: Balancer
+    model: nn.Module
+    optimizer: Any
+    loader: DataLoader[Batch]
+    eval_data: BatchData
+
+
+def build_run(settings: Settings, done: int) -> Run:
+    """Starts the engine and builds everything from `settings`.
+
+    Args:
+        settings: of the run.
+        done: optimizer steps already done.
+
+    Raises:
+        RuntimeError: the launcher started something else than was asked for.
+        ValueError: settings that cannot work together.
+    """
+    accelerator = make_accelerator(settings)
+    set_seed(settings.seed)
+    recipe = build_recipe(settings.recipe)
+    train_data, eval_data = recipe.data(settings.seed)
+    balancer = build_balancer(settings)
+    model = recipe.model(balancer)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    sampler = StepBatches(len(train_data), settings.batch_size, settings.seed, done, settings.steps)
+    model, prepared, loader = accelerator.prepare(model, optimizer, train_loader(train_data, sampler))
+    attach(balancer, accelerator)
+    return Run(settings, recipe, accelerator, balancer, model, prepared, loader, eval_data)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """An Accelerator that runs the number of processes that was asked for.
+
+    Raises:
+        RuntimeError: another number of processes was started.
+        ValueError: the global batch does not divide over the processes, or the launcher accumulates.
+    """
+    has_engine = _flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP")
+    has_device = torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
+    handlers = []
+    if has_engine and not has_device:
+        # without a named backend Accelerate sees one process; with cpu=True it turns the engine into DDP
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=not has_device and not has_engine,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=handlers,
+    )
+    expected = {} if settings.num_processes is None else {EXPECTED_PROCESSES: str(settings.num_processes)}
+    check_launch(accelerator, {**os.environ, **expected})
+    started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if settings.batch_size % started:
+        raise ValueError(f"batch_size={settings.batch_size} is global and must divide by {started} processes")
+    if accumulation != 1:
+        raise ValueError(
+            f"the launcher asks for {accumulation} gradient accumulation steps, which this program does not "
+            "take: every batch is an optimizer step; choose batch_size instead"
+        )
+    return accelerator
+
+
+def check_output(settings: Settings) -> None:
+    """Refuses an output folder that holds another run. Reads only.
+
+    Raises:
+        ValueError: with what to do about it.
+    """
+    if (settings.output_dir / METRICS).exists() and not (_continues(settings) or settings.overwrite):
+        raise ValueError(
+            f"output_dir: {str(settings.output_dir)!r} holds a run; "
+            "give another folder, resume_from=latest, or overwrite=true"
+        )
+
+
+def claim_output(settings: Settings, accelerator: Accelerator) -> None:
+    """Makes the output folder and removes an earlier run that is not continued; call it on all ranks."""
+    accelerator.wait_for_everyone()  # every rank has looked before one changes the folder
+    if accelerator.is_main_process:
+        folder = settings.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _continues(settings):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            for name in (METRICS, SUMMARY):
+                (folder / name).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def _continues(settings: Settings) -> bool:
+    """Whether the run resumes from a checkpoint of its own output folder."""
+    if settings.resume_from is None:
+        return False
+    own = settings.output_dir.resolve() in Path(settings.resume_from).resolve().parents
+    return settings.resume_from == "latest" or own
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in {"1", "true", "yes"}

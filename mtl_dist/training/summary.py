@@ -1,0 +1,69 @@
+"""What a finished run leaves: `summary.json` and the closing table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtl_dist.config import Settings
+from mtl_dist.recipes import Recipe
+from mtl_dist.tracking import Row
+
+
+def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) -> dict[str, Any]:
+    """The run in one mapping: settings, and per task the validation loss, metric, weight and gradient norm.
+
+    Args:
+        row: of the last step, with its validation columns.
+        recipe: of the run.
+        settings: of the run.
+        num_processes: that really took part.
+    """
+    tasks = {
+        task: {
+            "loss": row.get(f"eval/loss/{task}"),
+            metric.name: row.get(f"eval/{task}/{metric.name}"),
+            "weight": row.get(f"mtl/weight/{task}"),
+            "grad_norm": row.get(f"mtl/grad_norm/{task}"),
+        }
+        for task, metric in recipe.metrics.items()
+    }
+    return {
+        "steps": settings.steps,
+        "num_processes": num_processes,
+        "train_loss": row["train/loss"],
+        "tasks": tasks,
+        "settings": json.loads(settings.model_dump_json()),
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes `values`, whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def table(summary: Mapping[str, Any], recipe: Recipe) -> str:
+    """The closing table: one line per task."""
+    lines = [("task", "loss", "metric", "final weight", "grad norm")]
+    for task, metric in recipe.metrics.items():
+        values = summary["tasks"][task]
+        lines.append(
+            (
+                task,
+                _number(values["loss"]),
+                f"{metric.name} {_number(values[metric.name])}",
+                _number(values["weight"]),
+                _number(values["grad_norm"]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

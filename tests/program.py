@@ -1,0 +1,56 @@
+"""Runs the training program as a user does: real processes, a hard time limit, warnings looked at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "recipe" / "multi_digits.yaml"
+BIN = Path(sys.executable).parent
+
+
+def run(
+    *command: object, timeout: float = 120, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Output of a command; on the time limit its whole process group is killed and the test fails."""
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MTL_DIST_"))
+    }
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{command} hung for {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def train(output: Path, num_processes: int, *overrides: str) -> str:
+    """Trains the recipe on exactly `num_processes`; returns what it printed. Fails on errors and warnings."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
+    settings = [
+        f"output_dir={output}",
+        f"num_processes={num_processes}",
+        "recipe.num_validation=101",
+        *overrides,
+    ]
+    done = run(
+        sys.executable, *(torchrun if num_processes > 1 else []), "-m", "mtl_dist.train", CONFIG, *settings
+    )
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
