@@ -1,0 +1,76 @@
+# Shared by the scripts in launch/: finds a Python, makes .venv in the repository, installs into it.
+# Source it after `set -euo pipefail`, then call `setup EXTRA`. On any problem it prints one line and exits 1.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  exit 1
+}
+
+is_suitable() { # python command
+  "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# Prints the command of the first suitable Python; MTL_DIST_PYTHON names one instead.
+find_python() {
+  local candidate found="" candidates=(python3.13 python3.12 python3.11 python3 python)
+  if [ -n "${MTL_DIST_PYTHON:-}" ]; then candidates=("$MTL_DIST_PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    command -v "$candidate" >/dev/null 2>&1 || continue
+    if is_suitable "$candidate"; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+    found="$found $candidate is $("$candidate" --version 2>&1 | head -n 1 || true);"
+  done
+  fail "Python 3.11 or newer is needed, and not found:${found:- no python on PATH;} install one, or name it in MTL_DIST_PYTHON"
+}
+
+# What the installation depends on. Equal stamps mean that there is nothing to do.
+stamp() { # extra
+  printf '%s\n' "$1" "$ROOT"
+  cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum
+}
+
+# Makes .venv anew where it is missing, unfinished, or of a Python that is gone.
+make_venv() {
+  local python log="$1"
+  if is_suitable "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+  python="$(find_python)" || exit 1
+  rm -rf "$VENV"
+  "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
+    fail "$python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)"
+  "$python" -m venv "$VENV" >"$log" 2>&1 || fail "$python -m venv: $(tail -n 1 "$log") (log: $log)"
+}
+
+# The line of pip's output that says what went wrong: its first ERROR, which names the package (of an isolated
+# build it is indented, and only general advice follows), else its last line.
+pip_error() { # log
+  local found
+  found="$(grep -m 1 '^ *ERROR:' "$1" || grep -v '^[[:space:]]*$' "$1" | tail -n 1 || true)"
+  printf '%s\n' "$found" | sed 's/^ *//'
+}
+
+# Installs the repository with one extra, every version pinned, and leaves a stamp.
+setup() { # extra
+  local extra="$1" done_file="$VENV/.mtl_dist_$1" log_folder log
+  [ "$(cat "$done_file" 2>/dev/null)" = "$(stamp "$extra")" ] && return
+  log_folder="$ROOT/runs/setup"
+  mkdir -p "$log_folder"
+  log="$log_folder/$extra-$$.log"
+  if command -v flock >/dev/null 2>&1; then # two scripts started at once set up one after the other
+    exec 9>"$ROOT/runs/setup/lock"
+    flock 9
+    [ "$(cat "$done_file" 2>/dev/null)" = "$(stamp "$extra")" ] && return
+  fi
+  make_venv "$log"
+  printf 'installing mtl-dist[%s] into %s (log: %s)\n' "$extra" "$VENV" "$log" >&2
+  # the variables reach the isolated build too: the first with old pip, the second from pip 25.3 on
+  PIP_CONSTRAINT="$ROOT/constraints.txt" PIP_BUILD_CONSTRAINT="$ROOT/constraints.txt" "$VENV/bin/python" -m pip install --disable-pip-version-check \
+    -c "$ROOT/constraints.txt" -e "$ROOT[$extra]" >"$log" 2>&1 </dev/null ||
+    fail "pip: $(pip_error "$log") (log: $log)"
+  stamp "$extra" >"$done_file"
+  if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
+}

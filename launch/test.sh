@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/test.sh [--long] [pytest arguments ...]
+
+Makes .venv, installs mtl_dist with its test dependencies, runs the tests that take less than a minute each.
+
+  --long  the long ones too
+TEXT
+}
+
+selection=(-m "not long")
+case "${1:-}" in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+  --long)
+    selection=()
+    shift
+    ;;
+esac
+
+setup test
+cd "$ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
