@@ -26,7 +26,9 @@ esac
 setup recipes
 cd "$ROOT"
 
-num_gpus="$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count())')"
+# checked in one process first: a launcher would bury the message about a wrong setting
+check='import sys, torch; from mtl_dist.train import main; print(torch.cuda.device_count()); sys.exit(main(sys.argv[1:]))'
+num_gpus="$("$VENV/bin/python" -c "$check" --check configs/recipe/multi_digits.yaml "$@")" || exit 2
 if [ "$num_gpus" = 0 ]; then
   export ACCELERATE_USE_CPU=true
   export MTL_DIST_NUM_PROCESSES="${MTL_DIST_NUM_PROCESSES:-2}"

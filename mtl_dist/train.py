@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`, shared with `mtl-dist train`."""
+    parser.add_argument("--check", action="store_true", help="check the settings and stop, before any launch")
     parser.add_argument(
         "config", metavar="CONFIG", help="YAML file, such as configs/recipe/multi_digits.yaml"
     )
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Trains from parsed arguments; wrong settings are told in one line, by one process."""
+    """Trains from parsed arguments. Wrong settings are told by one process, a line each."""
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         find_checkpoint(settings)
@@ -46,8 +47,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"mtl_dist.train: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # a launcher kills the others when one ends: let rank 0 tell first
         return 2
-    train(settings)
+    if not arguments.check:
+        train(settings)
     return 0
 
 
@@ -109,7 +113,7 @@ def _close(run: Run, summary: dict[str, Any]) -> None:
     folder = run.settings.output_dir
     write_json(folder / SUMMARY, summary)
     processes = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}"
-    print(f"\n{run.settings.steps} steps, {processes}, weighting {run.settings.weighting}\n")
+    print(f"\n{run.settings.steps} steps, {processes}, weighting {run.balancer.weighting}\n")
     print(table(summary, run.recipe), end="\n\n")
     for path in (folder / METRICS, folder / SUMMARY, *sorted(folder.glob("checkpoints/step_????????"))):
         print(f"wrote {path}")

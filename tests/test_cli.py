@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from program import CONFIG
 
 from mtl_dist import cli, train
 from mtl_dist.weighting import COMBINATORS, RULES
@@ -29,8 +30,18 @@ def test_a_wrong_setting_is_one_line_and_status_2(main, capsys, monkeypatch):
 
 def test_only_rank_0_tells_it(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(train.time, "sleep", waited.append)
     assert train.main(["nowhere.yaml"]) == 2
     assert capsys.readouterr() == ("", "")
+    assert waited == [2]  # or the launcher would kill rank 0 before it has told
+
+
+def test_check_stops_before_any_launch(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda settings: pytest.fail("it trained"))
+    assert cli.main(["train", "--check", str(CONFIG), "weighting=mgda"]) == 0
+    assert cli.main(["train", "--check", str(CONFIG), "weighting=mdga"]) == 2
+    assert "did you mean 'mgda'" in capsys.readouterr().err
 
 
 def test_help_shows_the_override_syntax(capsys):

@@ -121,7 +121,7 @@ def test_quickstart_trains_on_two_processes_and_shows_the_table(clone):
     done = run("bash", clone / "launch/quickstart.sh", "steps=12", "weighting=mgda")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
-    assert "12 steps, 2 process(es) on cpu, weighting mgda" in done.stdout
+    assert "12 steps, 2 process(es) on cpu, weighting MGDA()" in done.stdout
     header = next(line for line in done.stdout.splitlines() if line.startswith("task "))
     assert header.split("  ")[0] == "task"
     for column in ("loss", "metric", "final weight", "grad norm"):
@@ -131,6 +131,17 @@ def test_quickstart_trains_on_two_processes_and_shows_the_table(clone):
     summary = json.loads((clone / paths[1]).read_text())
     assert summary["num_processes"] == 2
     assert summary["settings"]["steps"] == 12
+
+
+def test_a_wrong_setting_of_quickstart_is_one_line(clone):
+    installed(clone, "recipes")
+    done = run("bash", clone / "launch/quickstart.sh", "stepz=12")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "mtl_dist.train: configs/recipe/multi_digits.yaml: "
+        "'stepz' (= 12) is not a setting; did you mean 'steps'?"
+    ]
+    assert not (clone / "runs" / "quickstart").exists()
 
 
 def test_the_tests_script_passes_arguments_through_and_leaves_out_long_tests(clone):
