@@ -9,13 +9,16 @@ from mtl_dist.sync import Faults
 from mtl_dist.weighting import Rule
 
 
+def explain_failure(step: int, faults: Faults) -> RuntimeError:
+    """The error of a rank whose peer failed. Reads values from the device."""
+    return RuntimeError(
+        f"mtl_dist, step {step}: {_ranks(*faults.failure.tolist())} failed before it had its statistics; "
+        "the error printed there says why"
+    )
+
+
 def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats, faults: Faults) -> Exception:
     """The error for statistics that a balancer refused. Reads values from the device."""
-    if faults.failure[0] > 0:
-        return RuntimeError(
-            f"mtl_dist, step {stats.step}: {_ranks(*faults.failure.tolist())} failed before it had its "
-            "statistics; the error printed there says why"
-        )
     bad = [
         f"task {task!r} on {_ranks(number, ranks)}"
         for task, number, ranks in zip(tasks, faults.counts.tolist(), faults.rank_sums.tolist(), strict=True)

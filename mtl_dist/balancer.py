@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist._alarm import Alarm
-from mtl_dist._explain import explain_refusal
+from mtl_dist._explain import explain_failure, explain_refusal
 from mtl_dist._quench import Quench
 from mtl_dist.probes import Counts, FeatureProbe, FeatureTap, Heads, Losses, Probe, Reduced, TaskLosses
 from mtl_dist.probes._losses import collect, evaluate
@@ -219,10 +219,7 @@ class Balancer(nn.Module):
         sound = finite & in_domain & (reduced.faults.failure[0] == 0)
         weights, state = self.weighting.update(stats.guarded(sound), self._state)
         sound = sound & weights.isfinite().all()
-        if self.on_nonfinite == "raise":
-            refused = ~sound
-        else:
-            refused = (finite & ~in_domain) | (reduced.faults.failure[0] > 0)
+        refused = ~sound if self.on_nonfinite == "raise" else finite & ~in_domain
         self._alarm.watch(refused, lambda: explain_refusal(self.tasks, self.weighting, stats, reduced.faults))
         self._weights = torch.where(sound & present, weights, self._weights)
         self._state = {key: torch.where(sound, state[key], old) for key, old in self._state.items()}
@@ -252,6 +249,7 @@ class _Step:
         balancer._move_to(local.counts.device)
         self.reduced = True
         total, faults = balancer._synchronizer.reduce(local)
+        self.watch(faults.failure[0] > 0, lambda: explain_failure(balancer.step, faults))
         world_size = balancer._synchronizer.world_size
         # s_i = W c_i / C_i
         shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)

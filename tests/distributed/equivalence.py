@@ -1,6 +1,9 @@
-"""Trains every rule with every probe in every scenario under DDP; rank 0 writes the trajectories to a file.
+"""Trains rules with every probe in every scenario under DDP; rank 0 writes the trajectories to a file.
 
-equivalence.py OUT NUM_STEPS DTYPE [RULE ...]
+    equivalence.py OUT NUM_STEPS DTYPE [RULE ...]
+
+The rules given; without any, every rule with every probe on even shards, every rule with one probe in the
+other scenarios, and there one rule of each kind with the other probes.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ PROBES = {
     "FeatureProbe(reevaluate)": FeatureProbe(reevaluate=True),
     "FeatureTap": FeatureTap(),
 }
-RANK, WORLD_SIZE = start()
+# nothing, losses, losses with memory, norms, Gram
+KINDS = ("equal", "geometric_mean", "initial_loss", "inverse_grad_norm", "mgda")
 
 
 def train(rule: str, probe: str, scenario: str, num_steps: int, dtype: torch.dtype) -> list[dict]:
@@ -31,7 +35,7 @@ def train(rule: str, probe: str, scenario: str, num_steps: int, dtype: torch.dty
     model = net
     if WORLD_SIZE > 1:
         model = DistributedDataParallel(net, find_unused_parameters=scenario != "even")
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.005)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0003)
     rows = []
     for step in range(num_steps):
         optimizer.zero_grad()
@@ -69,8 +73,14 @@ def check_agreement(results: dict) -> None:
 
 
 def main() -> None:
+    global RANK, WORLD_SIZE
+    RANK, WORLD_SIZE = start()
     out, num_steps, dtype, *rules = sys.argv[1:]
-    cells = itertools.product(rules or sorted(RULES), PROBES, SCENARIOS)
+    cells = [
+        cell
+        for cell in itertools.product(rules or sorted(RULES), PROBES, SCENARIOS)
+        if rules or cell[0] in KINDS or cell[1] == "FeatureProbe" or cell[2] == "even"
+    ]
     results = {
         (rule, probe, scenario): train(rule, probe, scenario, int(num_steps), getattr(torch, dtype))
         for rule, probe, scenario in cells
@@ -81,4 +91,5 @@ def main() -> None:
     stop()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,8 @@ def launch(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), str(HERE / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "EXPECTED_WORLD_SIZE": str(num_processes)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent / "weighting"), str(HERE.parents[1])])
+    paths = (HERE, HERE.parent / "weighting", HERE.parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths)
     process = subprocess.Popen(
         command,
         env=environment,

@@ -1,7 +1,7 @@
 """The definition of correct: W ranks equal one process on the concatenated batch.
 
-For every rule, with every probe, in every scenario, after up to 20 steps under DDP: losses, Gram matrix,
-weights, and every parameter gradient.
+For every rule and probe (equivalence.py), through 20 steps under DDP: losses, Gram matrix, weights, and every
+parameter gradient.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from equivalence import KINDS
 from launcher import succeed
 from problem import SCENARIOS
 from torch import Tensor
 
 STEPS = 20
-# one of each kind for the float64 run: nothing, losses, losses with memory, norms, Gram
-KINDS = ["equal", "geometric_mean", "initial_loss", "inverse_grad_norm", "mgda"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,8 @@ def test_ranks_equal_one_process(single: dict, several: dict, scenario: str) -> 
 def test_to_the_last_digits_in_float64(tmp_path: Path, num_processes: int) -> None:
     """What float32 leaves open: each parameter's own gradient, biases whose terms cancel included."""
     (tmp_path / "one").mkdir()
-    expected = trajectories(tmp_path / "one", 1, "float64", tuple(KINDS))
-    got = trajectories(tmp_path, num_processes, "float64", tuple(KINDS))
+    expected = trajectories(tmp_path / "one", 1, "float64", KINDS)
+    got = trajectories(tmp_path, num_processes, "float64", KINDS)
     for scenario in SCENARIOS:
         compare(expected, got, scenario, 1e-10, per_parameter=True)
 

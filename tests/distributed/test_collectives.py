@@ -1,0 +1,36 @@
+"""One small all-reduce a step, whatever the model, the batch and the rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launcher import succeed
+
+NUM_TASKS = 3
+# loss sums, counts, triangle of the Gram, fault counts, fault ranks, failure; float64
+BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 2)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("collectives") / "calls.json"
+    succeed("collectives.py", 2, str(out))
+    return json.loads(Path(out).read_text())
+
+
+@pytest.mark.parametrize(
+    "case", ["FeatureProbe", "FeatureProbe, wide", "FeatureProbe(reevaluate)", "losses", "Every(2)"]
+)
+def test_one_all_reduce_of_fixed_size_a_step(calls: dict, case: str) -> None:
+    first, *others = calls[case]
+    assert first == [["all_gather_object", 0], ["all_reduce", BYTES]]  # ranks compare their settings once
+    assert others == [[["all_reduce", BYTES]]] * 3
+
+
+@pytest.mark.parametrize("case", ["FeatureTap", "FeatureTap, wide"])
+def test_the_tap_has_two(calls: dict, case: str) -> None:
+    first, *others = calls[case]
+    assert first == [["all_gather_object", 0], *[["all_reduce", BYTES]] * 2]
+    assert others == [[["all_reduce", BYTES]] * 2] * 3
