@@ -6,27 +6,40 @@
 from __future__ import annotations
 
 from mtl_dist.weighting._base import Combinator, Needs, Rule, State
+from mtl_dist.weighting.aligned_mtl import AlignedMTL
+from mtl_dist.weighting.cagrad import CAGrad
 from mtl_dist.weighting.clamp import Clamp
 from mtl_dist.weighting.coba import CoBa
+from mtl_dist.weighting.conflict_free import ConFIG
 from mtl_dist.weighting.db_mtl import DBMTL
+from mtl_dist.weighting.dual_proj import DualProj
 from mtl_dist.weighting.dwa import DWA
 from mtl_dist.weighting.encodec import Encodec
 from mtl_dist.weighting.equal import Equal
 from mtl_dist.weighting.every import Every
+from mtl_dist.weighting.fairgrad import FairGrad
 from mtl_dist.weighting.famo import FAMO
 from mtl_dist.weighting.fixed import Fixed
 from mtl_dist.weighting.generalized_mean import GeneralizedMean
 from mtl_dist.weighting.geometric_mean import GeometricMean
 from mtl_dist.weighting.grad_norm import GradNorm
+from mtl_dist.weighting.gradvac import GradVac
 from mtl_dist.weighting.imtl_l import IMTLL
+from mtl_dist.weighting.imtlg import IMTLG
 from mtl_dist.weighting.initial_loss import InitialLoss
 from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm
 from mtl_dist.weighting.inverse_loss import InverseLoss
+from mtl_dist.weighting.krum import Krum
 from mtl_dist.weighting.log_sum_exp import LogSumExp
 from mtl_dist.weighting.mgda import MGDA
+from mtl_dist.weighting.nash_mtl import NashMTL
 from mtl_dist.weighting.normalize import Normalize
 from mtl_dist.weighting.ntk_balance import NTKBalance
+from mtl_dist.weighting.of_log_losses import OfLogLosses
+from mtl_dist.weighting.pcd import PCD
+from mtl_dist.weighting.pcgrad import PCGrad
 from mtl_dist.weighting.preference import Preference
+from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary
 from mtl_dist.weighting.prior_loss import PriorLoss
 from mtl_dist.weighting.relobralo import ReLoBRaLo
 from mtl_dist.weighting.rlw import RLW
@@ -34,38 +47,53 @@ from mtl_dist.weighting.smooth import Smooth
 from mtl_dist.weighting.soft_adapt import SoftAdapt
 from mtl_dist.weighting.stch import STCH
 from mtl_dist.weighting.uncertainty import Uncertainty
+from mtl_dist.weighting.upgrad import UPGrad
 from mtl_dist.weighting.warmup import Warmup
 
 RULES: dict[str, type[Rule]] = {
+    "aligned_mtl": AlignedMTL,
+    "cagrad": CAGrad,
     "coba": CoBa,
+    "conflict_free": ConFIG,
     "db_mtl": DBMTL,
+    "dual_proj": DualProj,
     "dwa": DWA,
     "encodec": Encodec,
     "equal": Equal,
+    "fairgrad": FairGrad,
     "famo": FAMO,
     "fixed": Fixed,
     "generalized_mean": GeneralizedMean,
     "geometric_mean": GeometricMean,
     "grad_norm": GradNorm,
+    "gradvac": GradVac,
     "imtl_l": IMTLL,
+    "imtlg": IMTLG,
     "initial_loss": InitialLoss,
     "inverse_grad_norm": InverseGradNorm,
     "inverse_loss": InverseLoss,
+    "krum": Krum,
     "log_sum_exp": LogSumExp,
     "mgda": MGDA,
+    "nash_mtl": NashMTL,
     "ntk_balance": NTKBalance,
+    "pcd": PCD,
+    "pcgrad": PCGrad,
+    "primary_auxiliary": PrimaryAuxiliary,
     "prior_loss": PriorLoss,
     "relobralo": ReLoBRaLo,
     "rlw": RLW,
     "soft_adapt": SoftAdapt,
     "stch": STCH,
     "uncertainty": Uncertainty,
+    "upgrad": UPGrad,
 }
 
 COMBINATORS: dict[str, type[Combinator]] = {
     "clamp": Clamp,
     "every": Every,
     "normalize": Normalize,
+    "of_log_losses": OfLogLosses,
     "preference": Preference,
     "smooth": Smooth,
     "warmup": Warmup,
@@ -76,35 +104,49 @@ __all__ = [
     "DBMTL",
     "DWA",
     "FAMO",
+    "IMTLG",
     "IMTLL",
     "MGDA",
+    "PCD",
     "RLW",
     "RULES",
     "STCH",
+    "AlignedMTL",
+    "CAGrad",
     "Clamp",
     "CoBa",
     "Combinator",
+    "ConFIG",
+    "DualProj",
     "Encodec",
     "Equal",
     "Every",
+    "FairGrad",
     "Fixed",
     "GeneralizedMean",
     "GeometricMean",
     "GradNorm",
+    "GradVac",
     "InitialLoss",
     "InverseGradNorm",
     "InverseLoss",
+    "Krum",
     "LogSumExp",
     "NTKBalance",
+    "NashMTL",
     "Needs",
     "Normalize",
+    "OfLogLosses",
+    "PCGrad",
     "Preference",
+    "PrimaryAuxiliary",
     "PriorLoss",
     "ReLoBRaLo",
     "Rule",
     "Smooth",
     "SoftAdapt",
     "State",
+    "UPGrad",
     "Uncertainty",
     "Warmup",
 ]

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats, stats_dtype
 
 State = dict[str, Tensor]
+Array = NDArray[np.float64]
+EPS = float(
+    np.finfo(np.float64).eps
+)  # what solvers call zero is a small multiple of it, relative to the problem
 
 
 class Needs(IntEnum):
@@ -175,23 +181,33 @@ def mean_present(values: Tensor, stats: TaskStats) -> Tensor:
     return torch.where(stats.present, values, torch.zeros_like(values)).sum() / stats.num_present
 
 
-def on_present(solver: Callable[[Tensor], Tensor], stats: TaskStats) -> Tensor:
-    """Weights from an iterative solver of the Gram matrix of the tasks present.
+def on_present(solver: Callable[..., Array], stats: TaskStats, *values: Tensor) -> Tensor:
+    """Weights from a solver of the Gram matrix of the tasks present, which runs on the CPU.
+
+    Eigenvalues, active sets and random orders make a GPU wait for the host anyway, and n is small: one
+    transfer each way, and float64 in between.
 
     Args:
-        solver: takes `[m, m]` float64 on the CPU with m >= 1, returns `[m]`.
+        solver: takes `[m, m]` float64 with m >= 1 and an `[m]` for each of `values`, returns `[m]`.
         stats: statistics with a Gram matrix.
+        values: `[n]` each, what else the solver reads of every task.
 
     Returns:
         `[n]` weights on the device of the statistics; 0 for absent tasks.
     """
     gram = stats.require_gram()
-    host = torch.cat([gram, stats.present.to(gram.dtype)[:, None]], dim=1).cpu().double()  # one transfer
-    index = host[:, -1].nonzero().squeeze(1)
-    weights = torch.zeros(len(host), dtype=torch.float64)
+    rows = torch.stack([stats.present.to(gram.dtype), *(value.to(gram.dtype) for value in values)])
+    host = torch.cat([gram, rows]).double().cpu().numpy()  # one transfer
+    n = len(gram)
+    index = host[n].nonzero()[0]
+    weights = np.zeros(n)
     if len(index):
-        weights[index] = solver(host[index][:, index])
-    return weights.to(gram.device, gram.dtype)
+        block = host[index[:, None], index]
+        if gram.dtype != torch.float64:
+            # rounding may have made the Gram indefinite; a ridge of its own size makes it semidefinite again
+            block[np.diag_indices_from(block)] *= 1 + n * torch.finfo(gram.dtype).eps
+        weights[index] = solver(block, *(row[index] for row in host[n + 1 :]))
+    return torch.from_numpy(weights).to(gram.device, gram.dtype)
 
 
 def nest(prefix: str, state: State) -> State:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import numpy as np
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State, on_present
-from mtl_dist.weighting._simplex import min_norm_point
+from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
+from mtl_dist.weighting._simplex import min_norm_weights
+
+Normalization = Literal["none", "l2", "loss", "loss+"]
 
 
 @dataclass(frozen=True)
@@ -16,15 +20,48 @@ class MGDA(Rule):
     """Multiple-gradient descent: `α = argmin αᵀGα` over the simplex, solved exactly.
 
     `u = Σ αᵢgᵢ` satisfies `⟨gᵢ, u⟩ >= ‖u‖²` for every task, so no loss rises to first order, and `u = 0`
-    exactly at a Pareto-stationary point. Where several α give the same u (linearly dependent gradients) any
-    one of them is returned, the same on every rank.
+    exactly at a Pareto-stationary point. Where several α give the same u (linearly dependent gradients) the
+    most even of them is returned. Tasks without gradient share all the weight.
+
+    With a normalisation the problem is posed for `gᵢ/sᵢ`, and `αᵢ = aᵢ/sᵢ`, so that u is the combination
+    which was minimised and no loss rises along it. LibMTL does the same on parameters; Sener's code, and
+    LibMTL on representations, multiply the losses by `aᵢ`, which drops that guarantee.
 
     Sener and Koltun, NeurIPS 2018; Désidéri 2012. Their Frank-Wolfe and projected-gradient iterations stop at
-    a tolerance; here an active-set method ends at a vertex set whose optimality conditions hold.
+    a tolerance; here an active-set method ends at weights whose optimality conditions hold up to rounding.
+
+    Attributes:
+        normalization: sᵢ is 1 ("none"), `‖gᵢ‖` ("l2"), `Lᵢ` ("loss") or `Lᵢ‖gᵢ‖` ("loss+"). A task without
+            gradient has the mean length of the others.
     """
 
     needs = Needs.GRAM
 
+    normalization: Normalization = "none"
+
+    def __post_init__(self) -> None:
+        if self.normalization not in get_args(Normalization):
+            known = ", ".join(get_args(Normalization))
+            raise ValueError(f"MGDA: normalization must be one of {known}, got {self.normalization!r}")
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]  # an instance's answer
+        """Whether losses divide gradients."""
+        return self.normalization in ("loss", "loss+")
+
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Minimum-norm weights; they sum to 1 over the tasks present."""
-        return on_present(min_norm_point, stats), state
+        """Minimum-norm weights; without normalisation they sum to 1 over the tasks present."""
+        return on_present(self._solve, stats, stats.losses), state
+
+    def _solve(self, gram: Array, losses: Array) -> Array:
+        s = np.ones(len(gram))
+        if self.normalization in ("l2", "loss+"):
+            lengths = np.sqrt(gram.diagonal())
+            s *= np.where(lengths > 0, lengths, lengths.sum() / max(np.count_nonzero(lengths), 1) or 1.0)
+        if self.normalization in ("loss", "loss+"):
+            s *= losses
+        # a = argmin ‖Σ a_i g_i / s_i‖²
+        a = min_norm_weights(gram / np.outer(s, s))
+        # α_i = a_i / s_i
+        result: Array = a / s
+        return result

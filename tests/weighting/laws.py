@@ -46,9 +46,17 @@ def trace(
     return result
 
 
+def judges(name: str, case: Case) -> list[TaskStats]:
+    """Statistics for `assert_same`: only a rule that reads the Gram may have more than one right answer."""
+    if build(name, case.tasks).needs is Needs.GRAM:
+        return stream(case)
+    return [replace(stats, gram=None) for stats in stream(case)]
+
+
 def assert_same(got: Tensor, expected: Tensor, stats: TaskStats, message: str, rtol: float = RTOL) -> None:
     """Equal weights, or weights of the same update: where gradients are dependent, weights are not unique."""
-    if torch.allclose(got, expected, rtol=rtol, atol=0):
+    # what is below float32's range is 0 where the rule computed in float32
+    if torch.allclose(got, expected, rtol=rtol, atol=torch.finfo(torch.float32).tiny):
         return
     if stats.gram is not None:
         difference = (got - expected).double()
@@ -101,7 +109,7 @@ def permutation(name: str, case: Case) -> None:
     steps = stream(case)
     expected = run(build(name, case.tasks), case, steps)
     got = run(build(name, permuted.tasks), permuted, stream(permuted))
-    for a, b, stats in zip(got, expected, stream(permuted), strict=True):
+    for a, b, stats in zip(got, expected, judges(name, permuted), strict=True):
         assert_same(a, b[order], stats, "permuted tasks")
 
 
@@ -115,7 +123,7 @@ def homogeneous(name: str, case: Case) -> None:
             (gradient_degree, replace(case, gram=scale**2 * case.gram)),
         ):
             for got, want, stats in zip(
-                run(build(name, case.tasks), moved, stream(moved)), expected, stream(case), strict=True
+                run(build(name, case.tasks), moved, stream(moved)), expected, judges(name, case), strict=True
             ):
                 assert_same(got / scale**power, want, stats, f"scale {scale:g} should give degree {power}")
 
@@ -129,7 +137,7 @@ def absent(name: str, case: Case) -> None:
         alone = case.only(others)
         expected = run(build(name, alone.tasks), alone, stream(alone))
         got = run(build(name, case.tasks), case, [without(stats, missing) for stats in stream(case)])
-        for a, b, stats in zip(got, expected, stream(alone), strict=True):
+        for a, b, stats in zip(got, expected, judges(name, alone), strict=True):
             assert a.isfinite().all(), a
             assert_same(a[others], b, stats, f"{case.tasks[missing]} absent")
     rule = build(name, case.tasks)
@@ -194,7 +202,7 @@ def single_precision(name: str, case: Case) -> None:
         assert describe(state) == layout, f"{describe(state)} != {layout}"
     if case.name.startswith("random") and case.n < 64:
         for (got, _), want, stats in zip(
-            results, run(build(name, case.tasks), case, stream(case)), stream(case), strict=True
+            results, run(build(name, case.tasks), case, stream(case)), judges(name, case), strict=True
         ):
             assert_same(got.double(), want, stats, "float32", rtol=1e-3)
 
@@ -264,6 +272,24 @@ DEGREES: dict[str, tuple[float, float]] = {
     "inverse_loss": (-1, 0),
     "mgda": (0, 0),
     "prior_loss": (0, 0),
+    # rules of the Gram
+    "aligned_mtl": (0, 0),
+    "cagrad": (0, 0),
+    "conflict_free": (0, 0),
+    "dual_proj": (0, 0),
+    "fairgrad": (0, -1),
+    "fairgrad(alpha=3)": (0, -1.5),
+    "gradvac": (0, 0),
+    "imtlg": (0, 0),
+    "krum": (0, 0),
+    "mgda(l2)": (0, -1),
+    "mgda(loss)": (-1, 0),
+    "mgda(loss+)": (-1, -1),
+    "nash_mtl": (0, -1),
+    "pcd": (0, 0),
+    "pcgrad": (0, 0),
+    "primary_auxiliary": (0, 0),
+    "upgrad": (0, 0),
 }
 
 # weight of a single task with loss L and gradient norm d, at the first step
@@ -304,6 +330,24 @@ SINGLE: dict[str, Callable[[float, float], float]] = {
     "inverse_grad_norm": lambda loss, norm: 1 / norm,
     "inverse_loss": lambda loss, norm: 1 / loss,
     "mgda": lambda loss, norm: 1.0,
+    "mgda(l2)": lambda loss, norm: 1 / norm,
+    "mgda(loss)": lambda loss, norm: 1 / loss,
+    "mgda(loss+)": lambda loss, norm: 1 / (loss * norm),
+    "aligned_mtl": lambda loss, norm: 1.0,
+    "cagrad": lambda loss, norm: 1.5,  # 1 + c: the worst case is the task itself
+    "conflict_free": lambda loss, norm: 1.0,
+    "dual_proj": lambda loss, norm: 1.0,
+    "fairgrad": lambda loss, norm: 1 / norm,
+    "fairgrad(alpha=3)": lambda loss, norm: norm**-1.5,
+    "gradvac": lambda loss, norm: 1.0,
+    "imtlg": lambda loss, norm: 1.0,
+    "krum": lambda loss, norm: 1.0,
+    "nash_mtl": lambda loss, norm: 1 / norm,
+    "pcd": lambda loss, norm: 1.0,
+    "pcgrad": lambda loss, norm: 1.0,
+    "primary_auxiliary": lambda loss, norm: 1.0,
+    "primary_auxiliary(several)": lambda loss, norm: 1.0,
+    "upgrad": lambda loss, norm: 1.0,
     "prior_loss": lambda loss, norm: 1 / 0.5,
 }
 for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
@@ -312,6 +356,7 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
         f"clamp/{_inner}": lambda loss, norm, f=_of_inner: min(max(f(loss, norm), 0.1), 2.0),
         f"every/{_inner}": _of_inner,
         f"normalize/{_inner}": lambda loss, norm: 1.0,
+        f"of_log_losses/{_inner}": lambda loss, norm, f=_of_inner: f(loss, norm / loss) / loss,
         f"preference/{_inner}": lambda loss, norm, f=_of_inner: 0.5 * f(loss, norm),
         f"smooth/{_inner}": _of_inner,
         f"warmup/{_inner}": lambda loss, norm: 1.0,
@@ -326,6 +371,7 @@ class Exempt:
     cases: tuple[str, ...] | None = None
 
 
+_ORDERS = "random orders are drawn by position, not by name"
 _BOUNDS = "the bounds are in units of the weights"
 _UNITS = "a setting is in units of the losses"
 _LEARNS = "it starts from weight 1 and learns the losses' scale"
@@ -333,6 +379,9 @@ _DRAWS = "draws go by position, not by task"
 _STARTS = "equal weights have degree 0, those that follow have not"
 
 EXEMPT: dict[tuple[str, str], Exempt] = {
+    ("permutation", "gradvac"): Exempt(_ORDERS),
+    ("permutation", "pcgrad"): Exempt(_ORDERS),
+    ("permutation", "krum"): Exempt("of three tasks the nearest two have equal scores; the first is taken"),
     ("homogeneous", "clamp/inverse_loss"): Exempt(_BOUNDS),
     ("homogeneous", "clamp/inverse_grad_norm"): Exempt(_BOUNDS),
     ("homogeneous", "clamp/initial_loss"): Exempt(_BOUNDS),
@@ -357,6 +406,9 @@ def degrees(name: str) -> tuple[float, float]:
         return DEGREES[name]
     outer, _, inner = name.partition("/")
     if inner:
+        if outer == "of_log_losses":  # G/L² has degree -2 in the losses, and the weights are divided by L
+            loss_degree, gradient_degree = degrees(inner)
+            return loss_degree - gradient_degree - 1, gradient_degree
         return (0, 0) if outer == "normalize" else degrees(inner)
     base = name.partition("(")[0]
     if base in DEGREES:

@@ -1,0 +1,116 @@
+"""Convex quadratic programs over the non-negative orthant, from inner products alone.
+
+Minimum-norm points, projections onto dual cones and non-negative least squares of gradients are all of this
+one form, so they share this one solver.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtl_dist.weighting._base import EPS, Array
+from mtl_dist.weighting._hard_columns import interior_point, lawson_hanson, rounding_of
+
+_RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
+_REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
+_ROUNDS = 8  # of pivoting, which ends in 1 to 5 where the matrix is well conditioned
+
+
+def nonnegative_minimum(gram: Array, target: Array) -> Array:
+    """`argmin ½ xᵀHx - bᵀx` over `x >= 0`, for each column b of `target`.
+
+    The answer meets the optimality conditions `Hx - b >= 0`, `x ⟂ Hx - b` up to rounding, measured in units
+    of each row's own length, so that gradients of very different lengths keep their digits. Where several x
+    do, it is the shortest in those units, up to a small relative error: rounding and the order of the rows do
+    not decide. Coordinate descent guesses the support, principal pivoting of all columns at once makes it
+    exact. Columns where that cycles, because H is nearly singular, get their support from an interior-point
+    method, or, where no digits are left to tell, from Lawson and Hanson's method, which always ends.
+
+    Args:
+        gram: `[n, n]` positive semidefinite H. A row of zeros leaves its `x` at 0.
+        target: `[n]` or `[n, k]`, with `bᵀz <= 0` for every `z >= 0` in the null space of H, or the minimum
+            does not exist and the answer is finite but arbitrary.
+
+    Returns:
+        `[n]` or `[n, k]`.
+    """
+    n = len(gram)
+    lengths = np.sqrt(gram.diagonal())
+    lengths = np.where(lengths > 0, lengths, np.inf)
+    unit = gram / np.outer(lengths, lengths)
+    np.fill_diagonal(unit, 1.0)
+    columns = (target.T / lengths).reshape(-1, n)
+    result = _descend(unit, columns)
+    hard = _pivot(unit, columns, result, np.arange(len(columns)), _RIDGE)
+    for ridge in (_RIDGE, 4 * n * EPS):
+        for column in hard:
+            result[column] = interior_point(unit, columns[column], ridge)
+        hard = _pivot(unit, columns, result, hard, ridge)
+    for column in hard:
+        result[column] = lawson_hanson(unit, columns[column], result[column])
+    scaled: Array = (result / lengths).T.reshape(target.shape)
+    return scaled
+
+
+def _descend(gram: Array, target: Array) -> Array:
+    """A few sweeps of coordinate descent from 0, `[k, n]`."""
+    x = np.zeros_like(target.T)
+    for _ in range(3 + len(target) // 16):  # a sweep costs as much for one column as for many
+        for j, row in enumerate(gram):
+            x[j] = np.maximum(0.0, x[j] + target[:, j] - row @ x)
+    return np.ascontiguousarray(x.T)
+
+
+def _pivot(
+    gram: Array, target: Array, result: Array, todo: NDArray[np.intp], ridge: float
+) -> NDArray[np.intp]:
+    """Makes the columns `todo` of `result` exact, starting from their supports; those it could not settle.
+
+    Júdice and Pires, Computers & Operations Research 21, 1994. The ridge makes the support unique. Its effect
+    on x is taken back, on that support, at the end.
+    """
+    unsettled = []
+    free = result[todo] > 0
+    for _ in range(_ROUNDS):
+        if not len(todo):
+            break
+        b = target[todo]
+        support = _Support(gram, free, ridge)
+        x = support.solve(b)
+        slope = x @ gram + ridge * x - b
+        # free where x stays positive, or where the bound's multiplier is negative
+        pivoted = np.where(free, x > 0, slope < -rounding_of(x, b))
+        found = (pivoted == free).all(1)
+        if found.any():
+            for _ in range(_REFINEMENTS):
+                x += support.solve(b - x @ gram)
+            slope = x @ gram - b
+            error = np.where(free, np.abs(slope), -slope) - rounding_of(x, b)
+            optimal = found & (x >= 0).all(1) & (error <= 0).all(1)
+            result[todo[optimal]] = x[optimal]
+            unsettled.append(todo[found & ~optimal])
+        todo, free = todo[~found], pivoted[~found]
+    return np.concatenate([*unsettled, todo])
+
+
+class _Support:
+    """`H_FF + ridge` of many supports F at once, factorised; padded with the identity to the largest."""
+
+    def __init__(self, gram: Array, free: NDArray[np.bool_], ridge: float) -> None:
+        size = int(free.sum(1).max(initial=0))
+        self._order = np.argsort(~free, axis=1, kind="stable")[:, :size]
+        self._inside = np.take_along_axis(free, self._order, 1)
+        blocks = np.take(gram, self._order[:, :, None] * len(gram) + self._order[:, None, :])
+        blocks *= self._inside[:, :, None] & self._inside[:, None, :]
+        blocks[:, np.arange(size), np.arange(size)] = 1 + ridge
+        self._factors = torch.linalg.lu_factor(torch.from_numpy(blocks))
+
+    def solve(self, target: Array) -> Array:
+        """`x_F = (H_FF + ridge)⁻¹ b_F`, `x = 0` elsewhere."""
+        inside = np.take_along_axis(target, self._order, 1) * self._inside
+        values = torch.linalg.lu_solve(*self._factors, torch.from_numpy(inside)[:, :, None])
+        x = np.zeros_like(target)
+        np.put_along_axis(x, self._order, values[:, :, 0].numpy(), 1)
+        return x

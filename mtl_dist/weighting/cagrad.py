@@ -1,0 +1,52 @@
+"""CAGrad: the update near the mean gradient under which the worst task improves most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
+from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting._worst_case import conflict_averse
+
+
+@dataclass(frozen=True)
+class CAGrad(Rule):
+    """`max_d minᵢ ⟨gᵢ, d⟩` subject to `‖d - g₀‖ <= c‖g₀‖`, `g₀ = Σ gᵢ/n`: `α = 1/n + (c‖g₀‖/‖g_w‖) w`.
+
+    w minimises `⟨g_w, g₀⟩ + c‖g₀‖‖g_w‖` over the simplex. With `c < 1` it stops only where g₀ = 0, the
+    stationary points of the mean loss; `c = 0` is `Equal`.
+
+    Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021, Algorithm 1. LibMTL
+    and the official code minimise by SLSQP, and the latter multiplies the result by n; TorchJD returns zeros
+    below a gradient norm of 1e-2. Here the optimality conditions hold up to rounding at every scale.
+    Where `g_w = 0` (a Pareto-stationary point) the formula is 0/0; of the best d, for which
+    `minᵢ ⟨gᵢ, d⟩ = 0`, the one nearest to g₀ is taken: that of `DualProj`.
+
+    Attributes:
+        c: radius of the ball around g₀, in units of its length; 0.5 in the paper's toy and LibMTL, 0.4 in the
+            paper's vision experiments.
+        rescale: what α is divided by: 1 (0, the paper's algorithm), `1 + c²` (1, the official code) or
+            `1 + c` (2, the official toy).
+    """
+
+    needs = Needs.GRAM
+
+    c: float = 0.5
+    rescale: Literal[0, 1, 2] = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "c", self.c, zero=True)
+        if self.rescale not in (0, 1, 2):
+            raise ValueError(f"CAGrad: rescale must be 0, 1 or 2, got {self.rescale}")
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`α = 1/n + (c‖g₀‖/‖g_w‖) w`."""
+        return on_present(self._solve, stats), state
+
+    def _solve(self, gram: Array) -> Array:
+        result: Array = conflict_averse(gram, self.c) / (1.0, 1 + self.c**2, 1 + self.c)[self.rescale]
+        return result

@@ -1,0 +1,47 @@
+"""ConFIG: equal progress for all tasks, at the speed of the gradients' sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Array, State, on_present
+from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
+from mtl_dist.weighting._preference import PreferenceRule
+
+
+@dataclass(frozen=True)
+class ConFIG(PreferenceRule):
+    """Conflict-free inverse gradients: direction `x = Û⁺w`, length `Σᵢ ⟨gᵢ, x/‖x‖⟩`, with unit gradients Û.
+
+    From inner products alone: `a = D⁻¹(D⁻¹GD⁻¹)⁺w`, `α = (1ᵀGa / aᵀGa) a`, with D the norms. With `w = 1` the
+    update has the same angle with every gradient: the direction of IMTL-G, with another length.
+
+    Liu, Chu and Thuerey, ConFIG, ICLR 2025, arXiv 2408.11104, equation 2; their package is `conflictfree`. It
+    and TorchJD take the pseudo-inverse of the matrix of all gradients. Weights can be negative. Where
+    gradients are linearly dependent, projections are equal in the least-squares sense, and losses can rise;
+    where the unit gradients cancel (`Û⁺w = 0`), the weights are 0. A task without gradient takes no part and
+    gets the mean of the others' weights.
+
+    Attributes:
+        preference: `w`, the projections on the unit gradients up to a factor; None for 1.
+    """
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`α = (1ᵀGa / aᵀGa) a`."""
+        return on_present(among_nonzero(_solve), stats, self.preferred(stats, state, 1.0)), state
+
+
+def _solve(gram: Array, preference: Array) -> Array:
+    cosine, lengths = cosines(gram)
+    # b = C⁺ w, a = D⁻¹ b
+    b = equal_projections(cosine, preference)
+    square = b @ cosine @ b
+    if square <= 0 or not np.any(b):
+        return np.zeros_like(b)
+    # α = (1ᵀGa / aᵀGa) a
+    result: Array = (lengths @ cosine @ b / square) * b / lengths
+    return result

@@ -1,0 +1,58 @@
+"""PCGrad: each gradient loses what conflicts with the others, one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
+from mtl_dist.weighting._checks import check_count
+from mtl_dist.weighting._orders import random_orders
+
+
+@dataclass(frozen=True)
+class PCGrad(Rule):
+    """`gᵢ ← gᵢ - ⟨gᵢ, gⱼ⟩/‖gⱼ‖² gⱼ` where `⟨gᵢ, gⱼ⟩ < 0`, for j in random order; `u = Σᵢ gᵢ`.
+
+    The projected `gᵢ` is `Σₖ cᵢₖgₖ`, and `α = Σᵢ cᵢ`. From n = 3 on, a later projection can bring back an
+    earlier conflict, so losses may rise. Weights are at least 1; a task without gradient gets 1.
+
+    Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, Algorithm 1. The official code of
+    Nash-MTL shuffles one list with the task itself in it, LibMTL and TorchJD draw an order per task, as here.
+
+    Attributes:
+        seed: of the orders, which depend on it and on the step alone.
+    """
+
+    needs = Needs.GRAM
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self, "seed", self.seed, low=0)
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """`α = Σᵢ cᵢ` for this step's orders."""
+        return on_present(
+            lambda gram: project_conflicts(gram, random_orders(len(gram), self.seed, stats.step)), stats
+        ), state
+
+
+def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
+    """Weights after task i has met the tasks in the order `orders[i]`, all i at once."""
+    rows = np.arange(len(gram))
+    squares = gram.diagonal()
+    c = np.eye(len(gram))
+    dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
+    for j in orders.T:
+        conflict = (dots[rows, j] < 0) & (j != rows) & (squares[j] > 0)
+        # c_ij -= ⟨c_i, g_j⟩ / ‖g_j‖²
+        step = np.where(conflict, -dots[rows, j] / np.where(conflict, squares[j], 1.0), 0.0)
+        c[rows, j] += step
+        dots += step[:, None] * gram[j]
+    result: Array = c.sum(0)
+    return result
