@@ -35,7 +35,7 @@ class Every(Combinator):
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """The weights held, and whether each exists."""
-        held = constant(1 / len(tasks), len(tasks), device)
+        held = constant(0.0, len(tasks), device)
         known = torch.zeros(len(tasks), dtype=torch.bool, device=device)
         return {"held": held, "known": known, **nest("rule", self.rule.init(tasks, device))}
 

@@ -90,6 +90,12 @@ def test_every_gives_a_task_without_weight_the_mean_of_the_others():
     assert weights[5] == [2.0, 2.0, 5.0]  # absent at step 4: its weight of step 2 is held
 
 
+def test_every_with_one_weight_gives_it_to_all():
+    alone = (False, True, False)
+    weights, _ = run(Every(Echo(), 2), [stats([1.0, 8.0, 1.0], 0, alone), stats([1.0] * 3, 1)])
+    assert weights[1] == [8.0] * 3
+
+
 def test_every_with_nobody_present_at_first_is_equal():
     weights, _ = run(Every(Echo(), 4), [stats([1.0] * 3, 0, (False,) * 3), stats([7.0] * 3, 1)])
     assert weights[1] == [1 / 3] * 3
@@ -99,6 +105,11 @@ def test_every_with_nobody_present_at_first_is_equal():
 def test_normalize_fixes_the_sum(total, expected):
     (weights,), _ = run(Normalize(Echo(), total), [stats([2e200, 3e200, 5e200])])
     assert weights == pytest.approx(expected)
+
+
+def test_normalize_of_weights_whose_sum_would_overflow():
+    (weights,), _ = run(Normalize(Echo()), [stats([1.7e308, 1.7e308, 1.7e-3])])
+    assert weights == pytest.approx([1.5, 1.5, 0.0])
 
 
 def test_normalize_over_present_tasks_and_keeps_signs():
@@ -130,6 +141,8 @@ def test_warmup_is_equal_then_the_rule_from_its_own_step_zero():
 def test_warmup_measures_nothing_until_it_ends():
     rule = Warmup(Every(InverseGradNorm(), 2), 3)
     assert [rule.needs_at(step) for step in range(7)] == [0, 0, 0, Needs.NORMS, 0, Needs.NORMS, 0]
+    rule = Warmup(Every(InverseGradNorm(), 3), 2)
+    assert [rule.needs_at(step) for step in range(7)] == [0, 0, Needs.NORMS, 0, 0, Needs.NORMS, 0]
 
 
 def test_warmup_counts_the_tasks_present():

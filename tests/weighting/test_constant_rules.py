@@ -55,6 +55,12 @@ def test_initial_loss_counts_only_steps_where_the_task_is_present():
     assert weights.tolist() == [1 / 2, 1 / 3, 1 / 2]
 
 
+def test_initial_loss_of_a_task_never_seen_is_finite():
+    rule = InitialLoss()
+    weights, _ = rule.update(stats([2.0, 1.0, 4.0], present=(True, False, True)), rule.init(TASKS, CPU))
+    assert weights.tolist() == [0.5, 1.0, 0.25]
+
+
 def test_only_a_measured_initial_loss_needs_positive_losses():
     assert InitialLoss().positive_losses
     assert not InitialLoss(losses=[1.0, 1.0, 1.0]).positive_losses
