@@ -272,6 +272,24 @@ DEGREES: dict[str, tuple[float, float]] = {
     "inverse_loss": (-1, 0),
     "mgda": (0, 0),
     "prior_loss": (0, 0),
+    # rules of the Gram
+    "aligned_mtl": (0, 0),
+    "cagrad": (0, 0),
+    "conflict_free": (0, 0),
+    "dual_proj": (0, 0),
+    "fairgrad": (0, -1),
+    "fairgrad(alpha=3)": (0, -1.5),
+    "gradvac": (0, 0),
+    "imtlg": (0, 0),
+    "krum": (0, 0),
+    "mgda(l2)": (0, -1),
+    "mgda(loss)": (-1, 0),
+    "mgda(loss+)": (-1, -1),
+    "nash_mtl": (0, -1),
+    "pcd": (0, 0),
+    "pcgrad": (0, 0),
+    "primary_auxiliary": (0, 0),
+    "upgrad": (0, 0),
 }
 
 # weight of a single task with loss L and gradient norm d, at the first step
@@ -312,6 +330,24 @@ SINGLE: dict[str, Callable[[float, float], float]] = {
     "inverse_grad_norm": lambda loss, norm: 1 / norm,
     "inverse_loss": lambda loss, norm: 1 / loss,
     "mgda": lambda loss, norm: 1.0,
+    "mgda(l2)": lambda loss, norm: 1 / norm,
+    "mgda(loss)": lambda loss, norm: 1 / loss,
+    "mgda(loss+)": lambda loss, norm: 1 / (loss * norm),
+    "aligned_mtl": lambda loss, norm: 1.0,
+    "cagrad": lambda loss, norm: 1.5,  # 1 + c: the worst case is the task itself
+    "conflict_free": lambda loss, norm: 1.0,
+    "dual_proj": lambda loss, norm: 1.0,
+    "fairgrad": lambda loss, norm: 1 / norm,
+    "fairgrad(alpha=3)": lambda loss, norm: norm**-1.5,
+    "gradvac": lambda loss, norm: 1.0,
+    "imtlg": lambda loss, norm: 1.0,
+    "krum": lambda loss, norm: 1.0,
+    "nash_mtl": lambda loss, norm: 1 / norm,
+    "pcd": lambda loss, norm: 1.0,
+    "pcgrad": lambda loss, norm: 1.0,
+    "primary_auxiliary": lambda loss, norm: 1.0,
+    "primary_auxiliary(several)": lambda loss, norm: 1.0,
+    "upgrad": lambda loss, norm: 1.0,
     "prior_loss": lambda loss, norm: 1 / 0.5,
 }
 for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
@@ -320,6 +356,7 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
         f"clamp/{_inner}": lambda loss, norm, f=_of_inner: min(max(f(loss, norm), 0.1), 2.0),
         f"every/{_inner}": _of_inner,
         f"normalize/{_inner}": lambda loss, norm: 1.0,
+        f"of_log_losses/{_inner}": lambda loss, norm, f=_of_inner: f(loss, norm / loss) / loss,
         f"preference/{_inner}": lambda loss, norm, f=_of_inner: 0.5 * f(loss, norm),
         f"smooth/{_inner}": _of_inner,
         f"warmup/{_inner}": lambda loss, norm: 1.0,
@@ -334,6 +371,7 @@ class Exempt:
     cases: tuple[str, ...] | None = None
 
 
+_ORDERS = "random orders are drawn by position, not by name"
 _BOUNDS = "the bounds are in units of the weights"
 _UNITS = "a setting is in units of the losses"
 _LEARNS = "it starts from weight 1 and learns the losses' scale"
@@ -341,6 +379,9 @@ _DRAWS = "draws go by position, not by task"
 _STARTS = "equal weights have degree 0, those that follow have not"
 
 EXEMPT: dict[tuple[str, str], Exempt] = {
+    ("permutation", "gradvac"): Exempt(_ORDERS),
+    ("permutation", "pcgrad"): Exempt(_ORDERS),
+    ("permutation", "krum"): Exempt("of three tasks the nearest two have equal scores; the first is taken"),
     ("homogeneous", "clamp/inverse_loss"): Exempt(_BOUNDS),
     ("homogeneous", "clamp/inverse_grad_norm"): Exempt(_BOUNDS),
     ("homogeneous", "clamp/initial_loss"): Exempt(_BOUNDS),
@@ -365,6 +406,9 @@ def degrees(name: str) -> tuple[float, float]:
         return DEGREES[name]
     outer, _, inner = name.partition("/")
     if inner:
+        if outer == "of_log_losses":  # G/L² has degree -2 in the losses, and the weights are divided by L
+            loss_degree, gradient_degree = degrees(inner)
+            return loss_degree - gradient_degree - 1, gradient_degree
         return (0, 0) if outer == "normalize" else degrees(inner)
     base = name.partition("(")[0]
     if base in DEGREES:
