@@ -95,7 +95,8 @@ def _loop(run: Run, done: int) -> Row:
             run.optimizer.zero_grad()
             report = run.balancer.report
             assert report is not None  # the model's forward called the balancer
-            row = step_row(report, step, 1e3 * (time.perf_counter() - start))
+            row = step_row(report, step)  # waits for the device, so that the time is the step's
+            row["perf/step_ms"] = 1e3 * (time.perf_counter() - start)
             if _due(settings.eval_every, step) or step == settings.steps:
                 row |= evaluate(run.model, run.eval_data, run.recipe, accelerator, settings.batch_size)
             if metrics is not None:

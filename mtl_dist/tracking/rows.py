@@ -10,8 +10,8 @@
     mtl/conflict_rate        share of those pairs with a negative cosine
     mtl/weight_entropy       of the normalised weights, in nats; log n when all are equal
     mtl/held                 1 at steps whose statistics were not finite; the key is absent otherwise
-    perf/step_ms             wall time of the step, milliseconds
 
+The program that measures time adds `perf/step_ms`, the wall time of the step in milliseconds.
 A key whose value does not exist at a step (an absent task, gradients not measured, a zero gradient's angle)
 is left out of the row.
 """
@@ -26,13 +26,12 @@ from mtl_dist.stats import StepReport
 Row = dict[str, float]
 
 
-def step_row(report: StepReport, global_step: int, step_ms: float) -> Row:
+def step_row(report: StepReport, global_step: int) -> Row:
     """The row of one optimizer step. Moves the report's tensors to the host.
 
     Args:
         report: what the balancer reports of the step.
         global_step: optimizer steps done, this one included.
-        step_ms: wall time of the step, milliseconds.
     """
     weights, losses = report.weights, report.losses
     present = {task: loss for task, loss in losses.items() if not math.isnan(loss)}
@@ -46,7 +45,6 @@ def step_row(report: StepReport, global_step: int, step_ms: float) -> Row:
     row["mtl/weight_entropy"] = entropy(list(weights.values()))
     if bool(report.held):
         row["mtl/held"] = 1
-    row["perf/step_ms"] = step_ms
     return row
 
 

@@ -9,11 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mtl_dist.config import Settings
+from mtl_dist.config import Settings, build_probe, build_recipe, build_rule
 
 _META = "mtl_dist.json"
-# a checkpoint continues a run only where these agree: they fix the data, its order and the model
-_IDENTITY = ("recipe", "weighting", "probe", "seed", "batch_size")
 
 
 def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> Path:
@@ -55,7 +53,7 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, int]:
     for key, value in _identity(settings).items():
         if meta[key] != value:
             raise ValueError(
-                f"resume_from: {str(folder)!r} was trained with {key}={meta[key]!r}, this run has {value!r}; "
+                f"resume_from: {str(folder)!r} was trained with {key}={meta[key]}, this run has {value}; "
                 f"set it back, or start a new run without resume_from"
             )
     step = int(meta["step"])
@@ -73,5 +71,11 @@ def _latest(settings: Settings) -> Path:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(settings.model_dump_json(include=set(_IDENTITY)))
-    return values
+    """What must agree for a checkpoint to continue a run: it fixes data, order, model and state."""
+    return {
+        "recipe": repr(build_recipe(settings.recipe)),
+        "weighting": repr(build_rule(settings.weighting)),
+        "probe": repr(build_probe(settings.probe)),
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }

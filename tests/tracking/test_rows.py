@@ -29,7 +29,7 @@ def report(weights, losses, gradients=None, present=(True, True, True), held=Fal
 
 def test_row_of_a_full_step():
     gradients = [[3.0, 4.0], [-3.0, 4.0], [0.0, -2.0]]
-    row = step_row(report([0.5, 0.3, 0.2], [1.0, 2.0, 3.0], gradients), global_step=7, step_ms=1.5)
+    row = step_row(report([0.5, 0.3, 0.2], [1.0, 2.0, 3.0], gradients), global_step=7)
     assert row == pytest.approx(
         {
             "train/global_step": 7,
@@ -51,7 +51,6 @@ def test_row_of_a_full_step():
             "mtl/cosine/b__c": -0.8,
             "mtl/conflict_rate": 2 / 3,
             "mtl/weight_entropy": -sum(p * math.log(p) for p in (0.5, 0.3, 0.2)),
-            "perf/step_ms": 1.5,
         }
     )
     assert isinstance(row["train/global_step"], int)
@@ -59,7 +58,7 @@ def test_row_of_a_full_step():
 
 def test_what_does_not_exist_is_left_out():
     gradients = [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]
-    row = step_row(report([1.0, 0.0, 1.0], [1.0, 1.0, 3.0], gradients, present=(True, False, True)), 1, 1.0)
+    row = step_row(report([1.0, 0.0, 1.0], [1.0, 1.0, 3.0], gradients, present=(True, False, True)), 1)
     assert row["mtl/weight/b"] == 0
     assert not any(key in row for key in ("mtl/loss/b", "mtl/grad_norm/b", "mtl/contribution/b"))
     # c has a zero gradient: a norm, but no angle with anything
@@ -69,15 +68,15 @@ def test_what_does_not_exist_is_left_out():
 
 
 def test_without_gradients_there_are_no_gradient_columns():
-    row = step_row(report([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), 1, 1.0)
+    row = step_row(report([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), 1)
     assert set(row) == {
         *(f"mtl/{kind}/{task}" for kind in ("weight", "loss") for task in TASKS),
-        *("train/global_step", "train/loss", "mtl/weight_entropy", "perf/step_ms"),
+        *("train/global_step", "train/loss", "mtl/weight_entropy"),
     }
 
 
 def test_a_held_step_says_so():
-    row = step_row(report([0.5, 0.5, 0.0], [math.inf, 1.0, 1.0], held=True), 1, 1.0)
+    row = step_row(report([0.5, 0.5, 0.0], [math.inf, 1.0, 1.0], held=True), 1)
     assert row["mtl/held"] == 1
     assert row["train/loss"] == math.inf
 
@@ -97,7 +96,7 @@ def test_entropy(weights, expected):
 
 
 def test_pairs_follow_the_order_of_tasks():
-    row = step_row(report([1.0] * 3, [1.0] * 3, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), 1, 1.0)
+    row = step_row(report([1.0] * 3, [1.0] * 3, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), 1)
     assert [key for key in row if "cosine" in key] == [
         f"mtl/cosine/{a}__{b}" for a, b in combinations(TASKS, 2)
     ]

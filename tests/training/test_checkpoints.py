@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtl_dist.config import load_settings
-from mtl_dist.training.checkpoints import find_checkpoint
+from mtl_dist.training.checkpoints import _identity, find_checkpoint
 from mtl_dist.training.setup import check_output
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "recipe" / "multi_digits.yaml"
@@ -19,8 +19,7 @@ def settings(output, *overrides):
 
 
 def checkpoint(output, step, **changes):
-    values = json.loads(settings(output).model_dump_json())
-    identity = {key: values[key] for key in ("recipe", "weighting", "probe", "seed", "batch_size")}
+    identity = _identity(settings(output))
     folder = output / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "mtl_dist.json").write_text(json.dumps({"step": step, **identity, **changes}))
@@ -52,8 +51,18 @@ def test_what_is_refused(tmp_path):
     folder = checkpoint(tmp_path, 20)
     with pytest.raises(ValueError, match="is at step 20 of 20; raise steps"):
         find_checkpoint(settings(tmp_path, f"resume_from={folder}", "steps=20"))
-    with pytest.raises(ValueError, match="was trained with seed=0, this run has 1"):
+    with pytest.raises(ValueError, match="was trained with seed=0, this run has 1; set it back, or start"):
         find_checkpoint(settings(tmp_path, f"resume_from={folder}", "seed=1"))
+    with pytest.raises(
+        ValueError, match=r"was trained with weighting=InverseGradNorm\(.*\), this run has MGDA"
+    ):
+        find_checkpoint(settings(tmp_path, f"resume_from={folder}", "weighting=mgda"))
+
+
+def test_the_same_run_may_be_written_in_another_way(tmp_path):
+    checkpoint(tmp_path, 20)
+    same = ("weighting=inverse_grad_norm", "probe={name: feature, reevaluate: false}")
+    assert find_checkpoint(settings(tmp_path, "resume_from=latest", *same))[1] == 20
 
 
 def test_an_output_folder_with_a_run_is_not_overwritten_by_accident(tmp_path):
