@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting import Needs, Rule, State
@@ -232,6 +233,29 @@ def any_sign(name: str, case: Case) -> None:
         assert all(tensor.isfinite().all() for tensor in state.values()), state
 
 
+class NoHostWait(TorchDispatchMode):
+    """Refuses what makes a GPU wait for the host: reading a value, or a size that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+        assert not by_mask, "waits for the host: an index of booleans"
+        assert func.overloadpacket not in waits, f"waits for the host: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def no_host_wait(name: str, case: Case) -> None:
+    """Closed forms stay on the device. Rules that read the Gram may solve on the CPU (`on_present`)."""
+    rule = build(name, case.tasks)
+    if rule.needs is Needs.GRAM:
+        return
+    state, steps = rule.init(case.tasks, CPU), stream(case)
+    with NoHostWait():
+        trace(rule, case, steps, state)
+
+
 LAWS: dict[str, Law] = {
     "finite": finite,
     "pure": pure,
@@ -244,6 +268,7 @@ LAWS: dict[str, Law] = {
     "single_precision": single_precision,
     "needs": needs,
     "any_sign": any_sign,
+    "no_host_wait": no_host_wait,
 }
 
 # (a, b): weights go with the a-th power of a factor on all losses, and the b-th of one on all gradients
@@ -375,6 +400,7 @@ _ORDERS = "random orders are drawn by position, not by name"
 _BOUNDS = "the bounds are in units of the weights"
 _UNITS = "a setting is in units of the losses"
 _LEARNS = "it starts from weight 1 and learns the losses' scale"
+_COIN = "its coin is tossed, and looked at, on the host: no device takes part"
 _DRAWS = "draws go by position, not by task"
 _STARTS = "equal weights have degree 0, those that follow have not"
 
@@ -397,6 +423,8 @@ EXEMPT: dict[tuple[str, str], Exempt] = {
     ("homogeneous", "uncertainty"): Exempt(_LEARNS),
     ("permutation", "rlw"): Exempt(_DRAWS),
     ("absent", "rlw"): Exempt(_DRAWS),
+    ("no_host_wait", "relobralo"): Exempt(_COIN),
+    ("no_host_wait", "relobralo(beta=0.5)"): Exempt(_COIN),
 }
 
 

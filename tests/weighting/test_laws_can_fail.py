@@ -128,6 +128,16 @@ class Logarithm(Bad):
         return stats.losses.log()
 
 
+class Looks(Bad):
+    def weights(self, stats, count):
+        return count * 2 if bool(stats.losses[0] > 0) else count
+
+
+class IndexesByMask(Bad):
+    def weights(self, stats, count):
+        return count * stats.losses[stats.present].sum()
+
+
 BREAKS = [
     ("finite", Infinite),
     ("finite", WrongShape),
@@ -147,6 +157,8 @@ BREAKS = [
     ("needs", ReadsGram),
     ("needs", ReadsOffDiagonal),
     ("any_sign", Logarithm),
+    ("no_host_wait", Looks),
+    ("no_host_wait", IndexesByMask),
 ]
 
 
