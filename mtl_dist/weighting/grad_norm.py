@@ -23,6 +23,9 @@ class GradNorm(Rule):
     model. (Implementations that differentiate twice with `backward` leave second-order gradients in the
     model.) After each step of Adam, w is made to sum to n, as in the paper.
 
+    dᵢ is measured where the probe measures, at the features by default; the paper takes the weights of the
+    last shared layer.
+
     Two departures. Adam's ε is 0, so that the weights do not depend on the gradients' units. A weight that a
     step would carry below 0 stays at 0, where its derivative drives it up again.
 

@@ -19,7 +19,8 @@ class InitialLoss(Rule):
 
     Su, "On multi-task learning I", kexue.fm/archives/8870. `Lᵢⁱⁿⁱᵗ` is the mean of the first `steps` losses
     of the task (of those seen so far while there are fewer), counting steps where the task is present; or it
-    is given, for instance from `mtl_dist.priors`: log K for K classes, E‖y‖² for regression.
+    is given, for instance from `mtl_dist.priors`: log K for K classes, E‖y‖² for regression. A measured loss
+    must stay positive; give `losses` where one may reach 0.
 
     Attributes:
         steps: how many first losses of each task are averaged.
