@@ -7,7 +7,7 @@ import numpy as np
 from mtl_dist.weighting._base import EPS, Array
 from mtl_dist.weighting._cosines import cosines
 
-_STEPS = 1000  # a guard; 5 to 15 are taken, more where gradients nearly cancel
+_STEPS = 500  # a guard; 5 to 15 are taken, more where gradients nearly cancel
 
 
 def fair_weights(gram: Array, power: float) -> Array:
@@ -22,7 +22,7 @@ def fair_weights(gram: Array, power: float) -> Array:
     weights finite, at up to about 1e7 times their usual size.
     """
     cosine, lengths = cosines(gram)
-    np.fill_diagonal(cosine, 1 + 4 * len(gram) * EPS)
+    np.fill_diagonal(cosine, 1 + 64 * len(gram) * EPS)
     # with a_i = ‖g_i‖^(-2/(p+1)) z_i/s_i the equations read (Cz)_i = s_i (z_i/s_i)^-p, C with a unit diagonal
     s = (lengths / lengths.max()) ** ((power - 1) / (power + 1))
     z = _newton(cosine, s, power)
@@ -38,11 +38,12 @@ def _newton(cosine: Array, s: Array, power: float) -> Array:
         pull = (z / s) ** -power
         slope = cosine @ z - s * pull
         step = np.linalg.solve(cosine + np.diag(power * pull * s / z), -slope)
-        decrement = -float(slope @ step)
-        # quadratic convergence has ended where the decrement stops falling: what is left is rounding
-        if decrement <= EPS**2 or (decrement < 1e-8 and decrement > last / 4):
+        change = float(np.abs(step / z).max())
+        # near the solution a step is the square of the one before, until what is left is rounding
+        if change <= 1e-12 or (change > last / 4 and last < 0.1 / max(power, 1.0)):
             break
-        last = decrement
+        last = change
+        decrement = -float(slope @ step)
         length = min(1.0, 0.9 / max(float((-step / z).max()), 0.5))
         # a convex function along a ray: back off while the slope has turned steeply upwards
         while length > EPS:

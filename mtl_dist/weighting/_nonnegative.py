@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mtl_dist.weighting._base import EPS, Array
 from mtl_dist.weighting._hard_columns import interior_point, lawson_hanson, rounding_of
 
-_RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
+RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
 _REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
 _ROUNDS = 8  # of pivoting, which ends in 1 to 5 where the matrix is well conditioned
 
@@ -43,8 +43,8 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     np.fill_diagonal(unit, 1.0)
     columns = (target.T / lengths).reshape(-1, n)
     result = _descend(unit, columns)
-    hard = _pivot(unit, columns, result, np.arange(len(columns)), _RIDGE)
-    for ridge in (_RIDGE, 4 * n * EPS):
+    hard = _pivot(unit, columns, result, np.arange(len(columns)), RIDGE)
+    for ridge in (RIDGE, 4 * n * EPS):
         for column in hard:
             result[column] = interior_point(unit, columns[column], ridge)
         hard = _pivot(unit, columns, result, hard, ridge)

@@ -37,6 +37,7 @@ class PreferenceRule(Rule):
             return {}
         return {"preference": per_task(self.preference, tasks, device, f"{type(self).__name__}: preference")}
 
-    def preferred(self, stats: TaskStats, state: State, default: float | Tensor) -> Tensor:
-        """`[n]`, the preference given, else `default` for every task."""
-        return state.get("preference", torch.ones_like(stats.losses) * default)
+    def preferred(self, stats: TaskStats, state: State, *, mean: bool) -> Tensor:
+        """`[n]`, the preference given, else `1/n` over the tasks present (`mean`), or 1."""
+        default = torch.ones_like(stats.losses)
+        return state.get("preference", default / stats.num_present if mean else default)

@@ -46,7 +46,7 @@ class AlignedMTL(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = √s VΛ^(-1/2)Vᵀw`."""
-        preference = self.preferred(stats, state, 1 / stats.num_present)
+        preference = self.preferred(stats, state, mean=True)
         return on_present(among_nonzero(self._solve), stats, preference), state
 
     def _solve(self, gram: Array, preference: Array) -> Array:

@@ -32,7 +32,7 @@ class ConFIG(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = (1ᵀGa / aᵀGa) a`."""
-        return on_present(among_nonzero(_solve), stats, self.preferred(stats, state, 1.0)), state
+        return on_present(among_nonzero(_solve), stats, self.preferred(stats, state, mean=False)), state
 
 
 def _solve(gram: Array, preference: Array) -> Array:

@@ -28,5 +28,5 @@ class DualProj(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Weights of the projection."""
-        preference = self.preferred(stats, state, 1 / stats.num_present)
+        preference = self.preferred(stats, state, mean=True)
         return on_present(project_on_dual_cone, stats, preference), state

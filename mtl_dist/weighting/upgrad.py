@@ -31,7 +31,7 @@ class UPGrad(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Sum of the projections' weights."""
-        preference = self.preferred(stats, state, 1 / stats.num_present)
+        preference = self.preferred(stats, state, mean=True)
         return on_present(_sum_of_projections, stats, preference), state
 
 
