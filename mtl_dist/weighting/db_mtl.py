@@ -33,5 +33,5 @@ class DBMTL(Rule):
         # max_j d'_j = max_j d_j / L_j; absent tasks have d_j = 0
         target = (d / stats.losses).amax()
         # α_i = max_j d'_j / d_i
-        weights = target / torch.where(d > 0, d, torch.where(longest > 0, longest, 1.0))
+        weights = target / torch.where(d > 0, d, longest)
         return torch.where(longest > 0, weights, torch.ones_like(weights)), state

@@ -71,12 +71,13 @@ def assert_same(got: Tensor, expected: Tensor, stats: TaskStats, message: str, r
 
 
 def finite(name: str, case: Case) -> None:
-    """Weights and state are finite, one weight a task, in the dtype of the statistics."""
-    for weights, state in trace(build(name, case.tasks), case, stream(case)):
-        assert weights.shape == (case.n,), weights.shape
-        assert weights.dtype == torch.float64, weights.dtype
-        assert weights.isfinite().all(), weights
-        assert all(tensor.isfinite().all() for tensor in state.values()), state
+    """Finite weights and state, one weight a task, in the dtype of the statistics; without gradients too."""
+    for moved in (case, replace(case, gram=torch.zeros_like(case.gram))):
+        for weights, state in trace(build(name, case.tasks), moved, stream(moved)):
+            assert weights.shape == (case.n,), weights.shape
+            assert weights.dtype == torch.float64, weights.dtype
+            assert weights.isfinite().all(), weights
+            assert all(tensor.isfinite().all() for tensor in state.values()), state
 
 
 def pure(name: str, case: Case) -> None:

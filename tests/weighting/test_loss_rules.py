@@ -282,6 +282,19 @@ def test_famo_ignores_feedback_before_the_first_step():
     assert all(torch.equal(observed[key], value) for key, value in state.items())
 
 
+@pytest.mark.parametrize(
+    ("rule", "positive"),
+    [
+        (FAMO(), True),
+        (FAMO(min_losses=[-9.0] * 4), False),
+        (SoftAdapt(), True),
+        (SoftAdapt(rate="difference"), False),
+    ],
+)
+def test_positive_losses_are_asked_for_where_they_are_divided_by(rule, positive):
+    assert rule.positive_losses is positive
+
+
 # CoBa
 
 

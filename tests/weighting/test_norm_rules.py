@@ -173,6 +173,8 @@ def test_encodec_of_a_zero_gradient_counts_with_the_largest_average():
     rule = Encodec()
     weights, _ = rule.update(stats([1.0] * 3, [2.0, 0.0, 1.0]), rule.init(TASKS, CPU))
     assert_close(weights * 3, torch.tensor([0.5, 0.5, 1.0]).double())
+    weights, _ = rule.update(stats([1.0] * 3, [0.0] * 3), rule.init(TASKS, CPU))
+    assert_close(weights * 3, torch.ones(3).double())
 
 
 @pytest.mark.parametrize(
