@@ -72,6 +72,6 @@ class GradNorm(Rule):
 
 
 def _summing_to_n(w: Tensor, stats: TaskStats) -> Tensor:
-    """The weights scaled to a mean of 1 over the tasks present; as it is where all are 0."""
+    """The weights scaled to a mean of 1 over the tasks present; 1 where all of theirs are 0."""
     mean = mean_present(w, stats)
-    return w / torch.where(mean > 0, mean, 1.0)
+    return torch.where(mean > 0, w / mean, 1.0)

@@ -110,6 +110,14 @@ def test_grad_norm_never_goes_below_zero_and_comes_back():
     assert seen[-1].min() > 0.1
 
 
+def test_grad_norm_of_a_task_alone_is_one_whatever_it_had_among_others():
+    rule = GradNorm()
+    state = rule.init(TASKS, CPU) | {"w": torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)}
+    weights, after = rule.update(stats([1.0] * 3, [0.0, 0.0, 5.0], (False, False, True)), state)
+    assert weights[2] == 1
+    assert after["w"].tolist() == [2.0, 1.0, 1.0]
+
+
 def test_ntk_balance_is_autograd_of_the_root_of_the_loss():
     problem = Problem()
     losses, measured = problem.measure()
