@@ -106,7 +106,7 @@ def _push(history: Tensor, newest: Tensor) -> Tensor:
 
 def _ratio(value: Tensor, total: Tensor) -> Tensor:
     """`value / total`, 0 where total is 0: all slopes are then 0."""
-    return torch.where(total > 0, value / torch.where(total > 0, total, 1.0), 0.0)
+    return torch.where(total > 0, value / total, 0.0)
 
 
 def _slope(history: Tensor, seen: Tensor) -> Tensor:

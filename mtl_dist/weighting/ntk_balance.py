@@ -42,7 +42,7 @@ class NTKBalance(Rule):
         root = torch.where(stats.present, stats.grad_norms / (2 * stats.losses.sqrt()), 0.0)
         largest = root.amax()
         # in units of the largest, so that no power overflows
-        relative = torch.where(root > 0, root / torch.where(largest > 0, largest, 1.0), 1.0)
+        relative = torch.where(root > 0, root / largest, 1.0)
         kernel = relative**self.power
         # α_i = Σ_j κ_j / κ_i
         return torch.where(stats.present, kernel, 0.0).sum() / kernel, state
