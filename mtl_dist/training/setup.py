@@ -102,6 +102,10 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"the launcher asks for {accumulation} gradient accumulation steps, which this program does not "
             "take: every batch is an optimizer step; choose batch_size instead"
         )
+    if accelerator.state.deepspeed_plugin is not None:
+        # Accelerate reads it off the loader's batch_size, which a loader with a batch sampler has not
+        engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine["train_micro_batch_size_per_gpu"] = settings.batch_size // started
     return accelerator
 
 
