@@ -15,6 +15,7 @@ from mtl_dist.weighting._hard_columns import interior_point, lawson_hanson, roun
 
 RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
 _REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
+_SMALL = 32  # up to here a guess costs more than the pivots it saves, and gathering more than solving
 _ROUNDS = 8  # of pivoting, which ends in 1 to 5 where the matrix is well conditioned
 
 
@@ -42,8 +43,9 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     unit = gram / np.outer(lengths, lengths)
     np.fill_diagonal(unit, 1.0)
     columns = (target.T / lengths).reshape(-1, n)
-    result = _descend(unit, columns)
-    hard = _pivot(unit, columns, result, np.arange(len(columns)), RIDGE)
+    result = _descend(unit, columns) if n > _SMALL else np.maximum(columns, 0.0)
+    open_columns = np.flatnonzero((columns > 0).any(1))  # elsewhere x = 0 is optimal
+    hard = _pivot(unit, columns, result, open_columns, RIDGE)
     for ridge in (RIDGE, 4 * n * EPS):
         for column in hard:
             result[column] = interior_point(unit, columns[column], ridge)
@@ -71,7 +73,7 @@ def _pivot(
     Júdice and Pires, Computers & Operations Research 21, 1994. The ridge makes the support unique. Its effect
     on x is taken back, on that support, at the end.
     """
-    unsettled = []
+    unsettled = [todo[:0]]
     free = result[todo] > 0
     for _ in range(_ROUNDS):
         if not len(todo):
@@ -96,9 +98,17 @@ def _pivot(
 
 
 class _Support:
-    """`H_FF + ridge` of many supports F at once, factorised; padded with the identity to the largest."""
+    """`H_FF + ridge` of many supports F at once, factorised."""
 
     def __init__(self, gram: Array, free: NDArray[np.bool_], ridge: float) -> None:
+        self._order: NDArray[np.intp] | None = None
+        self._inside = free
+        if len(gram) <= _SMALL:
+            blocks = np.where(free[:, :, None] & free[:, None, :], gram, 0.0)
+            blocks[:, np.arange(len(gram)), np.arange(len(gram))] = 1 + ridge
+            self._inverse = np.linalg.inv(blocks)
+            return
+        # the free rows first, padded with the identity to the largest support
         size = int(free.sum(1).max(initial=0))
         self._order = np.argsort(~free, axis=1, kind="stable")[:, :size]
         self._inside = np.take_along_axis(free, self._order, 1)
@@ -109,6 +119,9 @@ class _Support:
 
     def solve(self, target: Array) -> Array:
         """`x_F = (H_FF + ridge)⁻¹ b_F`, `x = 0` elsewhere."""
+        if self._order is None:
+            small: Array = (self._inverse @ (target * self._inside)[:, :, None])[:, :, 0]
+            return small
         inside = np.take_along_axis(target, self._order, 1) * self._inside
         values = torch.linalg.lu_solve(*self._factors, torch.from_numpy(inside)[:, :, None])
         x = np.zeros_like(target)

@@ -1,0 +1,141 @@
+"""How long every rule takes to turn statistics into weights, beside torchjd's weighting of the same name.
+
+    python -m benchmarks.solvers [--sizes 2 8 32 128] [--kind normal] [--repeats 15]
+
+Both see the same Gram matrix on the CPU, in float64, alternating in the same run. Beside each time stands the
+certificate of the weights: how far they are from what the rule defines, 0 being exact (see
+`tests/weighting/certificates.py`); "-" for rules whose weights are a formula. Times are medians in
+milliseconds. Writes `benchmarks/results/solvers.{md,json}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchjd import aggregation as tjd
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting import RULES
+from tests.weighting.certificates import CERTIFICATES
+from tests.weighting.gradients import KINDS, gradients, gram_of
+from tests.weighting.subjects import build
+
+RESULTS = Path(__file__).parent / "results"
+
+Solve = Callable[[], Tensor]
+
+# torchjd's weighting of the same name, of a Gram matrix
+NEIGHBOURS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "aligned_mtl": tjd.AlignedMTLWeighting,
+    "cagrad": lambda: tjd.CAGradWeighting(c=0.5),
+    "dual_proj": tjd.DualProjWeighting,
+    "fairgrad": lambda: tjd.FairGradWeighting(alpha=1.0),
+    "gradvac": tjd.GradVacWeighting,
+    "imtlg": tjd.IMTLGWeighting,
+    "krum": lambda: tjd.KrumWeighting(0),
+    "mgda": tjd.MGDAWeighting,
+    "pcd": tjd.PCDWeighting,
+    "pcgrad": tjd.PCGradWeighting,
+    "upgrad": tjd.UPGradWeighting,
+}
+
+
+def ours(name: str, gram: Tensor) -> Solve:
+    tasks = [f"task{i}" for i in range(len(gram))]
+    rule = build(name, tasks)
+    state = rule.init(tasks, gram.device)
+    ones = torch.ones(len(gram), dtype=gram.dtype)
+    stats = TaskStats(losses=ones, present=ones > 0, gram=gram, counts=ones)
+    return lambda: rule.update(stats, state)[0]
+
+
+def theirs(name: str, gram: Tensor) -> Solve | None:
+    if name not in NEIGHBOURS or (name == "krum" and len(gram) < 3):
+        return None
+    weighting = NEIGHBOURS[name]()
+    return lambda: weighting(gram)
+
+
+def median_ms(solvers: list[Solve], repeats: int) -> list[float]:
+    """Medians of alternating calls; slow solvers are called less often."""
+    times: list[list[float]] = [[] for _ in solvers]
+    for solve in solvers:
+        solve()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        for solve, record in zip(solvers, times, strict=True):
+            before = time.perf_counter()
+            solve()
+            record.append(1e3 * (time.perf_counter() - before))
+        if time.perf_counter() - start > 3 and len(times[0]) >= 3:
+            break
+    return [statistics.median(record) for record in times]
+
+
+def measure(name: str, n: int, kind: str, repeats: int) -> dict[str, object]:
+    gram = torch.from_numpy(gram_of(gradients(kind, n)))
+    solvers = [ours(name, gram)]
+    if (neighbour := theirs(name, gram)) is not None:
+        solvers.append(neighbour)
+    certificate = CERTIFICATES.get(name)
+    certificates = [certificate(gram.numpy(), s().numpy()) if certificate else None for s in solvers]
+    times = median_ms(solvers, repeats)
+    row: dict[str, object] = {
+        "rule": name,
+        "n": n,
+        "kind": kind,
+        "ms": times[0],
+        "certificate": certificates[0],
+    }
+    if neighbour is not None:
+        row |= {"torchjd_ms": times[1], "torchjd_certificate": certificates[1], "ratio": times[1] / times[0]}
+    return row
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    def cell(value: object, digits: str) -> str:
+        return "-" if value is None else format(value, digits)
+
+    lines = [
+        "| rule | n | ms | certificate | torchjd ms | its certificate | times faster |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['rule']} | {row['n']} | {cell(row['ms'], '.3f')} | {cell(row['certificate'], '.0e')} "
+        f"| {cell(row.get('torchjd_ms'), '.3f')} | {cell(row.get('torchjd_certificate'), '.0e')} "
+        f"| {cell(row.get('ratio'), '.1f')} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 8, 32, 128])
+    parser.add_argument("--kind", choices=KINDS, default="normal", help="of gradients")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(name, n, args.kind, args.repeats) for name in args.rules for n in args.sizes]
+    table = markdown(rows)
+    print(table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    head = f"torch {torch.__version__}, numpy {np.__version__}, one thread, gradients: {args.kind}\n\n"
+    (args.output / "solvers.md").write_text(head + table)
+    (args.output / "solvers.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
