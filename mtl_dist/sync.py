@@ -11,6 +11,8 @@ about the bytes. The buffer is summed (SUM), because everything in it adds.
 from __future__ import annotations
 
 import datetime
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +68,7 @@ class Synchronizer:
         self.group = group
         self.world_size = 1
         self.rank = 0
-        self._own_group: dist.ProcessGroup | None = None
+        self._own_group: Callable[[], dist.ProcessGroup | None] = lambda: None
         self._connected = False
 
     def connect(self, fingerprint: str) -> None:
@@ -80,7 +82,8 @@ class Synchronizer:
         if is_distributed():
             ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
             # local synchronisation: other data-parallel groups make theirs elsewhere, if at all
-            self._own_group = dist.new_group(ranks, use_local_synchronization=True)
+            # held weakly: a Gloo group that outlives destroy_process_group() can hang at exit (torch 2.13)
+            self._own_group = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
             self.world_size = len(ranks)
             self.rank = ranks.index(dist.get_rank())
             self._check_agreement(fingerprint)
@@ -99,8 +102,8 @@ class Synchronizer:
     def reduce(self, local: LocalStats) -> tuple[LocalStats, Faults]:
         """Sum of `local` over all ranks, by one all-reduce of fixed layout, and what was wrong with it."""
         buffer = self._pack(local)
-        if self._own_group is not None:
-            dist.all_reduce(buffer, group=self._own_group)
+        if self.world_size > 1:
+            dist.all_reduce(buffer, group=self._live_group())
         return self._unpack(buffer)
 
     def announce_failure(self, device: torch.device) -> None:
@@ -109,12 +112,12 @@ class Synchronizer:
         Waits at most 30 s: where the others cannot come (they wait in a collective of the engine's), this
         rank still raises its own error, and its launcher ends them.
         """
-        if self._own_group is None:
+        if self.world_size == 1:
             return
         local = LocalStats.zeros(self.num_tasks, device)
         buffer = self._pack(local)
         buffer[-2:] = torch.tensor([1.0, self.rank])
-        work = dist.all_reduce(buffer, group=self._own_group, async_op=True)
+        work = dist.all_reduce(buffer, group=self._own_group(), async_op=True)
         try:
             work.wait(timeout=datetime.timedelta(seconds=_FAREWELL_SECONDS))
         except RuntimeError:  # the others did not come, or went first: our own error says more
@@ -125,6 +128,12 @@ class Synchronizer:
         """Length of the buffer: what one step sends."""
         n = self.num_tasks
         return 4 * n + n * (n + 1) // 2 + 2
+
+    def _live_group(self) -> dist.ProcessGroup:
+        group = self._own_group()
+        if group is None:
+            raise RuntimeError("mtl_dist: the process group was destroyed; make a new Balancer for a new one")
+        return group
 
     def _pack(self, local: LocalStats) -> Tensor:
         finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
@@ -147,7 +156,7 @@ class Synchronizer:
 
     def _check_agreement(self, fingerprint: str) -> None:
         everyone: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(everyone, fingerprint, group=self._own_group)
+        dist.all_gather_object(everyone, fingerprint, group=self._live_group())
         if any(other != fingerprint for other in everyone):
             listing = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(everyone))
             raise ValueError(

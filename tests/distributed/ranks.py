@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 
 import torch
@@ -25,4 +26,5 @@ def stop() -> None:
     """Leaves the job."""
     if dist.is_initialized():
         dist.barrier()
+        gc.collect()  # a DDP model that outlives its Gloo group can hang at exit (torch 2.13)
         dist.destroy_process_group()

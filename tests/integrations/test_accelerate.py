@@ -1,0 +1,166 @@
+"""Accelerate: real launches, accumulation, resume, and the launches that fall back silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from mtl_dist import Balancer, FeatureProbe, FeatureTap
+from mtl_dist.integrations.accelerate import attach, check_launch, data_parallel_group
+from mtl_dist.weighting import MGDA
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "accelerate_run.py"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO_ON_CPU = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+TWO_ON_CPU += ["--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def start(command: list[str], out: Path, probe: str = "FeatureProbe") -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [*command, str(SCRIPT), str(out), probe]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def facts(out: Path, rank: int) -> dict:
+    return json.loads(Path(f"{out}.{rank}").read_text())
+
+
+@pytest.mark.parametrize("probe", ["FeatureProbe", "FeatureTap"])
+def test_two_processes_accumulate_and_resume(tmp_path: Path, probe: str) -> None:
+    done = start([*LAUNCH, *TWO_ON_CPU], tmp_path / "two", probe)
+    assert done.returncode == 0, done.stderr
+    ranks = [facts(tmp_path / "two", rank) for rank in range(2)]
+    for rank in ranks:
+        assert (rank["world_size"], rank["type"], rank["ddp"]) == (2, "MULTI_CPU", True)
+        assert rank["step"] == 8
+        assert rank["resumed"] == rank["rows"][4:], "resume is not bitwise"
+    assert ranks[0]["rows"] == ranks[1]["rows"], "ranks disagree"
+
+
+def test_accumulation_is_divided_out_of_the_statistics(tmp_path: Path) -> None:
+    """The tap sees gradients that Accelerate divided by 2; the probe does not. Both report true norms."""
+    for probe in ("FeatureProbe", "FeatureTap"):
+        done = start([sys.executable], tmp_path / probe, probe)
+        assert done.returncode == 0, done.stderr
+    a, b = (facts(tmp_path / probe, 0)["rows"][0] for probe in ("FeatureProbe", "FeatureTap"))
+    assert a[1] == pytest.approx(b[1], rel=1e-6)
+    assert a[0] == pytest.approx(b[0], rel=1e-6)
+
+
+def test_the_cpu_launcher_that_runs_one_process_is_refused(tmp_path: Path) -> None:
+    command = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    done = start([*command, "--dynamo_backend", "no"], tmp_path / "cpu")
+    assert done.returncode != 0
+    assert "asked for several processes on the CPU and started one" in done.stderr
+    assert "accelerate launch --multi_gpu" in done.stderr
+
+
+def accelerator(num_processes: int, kind: DistributedType, **others: object) -> SimpleNamespace:
+    return SimpleNamespace(num_processes=num_processes, distributed_type=kind, **others)
+
+
+@pytest.mark.parametrize(
+    ("got", "kind", "environment", "message"),
+    [
+        (
+            1,
+            DistributedType.NO,
+            {"MTL_DIST_NUM_PROCESSES": "2"},
+            r"2 processes were asked for, .* has 1 \(NO\)",
+        ),
+        (1, DistributedType.NO, {"WORLD_SIZE": "4", "RANK": "0"}, "4 processes were asked for"),
+        (
+            2,
+            DistributedType.MULTI_CPU,
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"},
+            "ACCELERATE_USE_DEEPSPEED asks for DEEPSPEED, and Accelerate runs MULTI_CPU",
+        ),
+        (
+            2,
+            DistributedType.MULTI_CPU,
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+            "asks for FSDP, and Accelerate runs MULTI_CPU",
+        ),
+    ],
+)
+def test_fallbacks_say_what_to_change(
+    got: int, kind: DistributedType, environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        check_launch(accelerator(got, kind), environment)
+
+
+@pytest.mark.parametrize(
+    ("got", "kind", "environment"),
+    [
+        (1, DistributedType.NO, {}),
+        (1, DistributedType.NO, {"MASTER_PORT": "29500"}),  # somebody's own setting
+        (1, DistributedType.NO, {"ACCELERATE_MIXED_PRECISION": "no"}),  # accelerate launch of one process
+        (2, DistributedType.MULTI_CPU, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}),
+        (2, DistributedType.DEEPSPEED, {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}),
+        (2, DistributedType.MULTI_GPU, {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "false"}),
+    ],
+)
+def test_sound_launches_pass(got: int, kind: DistributedType, environment: dict[str, str]) -> None:
+    check_launch(accelerator(got, kind), environment)
+
+
+class Mesh(dict):
+    """A device mesh with named axes; each axis gives its name as its group."""
+
+    mesh_dim_names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        self.mesh_dim_names = names
+        super().__init__({name: SimpleNamespace(get_group=lambda name=name: name) for name in (*names, "dp")})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "group"),
+    [
+        (None, None),
+        (Mesh("dp_shard"), "dp_shard"),
+        (Mesh("dp_shard", "tp"), "dp_shard"),
+        (Mesh("dp_replicate", "dp_shard", "tp"), "dp"),
+    ],
+)
+def test_group_is_the_data_parallel_one(mesh: Mesh | None, group: str | None) -> None:
+    assert data_parallel_group(SimpleNamespace(torch_device_mesh=mesh)) == group
+
+
+def test_mesh_without_a_data_parallel_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match="no data-parallel axis"):
+        data_parallel_group(SimpleNamespace(torch_device_mesh=Mesh("tp")))
+
+
+def test_scaler_makes_the_tap_hold() -> None:
+    registered: list[object] = []
+    scaled = accelerator(
+        1,
+        DistributedType.NO,
+        scaler=object(),
+        torch_device_mesh=None,
+        register_for_checkpointing=registered.append,
+    )
+    with pytest.raises(ValueError, match='on_nonfinite="hold"'):
+        attach(Balancer(["a"], MGDA(), probe=FeatureTap()), scaled)
+    assert not registered
+    for balancer in (
+        Balancer(["a"], MGDA(), probe=FeatureTap(), on_nonfinite="hold"),
+        Balancer(["a"], MGDA(), probe=FeatureProbe()),
+    ):
+        assert attach(balancer, scaled) is balancer
+    assert len(registered) == 2
