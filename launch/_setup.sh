@@ -3,6 +3,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
+UNFINISHED="$VENV/.mtl_dist_unfinished" # there while pip runs
 
 fail() {
   printf 'error: %s\n' "$1" >&2
@@ -25,7 +26,8 @@ find_python() {
     fi
     found="$found $candidate is $("$candidate" --version 2>&1 | head -n 1 || true);"
   done
-  fail "Python 3.11 or newer is needed, and not found:${found:- no python on PATH;} install one, or name it in MTL_DIST_PYTHON"
+  found="${found:- no python on PATH;}"
+  fail "Python 3.11 or newer is needed, and not found:$found install one, or name it in MTL_DIST_PYTHON"
 }
 
 # What the installation depends on. Equal stamps mean that there is nothing to do.
@@ -34,15 +36,23 @@ stamp() { # extra
   cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum
 }
 
-# Makes .venv anew where it is missing, unfinished, or of a Python that is gone.
-make_venv() {
-  local python log="$1"
-  if is_suitable "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+is_done() { # extra
+  [ "$(cat "$VENV/.mtl_dist_$1" 2>/dev/null)" = "$(stamp "$1")" ]
+}
+
+# Makes .venv anew where it is missing, broken, or left by a set-up that was killed: pip takes a half-copied
+# package for an installed one.
+make_venv() { # log
+  local python
+  if [ ! -e "$UNFINISHED" ] && is_suitable "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1
+  then
+    return
+  fi
   python="$(find_python)" || exit 1
   rm -rf "$VENV"
   "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
     fail "$python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)"
-  "$python" -m venv "$VENV" >"$log" 2>&1 || fail "$python -m venv: $(tail -n 1 "$log") (log: $log)"
+  "$python" -m venv "$VENV" >"$1" 2>&1 || fail "$python -m venv: $(tail -n 1 "$1") (log: $1)"
 }
 
 # The line of pip's output that says what went wrong: its first ERROR, which names the package (of an isolated
@@ -54,23 +64,28 @@ pip_error() { # log
 }
 
 # Installs the repository with one extra, every version pinned, and leaves a stamp.
-setup() { # extra
-  local extra="$1" done_file="$VENV/.mtl_dist_$1" log_folder log
-  [ "$(cat "$done_file" 2>/dev/null)" = "$(stamp "$extra")" ] && return
-  log_folder="$ROOT/runs/setup"
-  mkdir -p "$log_folder"
-  log="$log_folder/$extra-$$.log"
-  if command -v flock >/dev/null 2>&1; then # two scripts started at once set up one after the other
-    exec 9>"$ROOT/runs/setup/lock"
-    flock 9
-    [ "$(cat "$done_file" 2>/dev/null)" = "$(stamp "$extra")" ] && return
-  fi
+install_pinned() { # extra
+  local pins="$ROOT/constraints.txt" log="$ROOT/runs/setup/$1-$$.log"
   make_venv "$log"
-  printf 'installing mtl-dist[%s] into %s (log: %s)\n' "$extra" "$VENV" "$log" >&2
+  printf 'installing mtl-dist[%s] into %s (log: %s)\n' "$1" "$VENV" "$log" >&2
+  touch "$UNFINISHED"
   # the variables reach the isolated build too: the first with old pip, the second from pip 25.3 on
-  PIP_CONSTRAINT="$ROOT/constraints.txt" PIP_BUILD_CONSTRAINT="$ROOT/constraints.txt" "$VENV/bin/python" -m pip install --disable-pip-version-check \
-    -c "$ROOT/constraints.txt" -e "$ROOT[$extra]" >"$log" 2>&1 </dev/null ||
+  if ! PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" "$VENV/bin/python" -m pip install \
+    --disable-pip-version-check -c "$pins" -e "$ROOT[$1]" >"$log" 2>&1 </dev/null; then
+    rm "$UNFINISHED" # pip ended by itself, so nothing is half done
     fail "pip: $(pip_error "$log") (log: $log)"
-  stamp "$extra" >"$done_file"
-  if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
+  fi
+  stamp "$1" >"$VENV/.mtl_dist_$1"
+  rm "$UNFINISHED"
+}
+
+# Makes the environment ready; takes no time where it is.
+setup() { # extra
+  is_done "$1" && return
+  mkdir -p "$ROOT/runs/setup"
+  (
+    # two scripts started at once set up one after the other, where the system can lock
+    if command -v flock >/dev/null 2>&1; then flock 9; fi
+    is_done "$1" || install_pinned "$1"
+  ) 9>"$ROOT/runs/setup/lock"
 }

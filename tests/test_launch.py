@@ -103,7 +103,18 @@ def test_a_broken_environment_is_made_anew_and_a_missing_package_is_one_line(clo
     log = Path(error.partition("(log: ")[2].rstrip(")").replace("ROOT", str(clone)))
     assert "hatchling" in log.read_text()
     assert run(clone / ".venv/bin/python", "--version").returncode == 0
-    assert not list(clone.glob(".venv/.mtl_dist_*")), "a failed set-up must not look finished"
+    assert not list(clone.glob(".venv/.mtl_dist_*")), "neither finished nor killed"
+
+
+def test_an_environment_left_by_a_killed_pip_is_made_anew(clone):
+    executable(clone / ".venv/bin/python", "exit 0")  # looks usable
+    (clone / ".venv/.mtl_dist_unfinished").touch()
+    executable(clone / "python", 'case "$2" in venv) echo "disk full" ; exit 1 ;; *) exit 0 ;; esac')
+    done = run("bash", clone / "launch/test.sh", env={"MTL_DIST_PYTHON": str(clone / "python")})
+    assert one_line(done, clone).startswith(
+        "error: ROOT/python -m venv: disk full (log: ROOT/runs/setup/test-"
+    )
+    assert not (clone / ".venv").exists()
 
 
 def installed(clone: Path, extra: str) -> None:
