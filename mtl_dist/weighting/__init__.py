@@ -1,6 +1,24 @@
 """The rules: pure functions of (global statistics, state). One rule a file, formula first.
 
 `RULES` and `COMBINATORS` are the one list that tests, configuration, command line and documents read.
+
+A method belongs here if its update is `Σ αᵢ ∇Lᵢ` with weights that follow from the global losses, the Gram
+matrix of the tasks' gradients and a state of O(n²) numbers. That is all one all-reduce carries, and all that
+every engine can apply by scaling losses. What is left out, and why:
+
+| method | why not |
+|---|---|
+| MoDo, SDMGrad | a Gram across two batches: see below |
+| GradDrop, TrimmedMean | mask or sort coordinates of gradients: not a weighted sum of losses |
+| MoCo, DB-MTL (β > 0), ExcessMTL | an average of each task's gradients: n times the model's size |
+| GradVac by layer or matrix | other weights in every layer; the whole-model form is here |
+| learning-rate annealing (2021) | the mean absolute gradient does not add over ranks |
+| MOML, Auto-Lambda, FORUM | bilevel: passes over held-out batches inside the step |
+
+MoDo and SDMGrad need `⟨gᵢ(batch 1), gⱼ(batch 2)⟩`. At features, the two batches are different points and the
+product means nothing; at parameters it takes n more backward passes a step. It is neither symmetric nor
+semidefinite, so handing it over as the Gram would be wrong, and no other rule would ever read a `Needs` of its
+own. They would bend the scheme for everyone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,168 @@
+"""The toy problem of CAGrad, Nash-MTL and FAMO: two objectives of a plane, five starts, every rule.
+
+    python -m benchmarks.toy [--steps 35000] [--rules mgda nash_mtl ...]
+
+Between the starts and the Pareto front (`x₂ = -8.3552`, `|x₁| <= 7`) lie a conflict and a difference in scale
+of 10. Published: equal weights stay stuck from (9, 9), as do PCGrad and CAGrad; MGDA, IMTL-G, Nash-MTL and
+FAMO reach the front from all five. Objectives, Adam with rate 1e-3 and 35000 steps are those of the Nash-MTL
+repository. Writes `benchmarks/results/toy.{md,png}`; the picture needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+from mtl_dist.weighting import FAMO, PCD, RULES, Fixed, GeneralizedMean, PrimaryAuxiliary, PriorLoss, Rule
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("L1", "L2")
+STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
+SCALE = 0.1  # of L1
+LOWER_BOUNDS = (-21.0 * SCALE, -21.0)
+_FLOOR = 5e-6
+
+# rules with arguments that the toy has an answer for; all others run with their defaults
+SETTINGS: dict[str, Rule] = {
+    "famo": FAMO(weight_decay=0.0),  # as in its authors' run of the toy
+    "fixed": Fixed({"L1": 10.0, "L2": 1.0}),  # undoes the difference in scale
+    "generalized_mean": GeneralizedMean(2.0),
+    "pcd": PCD("L1"),
+    "primary_auxiliary": PrimaryAuxiliary("L1"),
+    "prior_loss": PriorLoss({"L1": SCALE, "L2": 1.0}),
+}
+
+
+def objectives(x: Tensor) -> Tensor:
+    """`[..., 2]` points to `[..., 2]` losses."""
+    x1, x2 = x[..., 0], x[..., 1]
+    f1 = (0.5 * (-x1 - 7) - torch.tanh(-x2)).abs().clamp(min=_FLOOR).log() + 6
+    f2 = (0.5 * (-x1 + 3) + torch.tanh(-x2) + 2).abs().clamp(min=_FLOOR).log() + 6
+    c1, c2 = torch.tanh(0.5 * x2).clamp(min=0), torch.tanh(-0.5 * x2).clamp(min=0)
+    square1 = ((-x1 + 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
+    square2 = ((-x1 - 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
+    return torch.stack([SCALE * (f1 * c1 + square1 * c2), f2 * c1 + square2 * c2], dim=-1)
+
+
+def losses_and_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of many points at once: `[k, 2]` losses and `[k, 2, 2]` gradients, by task."""
+    x = x.detach().requires_grad_()
+    losses = objectives(x)
+    first, second = (torch.autograd.grad(losses[:, i].sum(), x, retain_graph=i == 0)[0] for i in (0, 1))
+    return losses.detach(), torch.stack([first, second], dim=1)
+
+
+def descend(rules: Mapping[str, Rule], steps: int, lr: float = 1e-3, records: int = 200) -> dict[str, Tensor]:
+    """`[records, 5, 2]` points on the way of each rule from each start, the last one last.
+
+    One autograd call and one Adam step serve all rules and starts; rules see losses above their lower bounds,
+    because some take logarithms, and a constant moves no gradient.
+    """
+    device = torch.device("cpu")
+    runs = [(name, rule) for name, rule in rules.items() for _ in STARTS]
+    states = [rule.init(TASKS, device) for _, rule in runs]
+    x = torch.tensor(STARTS, dtype=torch.float64).repeat(len(rules), 1)
+    bounds = torch.tensor(LOWER_BOUNDS, dtype=torch.float64)
+    present, counts = torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.float64)
+    mean, square = torch.zeros_like(x), torch.zeros_like(x)
+    track = [x]
+    for step in range(steps):
+        losses, gradients = losses_and_gradients(x)
+        grams = gradients @ gradients.mT
+        weights = torch.empty_like(losses)
+        for k, (_, rule) in enumerate(runs):
+            stats = TaskStats(losses[k] - bounds, present, grams[k], counts, step)
+            weights[k], states[k] = rule.update(stats, states[k])
+        update = torch.einsum("kn,knd->kd", weights, gradients)
+        mean = 0.9 * mean + 0.1 * update
+        square = 0.999 * square + 0.001 * update**2
+        size = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+        x = x - lr * mean / (1 - 0.9 ** (step + 1)) / size
+        if (step + 1) % max(steps // records, 1) == 0 or step == steps - 1:
+            track.append(x)
+    paths = torch.stack(track).reshape(len(track), len(rules), len(STARTS), 2)
+    return {name: paths[:, i] for i, name in enumerate(rules)}
+
+
+def reached(points: Tensor) -> Tensor:
+    """`[..., 2]` points: which are on the front, or in the valley on the way down to it."""
+    return (points[..., 1] < -4.5) & (points[..., 0].abs() < 7.2)
+
+
+def all_rules() -> dict[str, Rule]:
+    return {name: SETTINGS[name] if name in SETTINGS else RULES[name]() for name in RULES}
+
+
+def markdown(paths: Mapping[str, Tensor]) -> str:
+    lines = ["| rule | reaches the front | " + " | ".join(str(s) for s in STARTS) + " |"]
+    lines.append("|---|--:|" + "---|" * len(STARTS))
+    for name, path in paths.items():
+        ends = path[-1]
+        cells = [f"({a:.3f}, {b:.3f})" for a, b in objectives(ends).tolist()]
+        lines.append(f"| {name} | {int(reached(ends).sum())} of 5 | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(paths: Mapping[str, Tensor], file: Path) -> None:
+    """One panel a rule: contours of the sum, the front in grey, a line from each start."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(6, len(paths))
+    rows = -(-len(paths) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.3 * rows), squeeze=False)
+    side = torch.linspace(-10, 10, 150, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1)
+    height = objectives(grid).sum(-1)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, path) in zip(axes.flat, paths.items(), strict=False):
+        axis.contour(side, side, height, levels=25, linewidths=0.4, cmap="viridis")
+        axis.plot([-7, 7], [-8.3552, -8.3552], color="0.6", linewidth=4, zorder=1)
+        for start in range(len(STARTS)):
+            axis.plot(*path[:, start].T, linewidth=1, color="tab:red")
+            axis.plot(*path[0, start], "o", markersize=3, color="black")
+            axis.plot(*path[-1, start], "*", markersize=6, color="tab:red")
+        axis.set_title(f"{name} ({int(reached(path[-1]).sum())}/5)", fontsize=8)
+        axis.set_xlim(-10, 10)
+        axis.set_ylim(-10, 10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=35_000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rules = {name: rule for name, rule in all_rules().items() if name in args.rules}
+    before = time.perf_counter()
+    paths = descend(rules, args.steps, args.lr)
+    seconds = time.perf_counter() - before
+    head = f"{args.steps} steps of Adam at {args.lr:g}, {seconds:.0f} s. Final (L1, L2):\n\n"
+    table = head + markdown(paths)
+    print(table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "toy.md").write_text(table)
+    try:
+        draw(paths, args.output / "toy.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()
