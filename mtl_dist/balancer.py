@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 from mtl_dist._alarm import Alarm
 from mtl_dist._explain import explain_failure, explain_refusal
 from mtl_dist._quench import Quench
-from mtl_dist.probes import Counts, FeatureProbe, FeatureTap, Heads, Losses, Probe, Reduced, TaskLosses
+from mtl_dist._validate import (
+    OnNonfinite,
+    check_same_state,
+    checked_losses,
+    checked_policy,
+    checked_tasks,
+)
+from mtl_dist.probes import Counts, FeatureProbe, Heads, Losses, Probe, Reduced, TaskLosses
 from mtl_dist.probes._losses import collect, evaluate
-from mtl_dist.stats import LocalStats, StepReport, global_stats, stats_dtype
+from mtl_dist.stats import LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Synchronizer
 from mtl_dist.weighting import Needs, Rule, State
-
-OnNonfinite = Literal["raise", "skip", "hold"]
 
 _STATE_PREFIX = "rule."
 
@@ -71,11 +77,11 @@ class Balancer(nn.Module):
         on_nonfinite: OnNonfinite = "raise",
     ) -> None:
         super().__init__()
-        self.tasks = _checked_tasks(tasks)
+        self.tasks = checked_tasks(tasks)
         self.weighting = weighting
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
-        self.on_nonfinite = _checked_policy(on_nonfinite, self.probe)
+        self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
         self.step = 0
         self.report: StepReport | None = None
         self._synchronizer = Synchronizer(len(self.tasks), group)
@@ -122,6 +128,34 @@ class Balancer(nn.Module):
             total = self._quench(total, features)
         return total
 
+    def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
+        """Hands losses measured outside the step to the rule; all ranks must call it.
+
+        For rules that learn from them (`weighting.observes`): the batch's losses after the optimizer's step
+        (FAMO), or validation losses (CoBa). One all-reduce; nothing is returned, weights change at the next
+        step.
+
+        Args:
+            losses: scalar mean loss by task, of this rank's samples; None or absent where there are none.
+            counts: samples behind each mean, as in a training step.
+
+        Raises:
+            ValueError: the rule does not learn from such losses, or as in a training step.
+        """
+        if not self.weighting.observes:
+            raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
+        self._alarm.poll()
+        self._synchronizer.connect(self._fingerprint())
+        step = _Step(self, counts)
+        with torch.no_grad():
+            local = step.collect(checked_losses(losses), self._device_of(losses)).stats()
+            reduced = step.reduce(local)
+            stats = global_stats(reduced.total, self.step, with_gram=False)
+            sound, refused = self._inspected(stats, reduced)
+            state = self.weighting.observe(stats.guarded(sound), self._state)
+        self._refuse(refused, stats, reduced)
+        self._state = _chosen(sound, state, self._state)
+
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
@@ -146,7 +180,7 @@ class Balancer(nn.Module):
             ValueError: it belongs to other tasks or another rule; nothing is changed then.
         """
         expected = self.state_dict()
-        _check_same_state(expected, state_dict)
+        check_same_state(expected, state_dict)
         self.step = int(state_dict["step"])
         self._weights = state_dict["weights"].detach().clone()
         rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
@@ -182,14 +216,14 @@ class Balancer(nn.Module):
                 f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
             )
         step.measure = False
-        collected = step.collect(_checked_losses(losses), self._device_of(losses))
+        collected = step.collect(checked_losses(losses), self._device_of(losses))
         reduced = step.reduce(collected.stats())
         weights = step.decide(reduced)
         total = collected.total(weights * reduced.shares)
         return total if collected.any_present else total.requires_grad_()
 
     def _evaluated(self, features: Any, heads: Heads | None, counts: Counts | None) -> Tensor:
-        losses = _checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
+        losses = checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
         collected = collect(losses, counts, self.tasks, self._device_of(losses))
         self._move_to(collected.counts.device)
         return collected.total(self._weights)
@@ -214,19 +248,28 @@ class Balancer(nn.Module):
         """One update of the rule; every decision on the device. Returns the weights used, `[n]`."""
         stats = global_stats(reduced.total, self.step, with_gram=measured)
         present = stats.present
-        finite = stats.losses.isfinite().all() & reduced.total.gram.isfinite().all()
-        in_domain = torch.where(present, stats.losses > 0, True).all() | (not self.weighting.positive_losses)
-        sound = finite & in_domain & (reduced.faults.failure[0] == 0)
+        sound, refused = self._inspected(stats, reduced)
         weights, state = self.weighting.update(stats.guarded(sound), self._state)
-        sound = sound & weights.isfinite().all()
-        refused = ~sound if self.on_nonfinite == "raise" else finite & ~in_domain
-        self._alarm.watch(refused, lambda: explain_refusal(self.tasks, self.weighting, stats, reduced.faults))
+        usable = weights.isfinite().all()
+        self._refuse(refused | ~usable if self.on_nonfinite == "raise" else refused, stats, reduced)
+        sound = sound & usable
         self._weights = torch.where(sound & present, weights, self._weights)
-        self._state = {key: torch.where(sound, state[key], old) for key, old in self._state.items()}
+        self._state = _chosen(sound, state, self._state)
         used = torch.where(present, self._weights, torch.zeros_like(self._weights))
         self.report = StepReport(self.tasks, stats, used, ~sound)
         self.step += 1
         return used
+
+    def _inspected(self, stats: TaskStats, reduced: Reduced) -> tuple[Tensor, Tensor]:
+        """Scalar bools: whether the rule may see these statistics, and whether they are an error."""
+        finite = stats.losses.isfinite().all() & reduced.total.gram.isfinite().all()
+        out_of_domain = (stats.present & (stats.losses <= 0)).any() & self.weighting.positive_losses
+        sound = finite & ~out_of_domain & (reduced.faults.failure[0] == 0)
+        return sound, out_of_domain | ~finite if self.on_nonfinite == "raise" else out_of_domain
+
+    def _refuse(self, refused: Tensor, stats: TaskStats, reduced: Reduced) -> None:
+        explain = partial(explain_refusal, self.tasks, self.weighting, stats, reduced.faults)
+        self._alarm.watch(refused, explain)
 
 
 class _Step:
@@ -264,45 +307,6 @@ class _Step:
         return self._balancer._take(reduced, measured=self.measure)
 
 
-def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(tasks)
-    if isinstance(tasks, str) or not names or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f"tasks must be a sequence of names, got {tasks!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"task names must be unique, got {list(names)}")
-    return names
-
-
-def _checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
-    if on_nonfinite not in ("raise", "skip", "hold"):
-        raise ValueError(f'on_nonfinite must be "raise", "skip" or "hold", got {on_nonfinite!r}')
-    if on_nonfinite == "skip" and isinstance(probe, FeatureTap):
-        raise ValueError(
-            'FeatureTap learns of a bad gradient when the heads already have theirs, so on_nonfinite="skip" '
-            'cannot undo the step; use "hold" or "raise", or FeatureProbe()'
-        )
-    return on_nonfinite
-
-
-def _checked_losses(losses: Any) -> Losses:
-    if not isinstance(losses, Mapping):
-        raise TypeError(
-            f"balancer(losses) takes a mapping from task to loss, got {type(losses).__name__}; "
-            "with features, give the heads too: balancer(features, heads)"
-        )
-    return losses
-
-
-def _check_same_state(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for key in ("tasks", "rule"):
-        if given.get(key) != expected[key]:
-            raise ValueError(
-                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
-            )
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
-    for key, value in expected.items():
-        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
-            shape = getattr(given[key], "shape", type(given[key]).__name__)
-            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")
+def _chosen(sound: Tensor, new: State, old: State) -> State:
+    """The new state where `sound` holds, else the old one."""
+    return {key: torch.where(sound, new[key], value) for key, value in old.items()}

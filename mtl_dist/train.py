@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from mtl_dist.config import Settings, load_settings
@@ -65,6 +66,14 @@ def train(settings: Settings) -> dict[str, Any]:
         ValueError: settings that cannot work together.
         RuntimeError: the launcher started something else than was asked for.
     """
+    accelerator, summary = _trained(settings)
+    # the model has gone before its group: one that outlives a Gloo group can hang at exit (torch 2.13)
+    accelerator.free_memory()
+    accelerator.end_training()
+    return summary
+
+
+def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
     checkpoint, done = find_checkpoint(settings)
     check_output(settings)
     run = build_run(settings, done)
@@ -75,8 +84,7 @@ def train(settings: Settings) -> dict[str, Any]:
     summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
     if run.accelerator.is_main_process:
         _close(run, summary)
-    run.accelerator.end_training()
-    return summary
+    return run.accelerator, summary
 
 
 def _loop(run: Run, done: int) -> Row:

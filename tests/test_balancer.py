@@ -13,7 +13,7 @@ from explicit import gradients
 from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
-from mtl_dist.weighting import MGDA, Equal, GeometricMean, InitialLoss, InverseLoss, Smooth
+from mtl_dist.weighting import FAMO, MGDA, Equal, GeometricMean, InitialLoss, InverseLoss, Smooth
 
 ALL = [FeatureProbe(), FeatureProbe(reevaluate=True), FeatureTap()]
 HEADS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -198,7 +198,7 @@ def test_features_must_hold_a_floating_point_tensor() -> None:
 
 
 def test_gradient_rules_refuse_losses_alone() -> None:
-    with pytest.raises(ValueError, match=r"MGDA\(\) reads gradients: call balancer\(features, heads\)"):
+    with pytest.raises(ValueError, match=r"MGDA\(.*\) reads gradients: call balancer\(features, heads\)"):
         Balancer(["a"], MGDA())({"a": torch.tensor(1.0)})
 
 
@@ -212,6 +212,35 @@ def test_loss_out_of_the_domain_of_a_log_rule(value: float, policy: str) -> None
     ):
         balancer({"a": torch.tensor(1.0), "b": torch.tensor(value, dtype=torch.float64)})
     assert_same_state(balancer.state_dict(), before)
+
+
+def test_observe_teaches_rules_that_learn_from_other_losses() -> None:
+    balancer = Balancer(["a", "b"], Smooth(FAMO(feedback="after")))
+    losses = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
+    balancer(losses)
+    before = balancer.state_dict()
+    balancer.observe({"a": torch.tensor(1.0), "b": torch.tensor(3.0)})
+    after = balancer.state_dict()
+    assert not torch.equal(before["rule.rule.w"], after["rule.rule.w"])
+    assert after["step"] == before["step"]
+    balancer(losses)
+    # the task that fell gets less weight than it would have without what was observed
+    unobserved = Balancer(["a", "b"], Smooth(FAMO(feedback="after")))
+    unobserved(losses)
+    unobserved(losses)
+    assert balancer.report.weights["a"] < unobserved.report.weights["a"]
+
+
+def test_observe_refuses_rules_and_losses_that_it_cannot_use() -> None:
+    with pytest.raises(ValueError, match=r"Equal\(\) takes no losses from outside the step"):
+        Balancer(["a"], Equal()).observe({"a": torch.tensor(1.0)})
+    balancer = Balancer(["a"], FAMO(feedback="after"))
+    balancer({"a": torch.tensor(1.0)})
+    before = balancer.state_dict()
+    for bad in (torch.nan, -1.0):
+        with pytest.raises(ValueError, match=r"task 'a' on rank 0|needs them > 0"):
+            balancer.observe({"a": torch.tensor(bad)})
+        assert_same_state(balancer.state_dict(), before)
 
 
 def test_policy_is_checked() -> None:

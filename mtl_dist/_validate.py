@@ -1,0 +1,60 @@
+"""What a balancer is given, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mtl_dist.probes import FeatureTap, Losses, Probe
+
+OnNonfinite = Literal["raise", "skip", "hold"]
+
+
+def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Unique, non-empty names, as a tuple."""
+    names = tuple(tasks)
+    if isinstance(tasks, str) or not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"tasks must be a sequence of names, got {tasks!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"task names must be unique, got {list(names)}")
+    return names
+
+
+def checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
+    """A policy that the probe can follow."""
+    if on_nonfinite not in ("raise", "skip", "hold"):
+        raise ValueError(f'on_nonfinite must be "raise", "skip" or "hold", got {on_nonfinite!r}')
+    if on_nonfinite == "skip" and isinstance(probe, FeatureTap):
+        raise ValueError(
+            'FeatureTap learns of a bad gradient when the heads already have theirs, so on_nonfinite="skip" '
+            'cannot undo the step; use "hold" or "raise", or FeatureProbe()'
+        )
+    return on_nonfinite
+
+
+def checked_losses(losses: Any) -> Losses:
+    """A mapping; features without heads are the usual mistake."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"balancer(losses) takes a mapping from task to loss, got {type(losses).__name__}; "
+            "with features, give the heads too: balancer(features, heads)"
+        )
+    return losses
+
+
+def check_same_state(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`."""
+    for key in ("tasks", "rule"):
+        if given.get(key) != expected[key]:
+            raise ValueError(
+                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
+            )
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
+            shape = getattr(given[key], "shape", type(given[key]).__name__)
+            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")
