@@ -15,10 +15,9 @@ every engine can apply by scaling losses. What is left out, and why:
 | learning-rate annealing (2021) | the mean absolute gradient does not add over ranks |
 | MOML, Auto-Lambda, FORUM | bilevel: passes over held-out batches inside the step |
 
-MoDo and SDMGrad need `⟨gᵢ(batch 1), gⱼ(batch 2)⟩`. At features, the two batches are different points and the
+MoDo and SDMGrad need `⟨gᵢ(batch 1), gⱼ(batch 2)⟩`. At features the two batches are different points and the
 product means nothing; at parameters it takes n more backward passes a step. It is neither symmetric nor
-semidefinite, so handing it over as the Gram would be wrong, and no other rule would ever read a `Needs` of its
-own. They would bend the scheme for everyone.
+semidefinite, so it cannot pass for the Gram, and a `Needs` of its own would serve nothing else.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projection
 
 @dataclass(frozen=True)
 class IMTLG(Rule):
-    """`⟨u, gᵢ/‖gᵢ‖⟩` equal for all tasks, `Σ |αᵢ|`-scale fixed by `|Σ αᵢ| = 1`: `α = v/|Σ v|`, `v = D⁻¹C⁺1`.
+    """`⟨u, gᵢ/‖gᵢ‖⟩` equal for all tasks and `|Σ αᵢ| = 1`: `α = v/|Σ v|`, `v = D⁻¹C⁺1`.
 
     C holds the cosines, D the norms; `v = G⁻¹d` where G is regular.
 
