@@ -15,7 +15,7 @@ from mtl_dist.weighting._hard_columns import interior_point, lawson_hanson, roun
 
 RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
 _REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
-_SMALL = 32  # up to here a guess costs more than the pivots it saves, and gathering more than solving
+_SMALL = 8192  # numbers in all blocks; up to here a guess costs more than the pivots that it saves
 _ROUNDS = 8  # of pivoting, which ends in 1 to 5 where the matrix is well conditioned
 
 
@@ -43,7 +43,7 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     unit = gram / np.outer(lengths, lengths)
     np.fill_diagonal(unit, 1.0)
     columns = (target.T / lengths).reshape(-1, n)
-    result = _descend(unit, columns) if n > _SMALL else np.maximum(columns, 0.0)
+    result = _descend(unit, columns) if unit.size * len(columns) > _SMALL else np.maximum(columns, 0.0)
     open_columns = np.flatnonzero((columns > 0).any(1))  # elsewhere x = 0 is optimal
     hard = _pivot(unit, columns, result, open_columns, RIDGE)
     for ridge in (RIDGE, 4 * n * EPS):
@@ -74,12 +74,14 @@ def _pivot(
     on x is taken back, on that support, at the end.
     """
     unsettled = [todo[:0]]
+    ridged: Array = gram + ridge * np.eye(len(gram))
+    inverse = np.linalg.inv(ridged).astype(np.float64, copy=False)
     free = result[todo] > 0
     for _ in range(_ROUNDS):
         if not len(todo):
             break
         b = target[todo]
-        support = _Support(gram, free, ridge)
+        support = _Support(ridged, inverse, free)
         x = support.solve(b)
         slope = x @ gram + ridge * x - b
         # free where x stays positive, or where the bound's multiplier is negative
@@ -98,30 +100,40 @@ def _pivot(
 
 
 class _Support:
-    """`H_FF + ridge` of many supports F at once, factorised."""
+    """`H_FF + ridge` of many supports F at once, factorised; `ridged` is H + ridge, `inverse` its inverse."""
 
-    def __init__(self, gram: Array, free: NDArray[np.bool_], ridge: float) -> None:
-        self._order: NDArray[np.intp] | None = None
-        self._inside = free
-        if len(gram) <= _SMALL:
-            blocks = np.where(free[:, :, None] & free[:, None, :], gram, 0.0)
-            blocks[:, np.arange(len(gram)), np.arange(len(gram))] = 1 + ridge
-            self._inverse = np.linalg.inv(blocks)
+    def __init__(self, ridged: Array, inverse: Array, free: NDArray[np.bool_]) -> None:
+        self._free, self._inverse = free, inverse
+        self._small = ridged.size * len(free) <= _SMALL
+        if self._small:
+            blocks = np.where(free[:, :, None] & free[:, None, :], ridged, np.eye(len(ridged)))
+            self._inverses = np.linalg.inv(blocks)
             return
-        # the free rows first, padded with the identity to the largest support
-        size = int(free.sum(1).max(initial=0))
-        self._order = np.argsort(~free, axis=1, kind="stable")[:, :size]
-        self._inside = np.take_along_axis(free, self._order, 1)
-        blocks = np.take(gram, self._order[:, :, None] * len(gram) + self._order[:, None, :])
+        # whichever is smaller: the rows that are free, or those at their bound
+        self._direct = free.sum(1).max() <= (~free).sum(1).max()
+        matrix, rows = (ridged, free) if self._direct else (inverse, ~free)
+        # these rows first, padded with the identity to the largest number of them
+        size = int(rows.sum(1).max())
+        self._order = np.argsort(~rows, axis=1, kind="stable")[:, :size]
+        self._inside = np.take_along_axis(rows, self._order, 1)
+        blocks = np.take(matrix, self._order[:, :, None] * len(matrix) + self._order[:, None, :])
         blocks *= self._inside[:, :, None] & self._inside[:, None, :]
-        blocks[:, np.arange(size), np.arange(size)] = 1 + ridge
+        blocks[:, np.arange(size), np.arange(size)] += ~self._inside
         self._factors = torch.linalg.lu_factor(torch.from_numpy(blocks))
 
     def solve(self, target: Array) -> Array:
         """`x_F = (H_FF + ridge)⁻¹ b_F`, `x = 0` elsewhere."""
-        if self._order is None:
-            small: Array = (self._inverse @ (target * self._inside)[:, :, None])[:, :, 0]
+        if self._small:
+            small: Array = (self._inverses @ (target * self._free)[:, :, None])[:, :, 0] * self._free
             return small
+        if self._direct:
+            return self._on_rows(target)
+        # with K the inverse and N the rows at their bound: x = K(b + w), w = -K_NN⁻¹ (Kb)_N on N
+        x = target @ self._inverse
+        x -= self._on_rows(x) @ self._inverse
+        return x * self._free
+
+    def _on_rows(self, target: Array) -> Array:
         inside = np.take_along_axis(target, self._order, 1) * self._inside
         values = torch.linalg.lu_solve(*self._factors, torch.from_numpy(inside)[:, :, None])
         x = np.zeros_like(target)
