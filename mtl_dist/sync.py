@@ -70,6 +70,7 @@ class Synchronizer:
         self.rank = 0
         self._own_group: Callable[[], dist.ProcessGroup | None] = lambda: None
         self._connected = False
+        self._indices: Tensor | None = None
 
     def connect(self, fingerprint: str) -> None:
         """Makes the group and compares `fingerprint` (tasks, rule, probe) over its ranks, once.
@@ -138,7 +139,7 @@ class Synchronizer:
     def _pack(self, local: LocalStats) -> Tensor:
         finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
         faulty = (~finite).to(local.loss_sums.dtype)
-        row, column = torch.triu_indices(self.num_tasks, self.num_tasks, device=local.gram.device)
+        row, column = self._triangle(local.gram.device)
         failure = faulty.new_zeros(2)
         return torch.cat(
             [local.loss_sums, local.counts, local.gram[row, column], faulty, faulty * self.rank, failure]
@@ -148,11 +149,16 @@ class Synchronizer:
         n = self.num_tasks
         sizes = [n, n, n * (n + 1) // 2, n, n, 2]
         loss_sums, counts, triangle, fault_counts, rank_sums, failure = torch.split(buffer, sizes)
-        row, column = torch.triu_indices(n, n, device=buffer.device)
+        row, column = self._triangle(buffer.device)
         gram = buffer.new_zeros(n, n)
         gram[row, column] = triangle
         gram[column, row] = triangle
         return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure)
+
+    def _triangle(self, device: torch.device) -> Tensor:
+        if self._indices is None or self._indices.device != device:
+            self._indices = torch.triu_indices(self.num_tasks, self.num_tasks, device=device)
+        return self._indices
 
     def _check_agreement(self, fingerprint: str) -> None:
         everyone: list[str | None] = [None] * self.world_size

@@ -1,9 +1,9 @@
 """Trains rules with every probe in every scenario under DDP; rank 0 writes the trajectories to a file.
 
-    equivalence.py OUT NUM_STEPS DTYPE [RULE ...]
+    equivalence.py OUT NUM_STEPS DTYPE CELLS
 
-The rules given; without any, every rule with every probe on even shards, every rule with one probe in the
-other scenarios, and there one rule of each kind with the other probes.
+CELLS is `kinds` (one rule of each kind, every probe, every scenario), `rules` (every rule, every probe, even
+shards), or `all`.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ def check_agreement(results: dict) -> None:
         assert all(torch.equal(everyone[0], other) for other in everyone), "weights differ between ranks"
 
 
+def cells(which: str) -> list[tuple[str, str, str]]:
+    """(rule, probe, scenario) of every training."""
+    rules = KINDS if which == "kinds" else sorted(RULES)
+    scenarios = SCENARIOS[:1] if which == "rules" else SCENARIOS
+    return list(itertools.product(rules, PROBES, scenarios))
+
+
 def main() -> None:
     global RANK, WORLD_SIZE
     RANK, WORLD_SIZE = start()
-    out, num_steps, dtype, *rules = sys.argv[1:]
-    cells = [
-        cell
-        for cell in itertools.product(rules or sorted(RULES), PROBES, SCENARIOS)
-        if rules or cell[0] in KINDS or cell[1] == "FeatureProbe" or cell[2] == "even"
-    ]
-    results = {
-        (rule, probe, scenario): train(rule, probe, scenario, int(num_steps), getattr(torch, dtype))
-        for rule, probe, scenario in cells
-    }
+    out, num_steps, dtype, which = sys.argv[1:]
+    results = {cell: train(*cell, int(num_steps), getattr(torch, dtype)) for cell in cells(which)}
     check_agreement(results)
     if RANK == 0:
         torch.save(results, out)

@@ -13,7 +13,7 @@ BATCH = 24
 
 
 class Net(nn.Module):
-    """A trunk, one head a task; the losses differ in scale by orders of magnitude and are all positive."""
+    """A trunk, one head a task; the losses differ in scale, and are all positive."""
 
     def __init__(self, balancer: nn.Module) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class Net(nn.Module):
                 return None
             out = self.heads[i](z[rows])
             if i == 0:
-                return 30 * F.mse_loss(out.squeeze(-1), batch.numbers[rows]) + 0.5
+                return 3 * F.mse_loss(out.squeeze(-1), batch.numbers[rows]) + 0.5
             if i == 1:
                 return F.cross_entropy(out, batch.classes[rows])
-            return 0.01 * (out - batch.inputs[rows, :5]).square().mean() + 0.001
+            return 0.3 * (out - batch.inputs[rows, :5]).square().mean() + 0.03
 
         return loss
 

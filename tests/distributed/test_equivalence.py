@@ -10,52 +10,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from equivalence import KINDS
 from launcher import succeed
-from problem import SCENARIOS
 from torch import Tensor
 
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return trajectories(tmp_path_factory.mktemp("single"), 1, "float32")
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return trajectories(tmp_path_factory.mktemp("several"), request.param, "float32")
-
-
-def trajectories(folder: Path, num_processes: int, dtype: str, rules: tuple[str, ...] = ()) -> dict:
-    out = folder / "trajectories.pt"
-    succeed("equivalence.py", num_processes, str(out), str(STEPS), dtype, *rules, timeout=290)
+def trajectories(folder: Path, num_processes: int, dtype: str, cells: str, timeout: float) -> dict:
+    out = folder / f"{num_processes}-{dtype}-{cells}.pt"
+    if not out.exists():
+        succeed("equivalence.py", num_processes, str(out), str(STEPS), dtype, cells, timeout=timeout)
     return torch.load(out)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_ranks_equal_one_process(single: dict, several: dict, scenario: str) -> None:
-    compare(single, several, scenario, 1e-6, per_parameter=False)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trajectories")
+
+
+# every rule in every scenario, on 4 ranks too, is the long test below
+@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds"), (4, "kinds")])
+def test_ranks_equal_one_process(folder: Path, num_processes: int, cells: str) -> None:
+    expected = trajectories(folder, 1, "float32", cells, 280)
+    compare(expected, trajectories(folder, num_processes, "float32", cells, 280), 1e-6, per_parameter=False)
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
-def test_to_the_last_digits_in_float64(tmp_path: Path, num_processes: int) -> None:
+def test_to_the_last_digits_in_float64(folder: Path, num_processes: int) -> None:
     """What float32 leaves open: each parameter's own gradient, biases whose terms cancel included."""
-    (tmp_path / "one").mkdir()
-    expected = trajectories(tmp_path / "one", 1, "float64", KINDS)
-    got = trajectories(tmp_path, num_processes, "float64", KINDS)
-    for scenario in SCENARIOS:
-        compare(expected, got, scenario, 1e-10, per_parameter=True)
+    expected = trajectories(folder, 1, "float64", "kinds", 280)
+    compare(expected, trajectories(folder, num_processes, "float64", "kinds", 280), 1e-10, per_parameter=True)
 
 
-def compare(expected: dict, got: dict, scenario: str, tolerance: float, *, per_parameter: bool) -> None:
-    cells = [cell for cell in expected if cell[2] == scenario]
-    assert cells
+@pytest.mark.long
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_every_rule_in_every_scenario(folder: Path, num_processes: int) -> None:
+    expected = trajectories(folder, 1, "float32", "all", 900)
+    compare(expected, trajectories(folder, num_processes, "float32", "all", 1800), 1e-6, per_parameter=False)
+
+
+def compare(expected: dict, got: dict, tolerance: float, *, per_parameter: bool) -> None:
     assert expected.keys() == got.keys()
     problems = [
         problem
-        for cell in cells
+        for cell in expected
         for problem in differences(expected[cell], got[cell], cell, tolerance, per_parameter=per_parameter)
     ]
     assert not problems, "\n".join(problems)

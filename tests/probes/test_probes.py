@@ -270,7 +270,7 @@ def test_small_gradients_do_not_underflow(probe: Probe, scale: float) -> None:
 
 @pytest.mark.parametrize("probe", ALL, ids=repr)
 def test_autocast_does_not_touch_the_statistics(probe: Probe) -> None:
-    """bfloat16 features: the Gram is that of the bfloat16 gradients, summed in float64."""
+    """bfloat16 features: the Gram is that of the bfloat16 gradients, not itself taken in bfloat16."""
     balancer = Balancer(["a", "b"], MGDA(), probe=probe)
     z = torch.randn(64, 33, requires_grad=True)
     targets = {"a": torch.randn(64, 33), "b": torch.randn(64, 33)}
