@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": CORE,
 }
 COLLECTIVES = {
-    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all"),
     *(
         "broadcast",
         "broadcast_object_list",
