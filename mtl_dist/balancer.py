@@ -122,7 +122,7 @@ class Balancer(nn.Module):
                 total = self._of_losses(features, step)
         except Exception:
             if not step.reduced:
-                self._synchronizer.announce_failure(self._weights.device)
+                self._synchronizer.announce_failure()
             raise
         if self.on_nonfinite == "skip" and self.report is not None and bool(self.report.held):
             total = self._quench(total, features)

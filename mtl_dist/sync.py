@@ -107,7 +107,7 @@ class Synchronizer:
             dist.all_reduce(buffer, group=self._live_group())
         return self._unpack(buffer)
 
-    def announce_failure(self, device: torch.device) -> None:
+    def announce_failure(self) -> None:
         """Takes part in this step's all-reduce with the failure slot set, so that every rank raises.
 
         Waits at most 30 s: where the others cannot come (they wait in a collective of the engine's), this
@@ -115,11 +115,10 @@ class Synchronizer:
         """
         if self.world_size == 1:
             return
-        local = LocalStats.zeros(self.num_tasks, device)
-        buffer = self._pack(local)
+        buffer = self._pack(LocalStats.zeros(self.num_tasks, wire_device(self.group)))
         buffer[-2:] = torch.tensor([1.0, self.rank])
-        work = dist.all_reduce(buffer, group=self._own_group(), async_op=True)
         try:
+            work = dist.all_reduce(buffer, group=self._live_group(), async_op=True)
             work.wait(timeout=datetime.timedelta(seconds=_FAREWELL_SECONDS))
         except RuntimeError:  # the others did not come, or went first: our own error says more
             return
@@ -173,6 +172,13 @@ class Synchronizer:
 def is_distributed() -> bool:
     """Whether this process is one of a `torch.distributed` job."""
     return dist.is_available() and dist.is_initialized()
+
+
+def wire_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """The CPU where the group's backend takes tensors there, else this rank's accelerator."""
+    if is_distributed() and "cpu" not in dist.get_backend_config(group):
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return torch.device("cpu")
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

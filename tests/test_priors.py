@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from launcher import succeed
 from torch import Tensor
 
+from mtl_dist import sync
 from mtl_dist.priors import (
     Binary,
     Categorical,
     MultiLabel,
     Priors,
     Regression,
-    _synchronize,
     estimate_priors,
     synchronize,
 )
@@ -440,12 +440,12 @@ def test_the_comparison_of_ranks_has_a_fixed_size(monkeypatch):
     ("config", "device"), [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo", "cpu")]
 )
 def test_sums_travel_on_a_device_that_the_backend_takes(monkeypatch, config, device):
-    monkeypatch.setattr(_synchronize, "is_distributed", lambda: True)
+    monkeypatch.setattr(sync, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
-    assert _synchronize._wire_device(None) == torch.device(device)
+    assert sync.wire_device(None) == torch.device(device)
 
 
 # real processes

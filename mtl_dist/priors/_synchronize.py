@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.sync import all_reduce_sum, is_distributed
+from mtl_dist.sync import all_reduce_sum, wire_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,7 +32,7 @@ def synchronize(statistics: Mapping[str, S], group: ProcessGroup | None = None) 
     Raises:
         ValueError: on every rank, where ranks have different tasks or define different losses.
     """
-    device = _wire_device(group)
+    device = wire_device(group)
     _check_agreement({task: repr(one) for task, one in statistics.items()}, device, group)
     local = [one._to(device) for one in statistics.values()]
     # T = Σ_r T_r
@@ -64,10 +63,3 @@ def _check_agreement(losses: dict[str, str], device: torch.device, group: Proces
 def _digest(losses: dict[str, str]) -> Tensor:
     """`[16]`, bytes that differ where the tasks or their losses do."""
     return torch.tensor(list(hashlib.sha256(repr(losses).encode()).digest()[:16]), dtype=torch.float64)
-
-
-def _wire_device(group: ProcessGroup | None) -> torch.device:
-    """The CPU where the group's backend takes tensors there, else this rank's accelerator."""
-    if is_distributed() and "cpu" not in dist.get_backend_config(group):
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.device("cpu")
