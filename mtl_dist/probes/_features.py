@@ -14,8 +14,8 @@ from mtl_dist.stats import stats_dtype
 
 Gradients = Sequence[Tensor | None]
 
-# Elements of each gradient converted at a time: n x 64 kB stay in a core's cache, n x 8 MB fill a GPU.
-_CHUNK_HOST = 8192
+# Elements of each gradient converted at a time: n x 0.25 MB stay in a CPU's cache, n x 8 MB fill a GPU.
+_CHUNK_HOST = 1 << 15
 _CHUNK_DEVICE = 1 << 20
 
 
@@ -71,27 +71,25 @@ def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
 
     In float64, chunk by chunk. A float32 matrix product of 10^5 elements is wrong in the 6th digit, TF32 and
     autocast make it the 3rd, and squares of small gradients underflow; converting costs little, because
-    features are small beside the model, and it takes n x 64 kB of scratch memory on
-    the CPU, n x 8 MB on an accelerator.
+    features are small beside the model, and takes n x 0.25 MB of scratch memory on the CPU, n x 8 MB on GPUs.
     """
-    n, dtype = len(rows), stats_dtype(device)
-    gram = torch.zeros(n, n, dtype=dtype, device=device)
-    present = [i for i, row in enumerate(rows) if any(g is not None for g in row)]
-    if not present:
-        return gram
-    block = torch.zeros(len(present), len(present), dtype=dtype, device=device)
-    size = _CHUNK_HOST if device.type == "cpu" else _CHUNK_DEVICE
-    for leaf in zip(*(rows[i] for i in present), strict=True):
-        like = next((g for g in leaf if g is not None), None)
-        if like is None:
-            continue
-        vectors = [torch.zeros_like(like).flatten() if g is None else g.detach().flatten() for g in leaf]
-        for start in range(0, like.numel(), size):
-            chunk = torch.stack([v[start : start + size] for v in vectors]).to(dtype)
-            block.addmm_(chunk, chunk.T)
-    index = torch.tensor(present, device=device)
-    gram[index[:, None], index] = block
+    gram = torch.zeros(len(rows), len(rows), dtype=stats_dtype(device), device=device)
+    for leaf in zip(*rows, strict=True):
+        _add_products(gram, [None if g is None else g.detach().flatten() for g in leaf])
     return gram
+
+
+def _add_products(gram: Tensor, vectors: Gradients) -> None:
+    """Adds the inner products of n vectors (None for zero) to `gram`, in place."""
+    length = max((v.numel() for v in vectors if v is not None), default=0)
+    size = min(length, _CHUNK_HOST if gram.device.type == "cpu" else _CHUNK_DEVICE)
+    chunk = gram.new_zeros(len(vectors), size)  # one buffer: fresh ones cost the CPU page faults
+    for start in range(0, length, max(size, 1)):
+        width = min(size, length - start)
+        for row, vector in zip(chunk, vectors, strict=True):
+            if vector is not None:
+                row[:width].copy_(vector[start : start + width])
+        gram.addmm_(chunk[:, :width], chunk[:, :width].T)
 
 
 def anchored(total: Tensor, leaves: Sequence[Tensor]) -> Tensor:
