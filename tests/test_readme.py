@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from program import ROOT, run
 
 from mtl_dist import COMBINATORS, RULES
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def rules_table() -> str:
-    """The README's table of rules. To renew it: `python -m tests.test_readme`."""
+    """The README's table of rules. To renew it: `PYTHONPATH=tests python -m tests.test_readme`."""
     reads = {name: rule.needs.name.lower() for name, rule in sorted(RULES.items())}
     reads |= dict.fromkeys(sorted(COMBINATORS), "as its rule")
     lines = ["| class | name | reads | what it does |", "|---|---|---|---|"]
@@ -30,7 +28,7 @@ def rules_table() -> str:
 
 
 def test_rules_table_is_the_registry() -> None:
-    assert rules_table() in README, "renew it: python -m tests.test_readme"
+    assert rules_table() in README, "renew it: PYTHONPATH=tests python -m tests.test_readme"
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -42,20 +40,8 @@ def test_example_runs(tmp_path: Path, num_processes: int) -> None:
     leave = "del net, model, optimizer\naccelerator.free_memory()\naccelerator.end_training()\n"
     script.write_text(example + check + leave, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, *(launcher if num_processes > 1 else []), str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    command = [sys.executable, *(launcher if num_processes > 1 else []), script]
+    done = run(*command, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert re.search(r"'parity': 0\.\d+, 'size': 0\.\d+", done.stdout), done.stdout
     assert done.stdout.count("parity") == 1, "printed once, by the main process"

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from program import ROOT, run
 
 HERE = Path(__file__).parent
 
 
 def launch(
     script: str, num_processes: int, *arguments: str, timeout: float = 120
-) -> subprocess.CompletedProcess:
-    """Runs tests/distributed/`script` with torchrun (plain Python for one process) and returns its output.
-
-    Nothing is left running: on the time limit the whole process group is killed and the test fails.
-    """
+) -> subprocess.CompletedProcess[str]:
+    """Runs tests/distributed/`script` with torchrun (plain Python for one process) and returns its output."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), str(HERE / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "EXPECTED_WORLD_SIZE": str(num_processes)}
-    paths = (HERE, HERE.parent / "weighting", HERE.parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths)
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        message = f"{script} on {num_processes} processes hung for {timeout} s\n{out}\n{err}"
-        raise AssertionError(message) from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "weighting", ROOT))
+    environment = {"EXPECTED_WORLD_SIZE": str(num_processes), "PYTHONPATH": path}
+    return run(*command, timeout=timeout, env=environment)
 
 
 def succeed(script: str, num_processes: int, *arguments: str, timeout: float = 120) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from program import ROOT, run
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
 from mtl_dist.integrations.accelerate import attach, check_launch, data_parallel_group
 from mtl_dist.weighting import MGDA
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "accelerate_run.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_ON_CPU = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 TWO_ON_CPU += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def start(command: list[str], out: Path, probe: str = "FeatureProbe") -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [*command, str(SCRIPT), str(out), probe]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def start(command: list[str], out: Path, probe: str = "FeatureProbe") -> subprocess.CompletedProcess[str]:
+    return run(*command, SCRIPT, out, probe, env={"PYTHONPATH": str(ROOT)})
 
 
 def facts(out: Path, rank: int) -> dict:
