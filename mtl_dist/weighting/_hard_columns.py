@@ -1,9 +1,8 @@
-"""Non-negative quadratic programs one column at a time, for matrices that are nearly singular."""
+"""What pivoting of non-negative quadratic programs needs where the matrix is nearly singular."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from mtl_dist.weighting._base import EPS, Array
 
@@ -14,45 +13,33 @@ def rounding_of(x: Array, target: Array) -> Array:
     return rounding
 
 
-def interior_point(gram: Array, target: Array, ridge: float) -> Array:
-    """Mehrotra's predictor-corrector method; what is smaller than its multiplier is set to 0."""
-    n = len(target)
-    scale = np.abs(target).max(initial=0.0) or 1.0
-    b = target / scale
-    hessian = gram + ridge * np.eye(n)
-    x, w = np.ones(n), np.ones(n)
-    for _ in range(40):  # a guard; 10 to 20 are taken, whatever the condition
-        residual = hessian @ x - b - w
-        mu = x @ w / n
-        if mu <= EPS and np.abs(residual).max() <= 8 * n * EPS * (1 + x.sum()):
-            break
-        factor = torch.linalg.cholesky_ex(torch.from_numpy(hessian + np.diag(w / x)))[0]
+def line_search(start: tuple[Array, Array], end: tuple[Array, Array], ridge: float) -> tuple[Array, Array]:
+    """The point between `start` and `end`, both (x, Hx - b), where `½ xᵀHx + ‖min(z, 0)‖² / 2ρ` is least."""
+    (x, z), dx, dz = start, end[0] - start[0], end[1] - start[1]
+    # the derivative is linear between the points where an entry of z changes its sign
+    at = np.where(z * end[1] < 0, -z / np.where(dz == 0, 1.0, dz), 1.0)
+    order = at.argsort(axis=1)
+    at = np.take_along_axis(at, order, 1)
+    turns = np.where(z * end[1] < 0, np.where(dz < 0, 1.0, -1.0), 0.0)
 
-        def step(push: Array, factor: torch.Tensor = factor, residual: Array = residual) -> Array:
-            side = torch.from_numpy(push - residual)[:, None]
-            solution: Array = torch.cholesky_solve(side, factor)[:, 0].numpy()
-            return solution
+    def pieces(whole: Array, parts: Array) -> Array:
+        first = whole.sum(1, keepdims=True) + (parts * (z < 0)).sum(1, keepdims=True) / ridge
+        later = np.take_along_axis(parts * turns, order, 1).cumsum(1) / ridge
+        return np.concatenate([first, first + later], axis=1)
 
-        dx = step(-w)
-        dw = -w - w / x * dx
-        length = _to_boundary(x, dx), _to_boundary(w, dw)
-        centre = ((x + length[0] * dx) @ (w + length[1] * dw) / n) ** 3 / mu**2
-        push = -w + (centre - dx * dw) / x
-        dx = step(push)
-        dw = push - w / x * dx
-        both = 0.995 * min(_to_boundary(x, dx), _to_boundary(w, dw))
-        x, w = x + both * dx, w + both * dw
-    return np.where(x > w, scale * x, 0.0)
+    constant, linear = pieces(x * dz, z * dz), pieces(dx * dz, dz * dz)
+    ends = np.concatenate([at, np.ones_like(at[:, :1])], axis=1)
+    piece = (constant + linear * ends >= 0).argmax(1)[:, None]
+    root = -np.take_along_axis(constant, piece, 1) / np.take_along_axis(linear, piece, 1)
+    falls = (constant[:, -1:] + linear[:, -1:]) <= 0
+    part = np.where(falls, 1.0, root)
+    # the end as it was given, where it is reached: z has no digits left to lose
+    return np.where(falls, end[0], x + part * dx), np.where(falls, end[1], z + part * dz)
 
 
-def _to_boundary(x: Array, step: Array) -> float:
-    """The longest part of the step, at most 1, that leaves `x >= 0`."""
-    return 1 / max(1.0, float((-step / x).max()))
-
-
-def lawson_hanson(gram: Array, target: Array, start: Array) -> Array:
+def lawson_hanson(gram: Array, target: Array, start: Array, ridge: float) -> Array:
     """The active-set method, from a feasible `start`: one column, never worse than it was."""
-    gram = gram + 4 * len(start) * EPS * np.eye(len(start))  # no support is singular
+    gram = gram + ridge * np.eye(len(start))  # no support is singular
     x = _to_minimum_on_support(gram, target, start)
     refused = np.zeros(len(x), dtype=bool)
     for _ in range(10 * len(x) + 10):  # a guard: each index enters about once

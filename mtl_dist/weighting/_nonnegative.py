@@ -7,16 +7,16 @@ one form, so they share this one solver.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mtl_dist.weighting._base import EPS, Array
-from mtl_dist.weighting._hard_columns import interior_point, lawson_hanson, rounding_of
+from mtl_dist.weighting._hard_columns import lawson_hanson, line_search, rounding_of
+from mtl_dist.weighting._supports import SMALL, Support
 
 RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
 _REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
-_SMALL = 8192  # numbers in all blocks; up to here a guess costs more than the pivots that it saves
-_ROUNDS = 8  # of pivoting, which ends in 1 to 5 where the matrix is well conditioned
+_FREE_ROUNDS = 4  # of pivoting, enough where the matrix is well conditioned; damped afterwards
+_ROUNDS = 60  # a guard; what is left then is for the active-set method
 
 
 def nonnegative_minimum(gram: Array, target: Array) -> Array:
@@ -25,9 +25,9 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     The answer meets the optimality conditions `Hx - b >= 0`, `x ⟂ Hx - b` up to rounding, measured in units
     of each row's own length, so that gradients of very different lengths keep their digits. Where several x
     do, it is the shortest in those units, up to a small relative error: rounding and the order of the rows do
-    not decide. Coordinate descent guesses the support, principal pivoting of all columns at once makes it
-    exact. Columns where that cycles, because H is nearly singular, get their support from an interior-point
-    method, or, where no digits are left to tell, from Lawson and Hanson's method, which always ends.
+    not decide. Coordinate descent guesses the support of many columns, principal pivoting of all columns at
+    once makes it exact, for H with a small ridge. What it leaves, because H is nearly singular, Lawson and
+    Hanson's method ends, first with that ridge, and without it where taking it back changes the support.
 
     Args:
         gram: `[n, n]` positive semidefinite H. A row of zeros leaves its `x` at 0.
@@ -41,17 +41,16 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     lengths = np.sqrt(gram.diagonal())
     lengths = np.where(lengths > 0, lengths, np.inf)
     unit = gram / np.outer(lengths, lengths)
-    np.fill_diagonal(unit, 1.0)
+    unit.flat[:: n + 1] = 1.0
     columns = (target.T / lengths).reshape(-1, n)
-    result = _descend(unit, columns) if unit.size * len(columns) > _SMALL else np.maximum(columns, 0.0)
+    many = len(columns) > 1 and unit.size * len(columns) > SMALL
+    result = _descend(unit, columns) if many else np.maximum(columns, 0.0)
     open_columns = np.flatnonzero((columns > 0).any(1))  # elsewhere x = 0 is optimal
-    hard = _pivot(unit, columns, result, open_columns, RIDGE)
-    for ridge in (RIDGE, 4 * n * EPS):
-        for column in hard:
-            result[column] = interior_point(unit, columns[column], ridge)
-        hard = _pivot(unit, columns, result, hard, ridge)
+    hard = _pivot(unit, columns, result, open_columns)
     for column in hard:
-        result[column] = lawson_hanson(unit, columns[column], result[column])
+        result[column] = lawson_hanson(unit, columns[column], result[column], RIDGE)
+    for column in _pivot(unit, columns, result, hard):
+        result[column] = lawson_hanson(unit, columns[column], result[column], 4 * n * EPS)
     scaled: Array = (result / lengths).T.reshape(target.shape)
     return scaled
 
@@ -65,77 +64,47 @@ def _descend(gram: Array, target: Array) -> Array:
     return np.ascontiguousarray(x.T)
 
 
-def _pivot(
-    gram: Array, target: Array, result: Array, todo: NDArray[np.intp], ridge: float
-) -> NDArray[np.intp]:
+def _pivot(gram: Array, target: Array, result: Array, todo: NDArray[np.intp]) -> NDArray[np.intp]:
     """Makes the columns `todo` of `result` exact, starting from their supports; those it could not settle.
 
-    Júdice and Pires, Computers & Operations Research 21, 1994. The ridge makes the support unique. Its effect
-    on x is taken back, on that support, at the end.
+    With a ridge ρ the problem is that of z = Hx - b, unconstrained: minimise `½ xᵀHx + ‖min(z, 0)‖² / 2ρ`.
+    Pivoting is Newton's method there (Júdice and Pires, Computers & Operations Research 21, 1994), which may
+    cycle; from some round on no step goes beyond the minimum along it, and then it ends (Mangasarian,
+    Optimization Methods and Software 17, 2002). The ridge's effect is taken back on that support at the end.
     """
-    unsettled = [todo[:0]]
-    ridged: Array = gram + ridge * np.eye(len(gram))
-    inverse = np.linalg.inv(ridged).astype(np.float64, copy=False)
+    if not len(todo):
+        return todo
+    unsettled, before = [todo[:0]], (target[:0], target[:0])
+    ridged = gram.copy()
+    ridged.flat[:: len(gram) + 1] += RIDGE
+    is_read = len(todo) > 1 and ridged.size * len(todo) > SMALL
+    inverse: Array = np.linalg.inv(ridged).astype(np.float64, copy=False) if is_read else ridged
     free = result[todo] > 0
-    for _ in range(_ROUNDS):
-        if not len(todo):
-            break
+    for rounds in range(_ROUNDS):
+        damped = rounds >= _FREE_ROUNDS
         b = target[todo]
-        support = _Support(ridged, inverse, free)
+        support = Support(ridged, inverse, free, direct=damped)
         x = support.solve(b)
-        slope = x @ gram + ridge * x - b
+        gradient = x @ gram - b
+        z = np.where(free, -RIDGE * x, gradient)
         # free where x stays positive, or where the bound's multiplier is negative
-        pivoted = np.where(free, x > 0, slope < -rounding_of(x, b))
+        rounding = np.where(free, 0.0, rounding_of(x, b))
+        pivoted = z < -rounding
         found = (pivoted == free).all(1)
         if found.any():
-            for _ in range(_REFINEMENTS):
-                x += support.solve(b - x @ gram)
-            slope = x @ gram - b
-            error = np.where(free, np.abs(slope), -slope) - rounding_of(x, b)
-            optimal = found & (x >= 0).all(1) & (error <= 0).all(1)
-            result[todo[optimal]] = x[optimal]
+            exact = x - support.solve(gradient)
+            for _ in range(_REFINEMENTS - 1):
+                exact += support.solve(b - exact @ gram)
+            slope = exact @ gram - b
+            error = np.where(free, np.abs(slope), -slope) - rounding_of(exact, b)
+            optimal = found & (exact >= 0).all(1) & (error <= 0).all(1)
+            result[todo] = np.where(optimal[:, None], exact, x)  # x of the others is overwritten later
             unsettled.append(todo[found & ~optimal])
-        todo, free = todo[~found], pivoted[~found]
+            if found.all():
+                return np.concatenate(unsettled)
+        if damped:
+            x, z = line_search(before, (x, z), RIDGE)
+            pivoted = z < -rounding
+        todo, free, before = todo[~found], pivoted[~found], (x[~found], z[~found])
+    result[todo] = np.maximum(before[0], 0.0)
     return np.concatenate([*unsettled, todo])
-
-
-class _Support:
-    """`H_FF + ridge` of many supports F at once, factorised; `ridged` is H + ridge, `inverse` its inverse."""
-
-    def __init__(self, ridged: Array, inverse: Array, free: NDArray[np.bool_]) -> None:
-        self._free, self._inverse = free, inverse
-        self._small = ridged.size * len(free) <= _SMALL
-        if self._small:
-            blocks = np.where(free[:, :, None] & free[:, None, :], ridged, np.eye(len(ridged)))
-            self._inverses = np.linalg.inv(blocks)
-            return
-        # whichever is smaller: the rows that are free, or those at their bound
-        self._direct = free.sum(1).max() <= (~free).sum(1).max()
-        matrix, rows = (ridged, free) if self._direct else (inverse, ~free)
-        # these rows first, padded with the identity to the largest number of them
-        size = int(rows.sum(1).max())
-        self._order = np.argsort(~rows, axis=1, kind="stable")[:, :size]
-        self._inside = np.take_along_axis(rows, self._order, 1)
-        blocks = np.take(matrix, self._order[:, :, None] * len(matrix) + self._order[:, None, :])
-        blocks *= self._inside[:, :, None] & self._inside[:, None, :]
-        blocks[:, np.arange(size), np.arange(size)] += ~self._inside
-        self._factors = torch.linalg.lu_factor(torch.from_numpy(blocks))
-
-    def solve(self, target: Array) -> Array:
-        """`x_F = (H_FF + ridge)⁻¹ b_F`, `x = 0` elsewhere."""
-        if self._small:
-            small: Array = (self._inverses @ (target * self._free)[:, :, None])[:, :, 0] * self._free
-            return small
-        if self._direct:
-            return self._on_rows(target)
-        # with K the inverse and N the rows at their bound: x = K(b + w), w = -K_NN⁻¹ (Kb)_N on N
-        x = target @ self._inverse
-        x -= self._on_rows(x) @ self._inverse
-        return x * self._free
-
-    def _on_rows(self, target: Array) -> Array:
-        inside = np.take_along_axis(target, self._order, 1) * self._inside
-        values = torch.linalg.lu_solve(*self._factors, torch.from_numpy(inside)[:, :, None])
-        x = np.zeros_like(target)
-        np.put_along_axis(x, self._order, values[:, :, 0].numpy(), 1)
-        return x

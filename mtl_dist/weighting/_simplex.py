@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import Array
+from mtl_dist.weighting._base import EPS, Array
 from mtl_dist.weighting._nonnegative import nonnegative_minimum
 
 
@@ -24,6 +24,8 @@ def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Ar
         `[n]` non-negative weights. Where gradients in `convex` are zero, these share the weight equally: they
         are the point of length 0, and every other choice would be arbitrary.
     """
+    if len(gram) == 2 and convex is None:
+        return _nearest_of_two(gram)
     a = np.ones(len(gram)) if convex is None else convex.astype(np.float64)
     lengths = np.where(a > 0, gram.diagonal(), np.inf)
     if (lengths <= 0).any():
@@ -33,3 +35,13 @@ def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Ar
     y = nonnegative_minimum(gram + sigma * np.outer(a, a), sigma * a)
     result: Array = y / (a @ y)
     return result
+
+
+def _nearest_of_two(gram: Array) -> Array:
+    """On the segment between two gradients; gradients equal up to rounding share evenly."""
+    (first, cross), (_, second) = gram.tolist()
+    distance = first + second - 2 * cross
+    equal = distance <= 8 * EPS * (first + second)
+    # w = clip(⟨g_2, g_2 - g_1⟩ / ‖g_1 - g_2‖²)
+    w = 0.5 if equal else min(max((second - cross) / distance, 0.0), 1.0)
+    return np.array([w, 1 - w])
