@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -132,7 +133,10 @@ def main() -> None:
     table = markdown(rows)
     print(table)
     args.output.mkdir(parents=True, exist_ok=True)
-    head = f"torch {torch.__version__}, numpy {np.__version__}, one thread, gradients: {args.kind}\n\n"
+    head = (
+        f"torch {torch.__version__}, numpy {np.__version__}, one thread, gradients: {args.kind}; the machine "
+        f"was shared (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores), so compare within a row\n\n"
+    )
     (args.output / "solvers.md").write_text(head + table)
     (args.output / "solvers.json").write_text(json.dumps(rows, indent=1) + "\n")
 
