@@ -48,13 +48,21 @@ def test_to_the_last_digits_in_float64(folder: Path, num_processes: int) -> None
 
 
 @pytest.mark.long
-@pytest.mark.timeout(4 * LIMIT)
+@pytest.mark.timeout(6 * LIMIT)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("float64", 1e-9),
+        # PCD's weights magnify the rounding of G about tenfold where two gradients are nearly parallel: 1.2e-6
+        # at one step on ragged shards, all else is within 1e-6. In float64 nothing is left of it.
+        ("float32", 1.5e-6),
+    ],
+)
 @pytest.mark.parametrize("num_processes", [2, 4])
-def test_every_rule_in_every_scenario(folder: Path, num_processes: int) -> None:
-    expected = trajectories(folder, 1, "float32", "all", 3 * LIMIT)
-    compare(
-        expected, trajectories(folder, num_processes, "float32", "all", 3 * LIMIT), 1e-6, per_parameter=False
-    )
+def test_every_rule_in_every_scenario(folder: Path, num_processes: int, dtype: str, tolerance: float) -> None:
+    expected = trajectories(folder, 1, dtype, "all", 3 * LIMIT)
+    got = trajectories(folder, num_processes, dtype, "all", 3 * LIMIT)
+    compare(expected, got, tolerance, per_parameter=dtype == "float64")
 
 
 def compare(expected: dict, got: dict, tolerance: float, *, per_parameter: bool) -> None:
