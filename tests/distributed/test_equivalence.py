@@ -53,7 +53,7 @@ def test_to_the_last_digits_in_float64(folder: Path, num_processes: int) -> None
     ("dtype", "tolerance"),
     [
         ("float64", 1e-9),
-        # PCD's weights magnify the rounding of G about tenfold where two gradients are nearly parallel: 1.2e-6
+        # PCD magnifies the rounding of G about tenfold where two gradients are nearly parallel: 1.2e-6
         # at one step on ragged shards, all else is within 1e-6. In float64 nothing is left of it.
         ("float32", 1.5e-6),
     ],
