@@ -201,3 +201,16 @@ def test_bad_settings_are_named(make, word):
 def test_log_losses_always_need_positive_losses():
     assert OfLogLosses(MGDA()).positive_losses
     assert not MGDA().positive_losses
+
+
+def test_gradvac_meets_gradients_that_stay_opposite() -> None:
+    """The moving target reaches -1 in float64; nothing is divided by √(1 - ρ²) = 0 there."""
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    ones = torch.ones(3, dtype=torch.float64)
+    rule = GradVac()
+    state = rule.init(["a", "b", "c"], torch.device("cpu"))
+    for step in range(80):  # β = 0.5: -1 + 2^-80 rounds to -1
+        stats = TaskStats(ones, ones > 0, rows @ rows.T, ones, step)
+        weights, state = rule.update(stats, state)
+    assert state["target"][0, 1] == -1
+    assert weights.isfinite().all()
