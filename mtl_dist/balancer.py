@@ -292,7 +292,7 @@ class _Step:
         balancer._move_to(local.counts.device)
         self.reduced = True
         total, faults = balancer._synchronizer.reduce(local)
-        self.watch(faults.failure[0] > 0, lambda: explain_failure(balancer.step, faults))
+        self.watch(faults.failure[0] > 0, partial(explain_failure, balancer.step, faults))
         world_size = balancer._synchronizer.world_size
         # s_i = W c_i / C_i
         shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)

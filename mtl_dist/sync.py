@@ -123,12 +123,6 @@ class Synchronizer:
         except RuntimeError:  # the others did not come, or went first: our own error says more
             return
 
-    @property
-    def num_floats(self) -> int:
-        """Length of the buffer: what one step sends."""
-        n = self.num_tasks
-        return 4 * n + n * (n + 1) // 2 + 2
-
     def _live_group(self) -> dist.ProcessGroup:
         group = self._own_group()
         if group is None:

@@ -192,6 +192,12 @@ def test_bad_calls_say_what_was_received(call: Callable, error: type, message: s
         call(Balancer(["a", "b"], Equal()))
 
 
+@pytest.mark.parametrize("probe", ALL, ids=repr)
+def test_a_misspelt_head_is_not_taken_for_an_absent_task(probe: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown task \['B'\] in the heads"):
+        Balancer(["a", "b"], MGDA(), probe=probe)(features(), {"a": HEADS["a"], "B": HEADS["b"]})
+
+
 def test_features_must_hold_a_floating_point_tensor() -> None:
     with pytest.raises(ValueError, match="floating-point tensor to measure gradients at"):
         Balancer(["a"], MGDA())(torch.tensor([1, 2]), {"a": lambda z: z.sum()})

@@ -79,10 +79,8 @@ def collect(losses: Losses, counts: Counts | None, tasks: Sequence[str], device:
     Raises:
         ValueError: an unknown task, a loss that is no floating-point scalar, a count missing or negative.
     """
-    for name, what in ((losses, "loss"), (counts or {}, "count")):
-        unknown = sorted(set(name) - set(tasks))
-        if unknown:
-            raise ValueError(f"unknown task {unknown} in the {what} mapping; the tasks are {list(tasks)}")
+    check_names(losses, "loss mapping", tasks)
+    check_names(counts or {}, "count mapping", tasks)
     values = tuple(_scalar(task, losses.get(task)) for task in tasks)
     return TaskLosses(values, _count_vector(values, counts, tasks, device))
 
@@ -95,9 +93,7 @@ def evaluate(heads: Heads, features: Any, tasks: Sequence[str]) -> Losses:
         TypeError: `heads` is neither a mapping of functions nor a function returning a mapping.
     """
     if isinstance(heads, Mapping):
-        unknown = sorted(set(heads) - set(tasks))
-        if unknown:
-            raise ValueError(f"unknown task {unknown} in the heads; the tasks are {list(tasks)}")
+        check_names(heads, "heads", tasks)
         return {task: heads[task](features) for task in tasks if task in heads}
     if not callable(heads):
         raise TypeError(f"heads must be a mapping of functions or a function, got {type(heads).__name__}")
@@ -105,6 +101,13 @@ def evaluate(heads: Heads, features: Any, tasks: Sequence[str]) -> Losses:
     if not isinstance(losses, Mapping):
         raise TypeError(f"the heads function must return a mapping of losses, got {type(losses).__name__}")
     return losses
+
+
+def check_names(given: Iterable[str], what: str, tasks: Sequence[str]) -> None:
+    """Raises `ValueError` for a name that is no task: left alone it would be a task that is never there."""
+    unknown = sorted(set(given) - set(tasks))
+    if unknown:
+        raise ValueError(f"unknown task {unknown} in the {what}; the tasks are {list(tasks)}")
 
 
 def _scalar(task: str, value: Tensor | None) -> Tensor | None:

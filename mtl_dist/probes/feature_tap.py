@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mtl_dist.probes._base import Exchange, Probe, Reduced
 from mtl_dist.probes._features import Features, gradient_gram, split
-from mtl_dist.probes._losses import Heads, evaluate
+from mtl_dist.probes._losses import Heads, check_names
 from mtl_dist.stats import LocalStats
 
 
@@ -38,11 +38,12 @@ class FeatureTap(Probe):
                 "FeatureTap needs heads as a mapping of one function a task, because one function for all "
                 "tasks gives one gradient for all; use FeatureProbe() for a shared function"
             )
+        check_names(heads, "heads", exchange.tasks)
         shared = split(features, detach=False)
         step = _TapStep(exchange, shared.leaves[0].device)
         anchor, *branches = step.branch(shared)
         losses = {
-            task: evaluate({task: heads[task]}, branch, exchange.tasks)[task]
+            task: heads[task](branch)
             for task, branch in zip(exchange.tasks, branches, strict=True)
             if task in heads
         }
