@@ -286,17 +286,25 @@ class _Step:
         """Checks the losses and adds the counts of this call."""
         return collect(losses, self._counts, self.tasks, device)
 
-    def reduce(self, local: LocalStats) -> Reduced:
+    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
         """One all-reduce."""
         balancer = self._balancer
         balancer._move_to(local.counts.device)
         self.reduced = True
-        total, faults = balancer._synchronizer.reduce(local)
+        total, faults = balancer._synchronizer.reduce(local, faulty)
         self.watch(faults.failure[0] > 0, partial(explain_failure, balancer.step, faults))
         world_size = balancer._synchronizer.world_size
         # s_i = W c_i / C_i
         shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
         return Reduced(total, faults, shares, world_size)
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """This rank's piece of a sum over ranks."""
+        return self._balancer._synchronizer.scatter_sum(rows)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks."""
+        return self._balancer._synchronizer.gather_rows(rows)
 
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` holds."""

@@ -22,6 +22,8 @@ from torch import Tensor
 from mtl_dist.stats import LocalStats
 
 _FAREWELL_SECONDS = 30  # how long a failing rank waits for the others to hear of it
+# renamed in torch 2.13, where the old name warns
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,64 @@ class Synchronizer:
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
         self.group = group
 
-    def reduce(self, local: LocalStats) -> tuple[LocalStats, Faults]:
-        """Sum of `local` over all ranks, by one all-reduce of fixed layout, and what was wrong with it."""
-        buffer = self._pack(local)
+    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> tuple[LocalStats, Faults]:
+        """Sum of `local` over all ranks, by one all-reduce of fixed layout, and what was wrong with it.
+
+        Args:
+            local: this rank's statistics.
+            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity that `local` does not show.
+        """
+        buffer = self._pack(local, faulty)
         if self.world_size > 1:
             dist.all_reduce(buffer, group=self._live_group())
         return self._unpack(buffer)
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """This rank's piece of the sum of `rows` over all ranks, by one reduce-scatter.
+
+        Inner products over a sharded axis add over ranks, so a Gram matrix of the pieces, summed by `reduce`,
+        is that of the whole, and every rank holds the same bits of it.
+
+        Args:
+            rows: `[n, D]`, the same shape on every rank.
+
+        Returns:
+            `[n, ⌈D / W⌉]`, zero where the last piece is padded; `rows` itself in a single process.
+        """
+        if self.world_size == 1:
+            return rows
+        n, length = rows.shape
+        piece = -(-length // self.world_size)
+        padded = rows.new_zeros(n, self.world_size * piece)
+        padded[:, :length] = rows
+        by_rank = padded.view(n, self.world_size, piece).transpose(0, 1).contiguous()
+        mine = rows.new_empty(n, piece)
+        _reduce_scatter(mine, by_rank, group=self._live_group())
+        return mine
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in rank order, by two all-gathers; the number of rows may differ by rank.
+
+        The host waits for the numbers of rows.
+
+        Args:
+            rows: `[b, ...]`, the same shape on every rank but for b.
+
+        Returns:
+            `[Σ b, ...]`, the same on every rank; `rows` itself in a single process.
+        """
+        if self.world_size == 1:
+            return rows
+        group = self._live_group()
+        mine = torch.tensor([len(rows)], device=rows.device)
+        sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(sizes, mine, group=group)
+        lengths = torch.cat(sizes).tolist()
+        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(everyone, padded, group=group)
+        return torch.cat([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
 
     def announce_failure(self) -> None:
         """Takes part in this step's all-reduce with the failure slot set, so that every rank raises.
@@ -129,9 +183,9 @@ class Synchronizer:
             raise RuntimeError("mtl_dist: the process group was destroyed; make a new Balancer for a new one")
         return group
 
-    def _pack(self, local: LocalStats) -> Tensor:
+    def _pack(self, local: LocalStats, seen: Tensor | None = None) -> Tensor:
         finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
-        faulty = (~finite).to(local.loss_sums.dtype)
+        faulty = (~finite if seen is None else ~finite | seen).to(local.loss_sums.dtype)
         row, column = self._triangle(local.gram.device)
         failure = faulty.new_zeros(2)
         return torch.cat(

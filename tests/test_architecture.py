@@ -40,6 +40,8 @@ COLLECTIVES = {
         "gather",
         "new_group",
         "reduce_scatter",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
         "scatter",
         "send",
         "recv",

@@ -30,8 +30,20 @@ class Exchange(Protocol):
         """Checks the losses and adds the counts of this call."""
         ...
 
-    def reduce(self, local: LocalStats) -> Reduced:
-        """One all-reduce: the sum over ranks, and this rank's shares."""
+    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
+        """One all-reduce: the sum over ranks, and this rank's shares.
+
+        A probe's first collective of a step: a rank that failed before tells the others in it. `faulty`,
+        `[n]` bool, marks tasks in which this rank saw a NaN or infinity that `local` does not show.
+        """
+        ...
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """This rank's piece `[n, ⌈D / W⌉]` of the sum of `rows`, `[n, D]`, over ranks; after `reduce`."""
+        ...
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows `[b, ...]` of all ranks in rank order, `[Σ b, ...]`; after `reduce`. The host waits."""
         ...
 
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
