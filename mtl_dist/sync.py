@@ -134,7 +134,7 @@ class Synchronizer:
         padded[:, :length] = rows
         by_rank = padded.view(n, self.world_size, piece).transpose(0, 1).contiguous()
         mine = rows.new_empty(n, piece)
-        _reduce_scatter(mine, by_rank, group=self._live_group())
+        _reduce_scatter(mine.view(-1), by_rank.view(-1), group=self._live_group())
         return mine
 
     def gather_rows(self, rows: Tensor) -> Tensor:
