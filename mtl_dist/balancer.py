@@ -256,7 +256,7 @@ class Balancer(nn.Module):
         self._weights = torch.where(sound & present, weights, self._weights)
         self._state = _chosen(sound, state, self._state)
         used = torch.where(present, self._weights, torch.zeros_like(self._weights))
-        self.report = StepReport(self.tasks, stats, used, ~sound)
+        self.report = StepReport(self.tasks, stats, used, ~sound, self._synchronizer.stopwatch.take())
         self.step += 1
         return used
 

@@ -17,11 +17,13 @@ and gradient norms of 1e-20 neither underflow when squared nor change a rule's d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from mtl_dist._stopwatch import Elapsed
 
 
 def stats_dtype(device: torch.device) -> torch.dtype:
@@ -133,12 +135,14 @@ class StepReport:
         stats: the global statistics the weights came from.
         weight_vector: `[n]`, the weights; 0 for tasks absent on all ranks.
         held: scalar bool, whether a non-finite statistic made the balancer keep the previous weights.
+        sync: time spent in collectives since the report before.
     """
 
     tasks: tuple[str, ...]
     stats: TaskStats
     weight_vector: Tensor
     held: Tensor
+    sync: Elapsed = field(default_factory=Elapsed)
 
     @property
     def step(self) -> int:

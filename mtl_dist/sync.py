@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtl_dist._stopwatch import Stopwatch
 from mtl_dist.stats import LocalStats
 
 _FAREWELL_SECONDS = 30  # how long a failing rank waits for the others to hear of it
@@ -63,6 +64,7 @@ class Synchronizer:
         group: the data-parallel group given by the user; None for all ranks.
         world_size: number of ranks that are summed; 1 before `connect`.
         rank: this rank's index among them.
+        stopwatch: of the collectives of a step, waiting for the slowest rank included.
     """
 
     def __init__(self, num_tasks: int, group: dist.ProcessGroup | None = None) -> None:
@@ -70,6 +72,7 @@ class Synchronizer:
         self.group = group
         self.world_size = 1
         self.rank = 0
+        self.stopwatch = Stopwatch()
         self._own_group: Callable[[], dist.ProcessGroup | None] = lambda: None
         self._connected = False
         self._indices: Tensor | None = None
@@ -111,7 +114,8 @@ class Synchronizer:
         """
         buffer = self._pack(local, faulty)
         if self.world_size > 1:
-            dist.all_reduce(buffer, group=self._live_group())
+            with self.stopwatch.running(buffer.device):
+                dist.all_reduce(buffer, group=self._live_group())
         return self._unpack(buffer)
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
@@ -134,7 +138,8 @@ class Synchronizer:
         padded[:, :length] = rows
         by_rank = padded.view(n, self.world_size, piece).transpose(0, 1).contiguous()
         mine = rows.new_empty(n, piece)
-        _reduce_scatter(mine.view(-1), by_rank.view(-1), group=self._live_group())
+        with self.stopwatch.running(rows.device):
+            _reduce_scatter(mine.view(-1), by_rank.view(-1), group=self._live_group())
         return mine
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -153,12 +158,14 @@ class Synchronizer:
         group = self._live_group()
         mine = torch.tensor([len(rows)], device=rows.device)
         sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(sizes, mine, group=group)
+        with self.stopwatch.running(rows.device):
+            dist.all_gather(sizes, mine, group=group)
         lengths = torch.cat(sizes).tolist()
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
         everyone = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(everyone, padded, group=group)
+        with self.stopwatch.running(rows.device):
+            dist.all_gather(everyone, padded, group=group)
         return torch.cat([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
 
     def announce_failure(self) -> None:
