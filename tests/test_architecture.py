@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": CORE | {"recipes", "_components"},
     "training": CORE | {"integrations", "recipes", "tracking", "config"},
     "train": {"config", "tracking", "training"},
-    "cli": {"train", "weighting"},
+    "commands": {"tracking", "weighting"},
+    "cli": {"commands", "train", "weighting"},
     "__init__": CORE,
 }
 COLLECTIVES = {
