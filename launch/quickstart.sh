@@ -2,6 +2,7 @@
 # Sets everything up and trains the Multi-Digits recipe: on every GPU, or on 2 CPU processes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 
 usage() {
   cat <<'TEXT'
@@ -23,26 +24,14 @@ case "${1:-}" in -h | --help)
   ;;
 esac
 
+find_engine ddp
 setup recipes
 cd "$ROOT"
 
-# checked in one process first: a launcher would bury the message about a wrong setting
-check='import sys, torch; from mtl_dist.train import main; print(torch.cuda.device_count()); sys.exit(main(sys.argv[1:]))'
-num_gpus="$("$VENV/bin/python" -c "$check" --check configs/recipe/multi_digits.yaml "$@")" || exit 2
-if [ "$num_gpus" = 0 ]; then
-  export ACCELERATE_USE_CPU=true
-  export MTL_DIST_NUM_PROCESSES="${MTL_DIST_NUM_PROCESSES:-2}"
-else
-  export MTL_DIST_NUM_PROCESSES="${MTL_DIST_NUM_PROCESSES:-$num_gpus}"
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+check_settings configs/recipe/multi_digits.yaml "$@"
+choose_device
+if [ "$NUM_GPUS" = 0 ]; then NUM_GPUS=2; fi
+export MTL_DIST_NUM_PROCESSES="${MTL_DIST_NUM_PROCESSES:-$NUM_GPUS}"
 # batch_size is global: 64 samples a process. The training refuses to run on another number of processes
 settings=("output_dir=runs/quickstart/$(date +%Y%m%d-%H%M%S)-$$" "batch_size=$((64 * MTL_DIST_NUM_PROCESSES))")
-program=(-m mtl_dist.train configs/recipe/multi_digits.yaml "${settings[@]}" "$@")
-
-if [ "$MTL_DIST_NUM_PROCESSES" = 1 ]; then
-  exec "$VENV/bin/python" "${program[@]}"
-fi
-# not --cpu: Accelerate's CPU launcher needs MPI and starts one process without it
-exec "$VENV/bin/accelerate" launch --config_file configs/engine/ddp.yaml \
-  --num_processes "$MTL_DIST_NUM_PROCESSES" "${program[@]}"
+start -- configs/recipe/multi_digits.yaml "${settings[@]}" "$@"

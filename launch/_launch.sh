@@ -1,0 +1,79 @@
+# Shared by the scripts in launch/ that train: source it after _setup.sh.
+
+# Prints the usage (the comment that a script begins with, as far as the first empty line) for -h and --help, and
+# where arguments are missing.
+manual() { # script minimum given...
+  local script="$1" minimum="$2"
+  shift 2
+  case "${1:-}" in -h | --help)
+    sed -n -e '/^#SBATCH/d' -e '2,/^$/s/^# \{0,1\}//p' "$script"
+    exit 0
+    ;;
+  esac
+  [ "$#" -ge "$minimum" ] || fail "what to train is missing; see bash launch/$(basename "$script") --help"
+}
+
+engines() {
+  local file names=""
+  for file in "$ROOT"/configs/engine/*.yaml; do
+    case "$file" in *_cpu.yaml) continue ;; esac
+    names="$names${names:+, }$(basename "$file" .yaml)"
+  done
+  printf '%s' "$names"
+}
+
+# Sets ENGINE_FILE and EXTRA, what must be installed, from the name of an engine or a file.
+find_engine() { # engine
+  ENGINE="$1"
+  EXTRA=recipes
+  case "$ENGINE" in
+    *.yaml) ENGINE_FILE="$ENGINE" ;;
+    *) ENGINE_FILE="$ROOT/configs/engine/$ENGINE.yaml" ;;
+  esac
+  [ -f "$ENGINE_FILE" ] ||
+    fail "no engine '$ENGINE'; there are $(engines), or name a file for accelerate launch --config_file"
+  if grep -q '^distributed_type: *DEEPSPEED' "$ENGINE_FILE"; then EXTRA=recipes,deepspeed; fi
+}
+
+# Checks the settings in one process, as a launcher would bury the message, and sets NUM_GPUS.
+check_settings() { # config key=value...
+  local program='import sys, torch; from mtl_dist.train import main; print(torch.cuda.device_count()); sys.exit(main(sys.argv[1:]))'
+  case "${ACCELERATE_USE_CPU:-}" in 1 | true | yes) export CUDA_VISIBLE_DEVICES="" ;; esac
+  NUM_GPUS="$("$VENV/bin/python" -c "$program" --check "$@")" || exit 2
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+}
+
+# Without GPU: the engine's form for CPU processes, and the variables that make it what it says.
+choose_device() {
+  [ "$NUM_GPUS" = 0 ] || return 0
+  unset ACCELERATE_USE_CPU # beside DeepSpeed it would silently make plain data parallelism of it
+  if [ "$ENGINE_FILE" = "$ROOT/configs/engine/$ENGINE.yaml" ] && [ -f "${ENGINE_FILE%.yaml}_cpu.yaml" ]; then
+    ENGINE_FILE="${ENGINE_FILE%.yaml}_cpu.yaml"
+  fi
+  case "$(sed -n 's/^distributed_type: *//p' "$ENGINE_FILE")" in
+    DEEPSPEED*)
+      export DS_ACCELERATOR=cpu
+      command -v "${CXX:-c++}" >/dev/null 2>&1 ||
+        fail "DeepSpeed on a CPU compiles an operator and finds no '${CXX:-c++}'; install one (apt install g++)"
+      ;;
+    FSDP*) fail "no GPU is visible, and Accelerate runs FSDP on accelerators only; to debug on a CPU take zero3" ;;
+    *) export ACCELERATE_USE_CPU=true ;;
+  esac
+}
+
+# Replaces this shell by `accelerate launch`. The training compares MTL_DIST_NUM_PROCESSES with what it got.
+start() { # accelerate's options, --, config key=value...
+  local options=()
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  if [ -n "${MIXED_PRECISION:-}" ]; then options+=(--mixed_precision "$MIXED_PRECISION"); fi
+  if [ "$MTL_DIST_NUM_PROCESSES" = 1 ] && ! grep -qE '^distributed_type: *(DEEPSPEED|FSDP)' "$ENGINE_FILE"; then
+    export ACCELERATE_MIXED_PRECISION="${MIXED_PRECISION:-no}" # Accelerate's launcher takes no single process
+    exec "$VENV/bin/python" -m mtl_dist.train "$@"
+  fi
+  exec "$VENV/bin/accelerate" launch --config_file "$ENGINE_FILE" --num_processes "$MTL_DIST_NUM_PROCESSES" \
+    "${options[@]+"${options[@]}"}" -m mtl_dist.train "$@"
+}
