@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mtl_dist.tracking.jsonl import JsonlWriter, read_rows
-from mtl_dist.tracking.rows import Row, step_row
+from mtl_dist.tracking.jsonl import METRICS_FILE, JsonlWriter, read_rows
+from mtl_dist.tracking.keys import STEP_KEY, check_task_names
+from mtl_dist.tracking.rows import Row, Snapshot, step_row
 
-__all__ = ["JsonlWriter", "Row", "read_rows", "step_row"]
+__all__ = [
+    "METRICS_FILE",
+    "STEP_KEY",
+    "JsonlWriter",
+    "Row",
+    "Snapshot",
+    "check_task_names",
+    "read_rows",
+    "step_row",
+]

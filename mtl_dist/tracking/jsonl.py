@@ -9,7 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-STEP_KEY = "train/global_step"
+from mtl_dist.tracking.keys import STEP_KEY as STEP_KEY
+
+_ENCODER = json.JSONEncoder(allow_nan=False)
+METRICS_FILE = "metrics.jsonl"  # in a run's output folder
 
 
 class JsonlWriter:
@@ -71,8 +74,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(plain, allow_nan=False) + "\n"
+    try:
+        return _ENCODER.encode(row) + "\n"
+    except ValueError:  # JSON has no word for infinities
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        return _ENCODER.encode(plain) + "\n"

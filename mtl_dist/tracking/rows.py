@@ -1,51 +1,115 @@
-"""StepReport -> one flat row of numbers. The keys are a contract that every tracker and dashboard reads.
+"""StepReport -> one flat row of numbers for every optimizer step.
 
     train/global_step        optimizer steps done, from 1; the x axis of every chart
     train/loss               the weighted total, over all ranks
     mtl/weight/<task>        0 where the task was absent on all ranks
     mtl/loss/<task>          global mean loss
     mtl/grad_norm/<task>     norm of the task's gradient at the shared features
-    mtl/contribution/<task>  |weight| · grad_norm: the length of what the task adds to the update
+    mtl/contribution/<task>  share of the task in the update: |aᵢ|‖gᵢ‖ / Σⱼ |aⱼ|‖gⱼ‖
     mtl/cosine/<a>__<b>      between the gradients of two tasks, a before b in task order
     mtl/conflict_rate        share of those pairs with a negative cosine
     mtl/weight_entropy       of the normalised weights, in nats; log n when all are equal
     mtl/held                 1 at steps whose statistics were not finite; the key is absent otherwise
+    perf/sync_ms             in the collectives of the statistics, waiting for the slowest rank included
 
 The program that measures time adds `perf/step_ms`, the wall time of the step in milliseconds.
 A key whose value does not exist at a step (an absent task, gradients not measured, a zero gradient's angle)
 is left out of the row.
+
+Where several micro-batches make one optimizer step, the row is of all of them together. With c the counts of
+micro-batch k, as in `mtl_dist.stats`,
+
+    Lᵢ = Σₖ cᵢᵏ Lᵢᵏ / Cᵢ,    Gᵢⱼ = Σₖ cᵢᵏ cⱼᵏ Gᵢⱼᵏ / (Cᵢ Cⱼ),    Cᵢ = Σₖ cᵢᵏ
+
+and the weight is the mean over the micro-batches that had the task. `train/loss` is the mean of their totals.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mtl_dist.stats import StepReport
+from mtl_dist.tracking._window import Array, MicroBatch, merged
+from mtl_dist.tracking.keys import STEP_KEY, keys_of
 
 Row = dict[str, float]
 
 
 def step_row(report: StepReport, global_step: int) -> Row:
-    """The row of one optimizer step. Moves the report's tensors to the host.
+    """The row of one optimizer step. Copies the report to the host, once, and waits for it.
 
     Args:
         report: what the balancer reports of the step.
         global_step: optimizer steps done, this one included.
+
+    Raises:
+        ValueError: a task's name cannot be part of a key.
     """
-    weights, losses = report.weights, report.losses
-    present = {task: loss for task, loss in losses.items() if not math.isnan(loss)}
-    row: Row = {
-        "train/global_step": global_step,
-        "train/loss": sum(weights[task] * loss for task, loss in present.items()),
-    }
-    row |= {f"mtl/weight/{task}": weight for task, weight in weights.items()}
-    row |= {f"mtl/loss/{task}": loss for task, loss in present.items()}
-    row |= _gradient_columns(report)
-    row["mtl/weight_entropy"] = entropy(list(weights.values()))
-    if bool(report.held):
-        row["mtl/held"] = 1
-    return row
+    return Snapshot([report]).row(global_step)
+
+
+class Snapshot:
+    """The numbers of one optimizer step on their way to the host.
+
+    One copy; on an accelerator it runs beside the next step, and `row` waits for it.
+
+    Args:
+        reports: of the micro-batches that make the step.
+
+    Raises:
+        ValueError: there are none, or a task's name cannot be part of a key.
+    """
+
+    def __init__(self, reports: Sequence[StepReport]) -> None:
+        if not reports:
+            raise ValueError("a row is made of one report or more: the model's forward called no balancer")
+        self._keys = keys_of(reports[0].tasks)
+        self._has_gram = [report.stats.gram is not None for report in reports]
+        self._elapsed = [report.sync for report in reports]
+        flat = torch.cat([part for report in reports for part in _parts(report)])
+        self._event: torch.Event | None = None
+        self._host = flat
+        if flat.device.type != "cpu":
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._event = torch.Event(flat.device)
+            self._event.record()
+
+    def row(self, global_step: int) -> Row:
+        """The row, when the copy has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        step = merged(list(self._micro_batches()))
+        keys = self._keys
+        row: Row = {STEP_KEY: global_step, "train/loss": step.total}
+        row.update(zip(keys.weight, step.weights.tolist(), strict=True))
+        row.update(_there(keys.loss, step.losses, step.present))
+        if step.gram is not None:
+            norms = np.sqrt(np.maximum(step.gram.diagonal(), 0))
+            row.update(_there(keys.grad_norm, norms, step.present))
+            row.update(_there(keys.contribution, _shares(np.abs(step.weights) * norms), step.present))
+            row.update(_angles(keys.cosine, step.gram, norms))
+        row["mtl/weight_entropy"] = entropy(step.weights.tolist())
+        if step.held:
+            row["mtl/held"] = 1
+        row["perf/sync_ms"] = 1e3 * sum(elapsed.seconds() for elapsed in self._elapsed)
+        return row
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        n = len(self._keys.weight)
+        numbers = self._host.double().numpy()
+        for has_gram in self._has_gram:
+            size = 3 * n + 1 + (n * n if has_gram else 0)
+            part, numbers = numbers[:size], numbers[size:]
+            gram = part[3 * n + 1 :].reshape(n, n) if has_gram else None
+            yield MicroBatch(part[:n], part[n : 2 * n], part[2 * n : 3 * n], bool(part[3 * n]), gram)
 
 
 def entropy(weights: list[float]) -> float:
@@ -57,18 +121,36 @@ def entropy(weights: list[float]) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share > 0)
 
 
-def _gradient_columns(report: StepReport) -> Row:
-    if report.cosines is None:
-        return {}
-    norms = {task: norm for task, norm in report.grad_norms.items() if not math.isnan(norm)}
-    row: Row = {f"mtl/grad_norm/{task}": norm for task, norm in norms.items()}
-    row |= {f"mtl/contribution/{task}": abs(report.weights[task]) * norm for task, norm in norms.items()}
-    matrix = report.cosines.tolist()
-    pairs = {
-        f"mtl/cosine/{a}__{b}": matrix[i][j] for (i, a), (j, b) in combinations(enumerate(report.tasks), 2)
-    }
-    angles = {key: cosine for key, cosine in pairs.items() if not math.isnan(cosine)}
-    row |= angles
-    if angles:
-        row["mtl/conflict_rate"] = sum(cosine < 0 for cosine in angles.values()) / len(angles)
+def _parts(report: StepReport) -> Iterator[Tensor]:
+    stats = report.stats
+    yield from (report.weight_vector, stats.losses, stats.counts, report.held.reshape(1))
+    if stats.gram is not None:
+        yield stats.gram.flatten()
+
+
+def _there(keys: tuple[str, ...], values: Array, present: NDArray[np.bool_]) -> Row:
+    """The values of tasks that were present, without those that do not exist."""
+    found = zip(keys, values.tolist(), present.tolist(), strict=True)
+    return {key: value for key, value, there in found if there and not math.isnan(value)}
+
+
+def _shares(lengths: Array) -> Array:
+    total = lengths.sum()
+    return lengths / total if 0 < total < math.inf else np.full_like(lengths, np.nan)
+
+
+def _angles(keys: tuple[str, ...], gram: Array, norms: Array) -> Row:
+    a, b = _pairs(len(norms))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        cosines = np.clip(gram[a, b] / (norms[a] * norms[b]), -1, 1)
+    found = zip(keys, cosines.tolist(), strict=True)
+    row: Row = {key: cosine for key, cosine in found if not math.isnan(cosine)}
+    if row:
+        row["mtl/conflict_rate"] = sum(cosine < 0 for cosine in row.values()) / len(row)
     return row
+
+
+@lru_cache(maxsize=64)
+def _pairs(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    a, b = np.triu_indices(n, 1)
+    return a, b
