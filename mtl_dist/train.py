@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mtl_dist.config import Settings, load_settings
 from mtl_dist.tracking import JsonlWriter, Row, step_row
 from mtl_dist.training.checkpoints import find_checkpoint, save_checkpoint
+from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.setup import METRICS, SUMMARY, Run, build_run, check_output, claim_output
 from mtl_dist.training.summary import summarise, table, write_json
@@ -82,6 +83,7 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
         run.accelerator.load_state(str(checkpoint))
     row = _loop(run, done)
     summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
+    summary["engine"] = describe_engine(run.accelerator, run.model)
     if run.accelerator.is_main_process:
         _close(run, summary)
     return run.accelerator, summary

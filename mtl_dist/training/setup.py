@@ -19,6 +19,7 @@ from mtl_dist.config import Settings, build_balancer, build_recipe
 from mtl_dist.integrations.accelerate import EXPECTED_PROCESSES, attach, check_launch
 from mtl_dist.recipes import Batch, BatchData, Recipe
 from mtl_dist.training.batches import StepBatches, train_loader
+from mtl_dist.training.engine import take_inputs_as_parameters
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
@@ -65,6 +66,7 @@ def build_run(settings: Settings, done: int) -> Run:
     train_data, eval_data = recipe.data(settings.seed)
     balancer = build_balancer(settings)
     model = recipe.model(balancer)
+    take_inputs_as_parameters(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
