@@ -1,0 +1,178 @@
+"""A run's folder -> columns of numbers and settings, whatever state the run was left in."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtl_dist.tracking.jsonl import STEP_KEY
+
+Floats = npt.NDArray[np.float32]
+Steps = npt.NDArray[np.float64]
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a report shows of one run.
+
+    Attributes:
+        name: the folder's name, with as many parents as make it unique.
+        steps: `[R]` optimizer steps, strictly increasing.
+        columns: key -> `[R]` values, NaN where the row has none.
+        settings: of `summary.json`; empty where the run left none.
+        num_processes: that took part; None where unknown.
+        notes: what a reader must know, one sentence each.
+    """
+
+    name: str
+    steps: Steps
+    columns: dict[str, Floats]
+    settings: dict[str, Any]
+    num_processes: int | None
+    notes: tuple[str, ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """The runs in the order given, each folder once.
+
+    Raises:
+        ValueError: a folder is missing, is not a run, or a line of its metrics is damaged.
+    """
+    unique = {folder.resolve(): folder for folder in reversed(folders)}
+    ordered = list(dict.fromkeys(folder.resolve() for folder in folders))
+    for folder in ordered:
+        if not folder.is_dir():
+            raise ValueError(f"no run folder {str(unique[folder])!r}")
+        if not (folder / METRICS).is_file():
+            raise ValueError(f"{str(unique[folder])!r} is not a run: it has no {METRICS}")
+    return [_read(folder, name) for folder, name in zip(ordered, unique_names(ordered), strict=True)]
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ from each other."""
+    longest = max((len(folder.parts) for folder in folders), default=1)
+    for length in range(1, longest + 1):
+        names = ["/".join(folder.parts[-length:]).replace("//", "/") for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+@dataclass
+class _Columns:
+    """Grows by one row at a time; a key that a row lacks is NaN there."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    values: dict[str, array[float]] = field(default_factory=dict)
+    not_finite: dict[str, list[float]] = field(default_factory=dict)  # key -> steps
+    not_numbers: set[str] = field(default_factory=set)
+    without_step: int = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row; one of the same step as the row before it is merged into that."""
+        step = row.pop(STEP_KEY, None)
+        if not isinstance(step, int | float) or not abs(step) < 2**53:  # NaN is refused too
+            self.without_step += 1
+            return
+        if not self.steps or self.steps[-1] != step:
+            self.steps.append(step)
+        for key, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                self.not_numbers.add(key)
+                continue
+            column = self.values.setdefault(key, array("f"))
+            del column[len(self.steps) - 1 :]
+            self._pad(column, len(self.steps) - 1)
+            column.append(math.nan if value is None else _float32(value))
+            if not math.isfinite(column[-1]):
+                column[-1] = math.nan
+                self.not_finite.setdefault(key, []).append(step)
+
+    def arrays(self) -> tuple[Steps, dict[str, Floats]]:
+        """Sorted by step; of rows with the same step the one written last."""
+        for column in self.values.values():
+            self._pad(column, len(self.steps))
+        steps = np.array(self.steps, dtype=np.float64)
+        columns = {key: np.array(column, dtype=np.float32) for key, column in self.values.items()}
+        if np.all(np.diff(steps) > 0):
+            return steps, columns
+        steps, last = np.unique(steps[::-1], return_index=True)
+        return steps, {key: column[::-1][last] for key, column in columns.items()}
+
+    def _pad(self, column: array[float], length: int) -> None:
+        column.extend([math.nan] * (length - len(column)))
+
+
+def _read(folder: Path, name: str) -> RunData:
+    columns, notes = _Columns(), list[str]()
+    for row in _rows(folder / METRICS, notes):
+        columns.add(row)
+    steps, values = columns.arrays()
+    if not len(steps):
+        notes.insert(0, f"{METRICS} holds no finished row: there is nothing to draw.")
+    if columns.without_step:
+        notes.append(f"{columns.without_step} rows without {STEP_KEY} were left out.")
+    if columns.not_numbers:
+        notes.append(f"Not numbers, so not drawn: {', '.join(sorted(columns.not_numbers))}.")
+    for key, where in columns.not_finite.items():
+        notes.append(f"{key} was not finite at {len(where)} steps, first at step {where[0]:g}.")
+    held = values.get("mtl/held")
+    if held is not None:
+        notes.append(f"{int(np.nansum(held))} steps were held: their statistics were not finite.")
+    summary = _summary(folder / SUMMARY, notes)
+    settings, processes = summary.get("settings"), summary.get("num_processes")
+    return RunData(
+        name,
+        steps,
+        values,
+        settings if isinstance(settings, dict) else {},
+        processes if isinstance(processes, int) else None,
+        tuple(notes),
+    )
+
+
+def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Row by row, so that a long run need not fit in memory as text."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                notes.append("The last row was unfinished, as after a crash, and was left out.")
+                return
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: not a row: {line[:80]!r}")
+            yield row
+
+
+def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        notes.append(f"There is no {SUMMARY}: the run has not finished, or was not made by `mtl-dist train`.")
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError:
+        summary = None
+    if not isinstance(summary, dict):
+        notes.append(f"{SUMMARY} is damaged: the configuration is not shown.")
+        return {}
+    return summary
+
+
+def _float32(value: float) -> float:
+    """Infinity where the number is too large for float32, the precision of the charts."""
+    return float(value) if abs(value) < 3.4e38 else math.inf
