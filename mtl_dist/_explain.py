@@ -17,19 +17,22 @@ def explain_failure(step: int, faults: Faults) -> RuntimeError:
     )
 
 
-def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats, faults: Faults) -> Exception:
-    """The error for statistics that a balancer refused. Reads values from the device."""
+def explain_nonfinite(tasks: Sequence[str], step: int, faults: Faults) -> ValueError:
+    """The error for a NaN or infinity: which task, which rank. Reads values from the device."""
     bad = [
         f"task {task!r} on {_ranks(number, ranks)}"
         for task, number, ranks in zip(tasks, faults.counts.tolist(), faults.rank_sums.tolist(), strict=True)
         if number > 0
     ]
-    if bad:
-        return ValueError(
-            f"mtl_dist, step {stats.step}: a loss or its gradient at the features is NaN or infinite: "
-            f"{', '.join(bad)}. Look at that task's data and learning rate, or give "
-            'on_nonfinite="skip" or "hold"'
-        )
+    return ValueError(
+        f"mtl_dist, step {step}: a loss or its gradient at the features is NaN or infinite: "
+        f"{', '.join(bad)}. Look at that task's data and learning rate, or give "
+        'on_nonfinite="skip" or "hold"'
+    )
+
+
+def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats) -> ValueError:
+    """The error for finite statistics that a rule cannot take. Reads values from the device."""
     losses = dict(zip(tasks, stats.losses.tolist(), strict=True))
     if rule.positive_losses and min(losses.values()) <= 0:
         low = {task: value for task, value in losses.items() if value <= 0}

@@ -34,6 +34,13 @@ def checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
     return on_nonfinite
 
 
+def checked_window(window: int | None) -> int | None:
+    """A number of micro-batches, or None."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a number of micro-batches >= 1, or None, got {window!r}")
+    return window
+
+
 def checked_losses(losses: Any) -> Losses:
     """A mapping; features without heads are the usual mistake."""
     if not isinstance(losses, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist._alarm import Alarm
-from mtl_dist._explain import explain_failure, explain_refusal
+from mtl_dist._course import Course
+from mtl_dist._engine import Engine
+from mtl_dist._explain import explain_failure, explain_nonfinite, explain_refusal
 from mtl_dist._quench import Quench
 from mtl_dist._validate import (
     OnNonfinite,
@@ -19,14 +22,17 @@ from mtl_dist._validate import (
     checked_losses,
     checked_policy,
     checked_tasks,
+    checked_window,
 )
 from mtl_dist.probes import Counts, FeatureProbe, Heads, Losses, Probe, Reduced, TaskLosses
 from mtl_dist.probes._losses import collect, evaluate
-from mtl_dist.stats import LocalStats, StepReport, TaskStats, global_stats, stats_dtype
+from mtl_dist.probes._partitioned import ZERO_3
+from mtl_dist.stats import LocalStats, StepReport, TaskStats
 from mtl_dist.sync import Synchronizer
-from mtl_dist.weighting import Needs, Rule, State
+from mtl_dist.weighting import Needs, Rule
 
 _STATE_PREFIX = "rule."
+_LOGGER = logging.getLogger("mtl_dist")
 
 
 class Balancer(nn.Module):
@@ -57,14 +63,20 @@ class Balancer(nn.Module):
             task and rank (at the next call on an accelerator, so that the host never waits). "hold": keep the
             rule's state, use the previous weights, return the total as it is (for engines that skip such
             steps themselves, as loss scalers do). "skip": the same, and all gradients of this step are zero;
-            the host waits for the flag.
+            the host waits for the flag. Under a loss scale, infinite gradients are expected now and then and
+            are always held; losses, which are never scaled, follow the policy.
+        window: how weights and gradient accumulation go together. None: each micro-batch is a step of the
+            rule, with its own weights. k: the weights hold for windows of k micro-batches, and each window's
+            weights are computed from the statistics of the whole window before (uniform in the first), so
+            that k micro-batches of equal counts train like one batch k times as large.
 
     Raises:
         ValueError: task names empty or repeated, or a combination that cannot work.
 
     Attributes:
-        report: `StepReport` of the last training step; None before the first.
-        step: number of training steps taken.
+        tasks: the task names.
+        weighting: the rule.
+        probe: how gradients are measured.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Balancer(nn.Module):
         probe: Probe | None = None,
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
@@ -82,14 +95,19 @@ class Balancer(nn.Module):
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
-        self.step = 0
-        self.report: StepReport | None = None
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._alarm = Alarm()
         self._quench = Quench()
-        cpu = torch.device("cpu")
-        self._state: State = weighting.init(self.tasks, cpu)
-        self._weights = torch.full((len(self.tasks),), 1 / len(self.tasks), dtype=stats_dtype(cpu))
+        self._course = Course(
+            self.tasks,
+            weighting,
+            checked_window(window),
+            self._synchronizer.stopwatch,
+            strict=on_nonfinite == "raise",
+            refuse=self._refuse,
+        )
+        self._partitioned: bool | None = None
+        self._finite: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
     def forward(self, features: Any, heads: Heads | None = None, *, counts: Counts | None = None) -> Tensor:
@@ -114,6 +132,8 @@ class Balancer(nn.Module):
         self._quench.release()
         self._alarm.poll()
         self._synchronizer.connect(self._fingerprint())
+        self._course.begin()
+        self._finite = None
         step = _Step(self, counts)
         try:
             if heads is not None:
@@ -124,9 +144,7 @@ class Balancer(nn.Module):
             if not step.reduced:
                 self._synchronizer.announce_failure()
             raise
-        if self.on_nonfinite == "skip" and self.report is not None and bool(self.report.held):
-            total = self._quench(total, features)
-        return total
+        return self._quench(total, features) if self._must_skip() else total
 
     def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
         """Hands losses measured outside the step to the rule; all ranks must call it.
@@ -150,11 +168,7 @@ class Balancer(nn.Module):
         with torch.no_grad():
             local = step.collect(checked_losses(losses), self._device_of(losses)).stats()
             reduced = step.reduce(local)
-            stats = global_stats(reduced.total, self.step, with_gram=False)
-            sound, refused = self._inspected(stats, reduced)
-            state = self.weighting.observe(stats.guarded(sound), self._state)
-        self._refuse(refused, stats, reduced)
-        self._state = _chosen(sound, state, self._state)
+            self._course.observe(reduced.total, self._checked(reduced))
 
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -167,9 +181,11 @@ class Balancer(nn.Module):
         if destination is not None:
             return destination
         self._alarm.poll()
-        state = {_STATE_PREFIX + key: value.detach().clone() for key, value in self._state.items()}
-        header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": self.step}
-        return {**header, "weights": self._weights.clone(), **state}
+        course = self._course
+        course.settle()
+        state = {_STATE_PREFIX + key: value.detach().clone() for key, value in course.state.items()}
+        header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": course.step}
+        return {**header, "weights": course.weights.clone(), **state}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -181,11 +197,9 @@ class Balancer(nn.Module):
         """
         expected = self.state_dict()
         check_same_state(expected, state_dict)
-        self.step = int(state_dict["step"])
-        self._weights = state_dict["weights"].detach().clone()
         rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
-        self._state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
-        self.report = None
+        state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
+        self._course.restart(state, state_dict["weights"].detach().clone(), int(state_dict["step"]))
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group before the first step.
@@ -195,14 +209,43 @@ class Balancer(nn.Module):
         """
         self._synchronizer.set_group(group)
 
+    def set_engine(self, engine: Engine) -> None:
+        """Tells the balancer about the engine: loss scale, skipped steps, accumulation, partitioning.
+
+        The integrations' `attach` calls it; call it before the first step.
+        """
+        self._course.engine = engine
+        self._partitioned = None
+
+    @property
+    def report(self) -> StepReport | None:
+        """What happened in the last training step (the last whole window); None before the first."""
+        return self._course.report
+
+    @report.setter
+    def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
+        self._course.report = report
+
+    @property
+    def step(self) -> int:
+        """Number of training steps (windows, where weights are held) taken and not skipped by the engine."""
+        return self._course.step
+
+    @property
+    def window(self) -> int | None:
+        """Micro-batches for which the weights hold; None where each has its own."""
+        return self._course.window
+
     @property
     def weights(self) -> dict[str, float]:
         """The current weight of each task: that of the last step it was present in."""
-        return dict(zip(self.tasks, self._weights.tolist(), strict=True))
+        return dict(zip(self.tasks, self._course.weights.tolist(), strict=True))
 
     def extra_repr(self) -> str:
         """Tasks, rule and probe."""
-        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, on_nonfinite={self.on_nonfinite!r}"
+        window = "" if self.window is None else f", window={self.window}"
+        policy = f"on_nonfinite={self.on_nonfinite!r}"
+        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, {policy}{window}"
 
     def measures_at(self, step: int) -> bool:
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
@@ -225,51 +268,37 @@ class Balancer(nn.Module):
     def _evaluated(self, features: Any, heads: Heads | None, counts: Counts | None) -> Tensor:
         losses = checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
         collected = collect(losses, counts, self.tasks, self._device_of(losses))
-        self._move_to(collected.counts.device)
-        return collected.total(self._weights)
+        self._course.move_to(collected.counts.device)
+        return collected.total(self._course.weights)
 
     def _device_of(self, losses: Any) -> torch.device:
         values = losses.values() if isinstance(losses, Mapping) else ()
-        return next((value.device for value in values if isinstance(value, Tensor)), self._weights.device)
-
-    def _move_to(self, device: torch.device) -> None:
-        if self._weights.device != device:
-            dtype = stats_dtype(device)
-            self._weights = self._weights.to(device, dtype)
-            self._state = {
-                key: value.to(device, dtype if value.is_floating_point() else None)
-                for key, value in self._state.items()
-            }
+        return next(
+            (value.device for value in values if isinstance(value, Tensor)), self._course.weights.device
+        )
 
     def _fingerprint(self) -> str:
-        return f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
+        settings = f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
+        return settings if self.window is None else f"{settings}, window {self.window}"
 
-    def _take(self, reduced: Reduced, *, measured: bool) -> Tensor:
-        """One update of the rule; every decision on the device. Returns the weights used, `[n]`."""
-        stats = global_stats(reduced.total, self.step, with_gram=measured)
-        present = stats.present
-        sound, refused = self._inspected(stats, reduced)
-        weights, state = self.weighting.update(stats.guarded(sound), self._state)
-        usable = weights.isfinite().all()
-        self._refuse(refused | ~usable if self.on_nonfinite == "raise" else refused, stats, reduced)
-        sound = sound & usable
-        self._weights = torch.where(sound & present, weights, self._weights)
-        self._state = _chosen(sound, state, self._state)
-        used = torch.where(present, self._weights, torch.zeros_like(self._weights))
-        self.report = StepReport(self.tasks, stats, used, ~sound, self._synchronizer.stopwatch.take())
-        self.step += 1
-        return used
+    def _checked(self, reduced: Reduced) -> Tensor:
+        """Scalar bool: whether losses and gradients of all ranks are finite. Raises where they must be."""
+        total, faults = reduced.total, reduced.faults
+        losses = total.loss_sums.isfinite().all()
+        finite = losses & total.gram.isfinite().all() & (faults.failure[0] == 0)
+        if self.on_nonfinite == "raise":
+            # under a loss scale, gradients overflow now and then, and the engine skips those steps
+            needed = finite if self._course.engine.scaled is None else losses
+            self._alarm.watch(~needed, partial(explain_nonfinite, self.tasks, self.step, faults))
+        self._finite = finite
+        return finite
 
-    def _inspected(self, stats: TaskStats, reduced: Reduced) -> tuple[Tensor, Tensor]:
-        """Scalar bools: whether the rule may see these statistics, and whether they are an error."""
-        finite = stats.losses.isfinite().all() & reduced.total.gram.isfinite().all()
-        out_of_domain = (stats.present & (stats.losses <= 0)).any() & self.weighting.positive_losses
-        sound = finite & ~out_of_domain & (reduced.faults.failure[0] == 0)
-        return sound, out_of_domain | ~finite if self.on_nonfinite == "raise" else out_of_domain
+    def _must_skip(self) -> bool:
+        """Whether this call's gradients must be zero; waits for the flag only where the policy says so."""
+        return self.on_nonfinite == "skip" and self._finite is not None and not self._finite
 
-    def _refuse(self, refused: Tensor, stats: TaskStats, reduced: Reduced) -> None:
-        explain = partial(explain_refusal, self.tasks, self.weighting, stats, reduced.faults)
-        self._alarm.watch(refused, explain)
+    def _refuse(self, refused: Tensor, stats: TaskStats) -> None:
+        self._alarm.watch(refused, partial(explain_refusal, self.tasks, self.weighting, stats))
 
 
 class _Step:
@@ -289,7 +318,7 @@ class _Step:
     def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
         """One all-reduce."""
         balancer = self._balancer
-        balancer._move_to(local.counts.device)
+        balancer._course.move_to(local.counts.device)
         self.reduced = True
         total, faults = balancer._synchronizer.reduce(local, faulty)
         self.watch(faults.failure[0] > 0, partial(explain_failure, balancer.step, faults))
@@ -306,15 +335,26 @@ class _Step:
         """The rows of all ranks."""
         return self._balancer._synchronizer.gather_rows(rows)
 
+    def partitioned(self, find: Callable[[], bool]) -> bool:
+        """Whether the engine frees parameters after each use; `find` looks, once."""
+        balancer = self._balancer
+        if balancer._partitioned is None:
+            known = balancer._course.engine.partitioned
+            balancer._partitioned = find() if known is None else known
+            if balancer._partitioned and balancer._synchronizer.rank == 0:
+                _LOGGER.warning("mtl_dist: %s; probes evaluate the heads a second time", ZERO_3)
+        return balancer._partitioned
+
+    def loss_scale(self, device: torch.device) -> Tensor | None:
+        """Scalar to differentiate losses with and divide out; None where there is no loss scale."""
+        scaled = self._balancer._course.engine.scaled
+        return None if scaled is None else scaled(torch.ones((), device=device))
+
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` holds."""
         self._balancer._alarm.watch(flag, explain)
 
     def decide(self, reduced: Reduced) -> Tensor:
         """`[n]` weights, the same on every rank."""
-        return self._balancer._take(reduced, measured=self.measure)
-
-
-def _chosen(sound: Tensor, new: State, old: State) -> State:
-    """The new state where `sound` holds, else the old one."""
-    return {key: torch.where(sound, new[key], value) for key, value in old.items()}
+        balancer = self._balancer
+        return balancer._course.decide(reduced.total, balancer._checked(reduced), measured=self.measure)

@@ -16,6 +16,8 @@ CORE = {
     "probes",
     "balancer",
     "_alarm",
+    "_course",
+    "_engine",
     "_explain",
     "_quench",
     "_stopwatch",

@@ -3,30 +3,42 @@
     accelerator = Accelerator()
     balancer = attach(Balancer(tasks, MGDA()), accelerator)
 
-Loss scale and gradient accumulation need nothing more: `FeatureProbe` differentiates the unscaled local
-losses, and `FeatureTap` divides out the factor that its scalar arrives with. With accumulation, each
-micro-batch is a step of the balancer, with its own weights.
+Loss scale and gradient accumulation need nothing more: statistics are true values, and a step that the
+scaler skips leaves the rule as it was. With accumulation (`with accelerator.accumulate(model)`), each
+micro-batch is a step of the balancer with its own weights, or, with `Balancer(..., window=k)`, the weights
+hold for the k micro-batches of an optimizer step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
 
+from mtl_dist._engine import Engine
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureTap
+from mtl_dist.integrations._checkpoints import register
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # set by launch/ scripts; anyone may set it
 
 
-def attach(balancer: Balancer, accelerator: Accelerator) -> Balancer:
+def attach(
+    balancer: Balancer, accelerator: Accelerator, *, name: str = "balancer", accumulation: int | None = None
+) -> Balancer:
     """Ties `balancer` to `accelerator`: data-parallel group and checkpoints. Call it before the first step.
 
-    The balancer's state is then part of `accelerator.save_state` and `load_state`.
+    The balancer's state is then part of `accelerator.save_state` and `load_state`, in files of its own
+    (`mtl_dist.checkpoint`); a checkpoint from before it was attached is refused.
+
+    Args:
+        balancer: of the model that the accelerator prepares.
+        accelerator: of this process.
+        name: of the balancer's files in checkpoints; a model's second balancer needs another one.
+        accumulation: micro-batches of an optimizer step, where the accelerator does not know (HF Trainer).
 
     Returns:
         The same balancer.
@@ -36,16 +48,38 @@ def attach(balancer: Balancer, accelerator: Accelerator) -> Balancer:
         ValueError: a combination that cannot work, with what to change.
     """
     check_launch(accelerator)
-    scaler = accelerator.scaler
-    if scaler is not None and isinstance(balancer.probe, FeatureTap) and balancer.on_nonfinite == "raise":
+    steps = accelerator.gradient_accumulation_steps if accumulation is None else accumulation
+    if balancer.window is not None and balancer.window != steps:
         raise ValueError(
-            "a gradient scaler makes infinite gradients on purpose and skips their steps, and FeatureTap "
-            'sees them: give the balancer on_nonfinite="hold", or use FeatureProbe(), which sees unscaled '
-            "losses"
+            f"the balancer holds its weights for windows of {balancer.window} micro-batches, and the "
+            f"accelerator accumulates {steps}: give both the same number"
         )
+    balancer.set_engine(engine_of(accelerator))
     balancer.set_group(data_parallel_group(accelerator))
-    accelerator.register_for_checkpointing(balancer)
+    register(balancer, accelerator, name)
     return balancer
+
+
+def engine_of(accelerator: Accelerator) -> Engine:
+    """What a balancer must know of the engine: accumulation, skipped steps, loss scale, partitioning."""
+    plugin = accelerator.state.deepspeed_plugin
+    return Engine(
+        partitioned=plugin is not None and plugin.zero_stage == 3,
+        closes_window=lambda: accelerator.sync_gradients,
+        skipped=lambda: accelerator.optimizer_step_was_skipped,
+        scaled=_loss_scaler(accelerator),
+    )
+
+
+def _loss_scaler(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
+    scaler = accelerator.scaler
+    if scaler is not None:
+        scale: Callable[[Tensor], Tensor] = scaler.scale
+        return scale
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "fp16":
+        # DeepSpeed keeps its scale in the optimizer, which exists once `prepare` was called
+        return lambda one: one * float(accelerator._optimizers[0].optimizer.loss_scale)
+    return None
 
 
 def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:

@@ -46,6 +46,14 @@ class Exchange(Protocol):
         """The rows `[b, ...]` of all ranks in rank order, `[Σ b, ...]`; after `reduce`. The host waits."""
         ...
 
+    def partitioned(self, find: Callable[[], bool]) -> bool:
+        """Whether the engine frees parameters after each use (ZeRO-3); `find` looks at the first step."""
+        ...
+
+    def loss_scale(self, device: torch.device) -> Tensor | None:
+        """Scalar to differentiate losses with, and to divide gradients by; None where there is none."""
+        ...
+
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` (scalar bool) holds: now on the CPU, at the next step elsewhere."""
         ...

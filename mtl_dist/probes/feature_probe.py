@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from mtl_dist.probes._base import Exchange, Probe
 from mtl_dist.probes._features import Features, anchored, gradient_gram, split
 from mtl_dist.probes._losses import Heads, TaskLosses, evaluate
+from mtl_dist.probes._partitioned import ZERO_3, find_partitioned
 from mtl_dist.probes._replay import replayed
 
 
@@ -29,14 +31,19 @@ class FeatureProbe(Probe):
             keeping their graph. For engines that free parameters after their first use (ZeRO-3). Buffers of
             modules (batch statistics) are put back between the two, so they change once; other state that a
             head keeps in Python attributes changes twice. Losses that differ between the two evaluations
-            are refused.
+            are refused. None: where the engine needs it, found out at the first step.
+
+    Raises:
+        ValueError: `reevaluate=False`, and the engine partitions parameters (on every rank, before any
+            collective of the step).
     """
 
-    reevaluate: bool = False
+    reevaluate: bool | None = None
 
     def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:
         """`Σ α_i s_i l_i`, one collective."""
-        measured = self._measured_apart(features, heads, exchange) if self.reevaluate else None
+        reevaluate = exchange.measure and self._reevaluates(features, heads, exchange)
+        measured = self._measured_apart(features, heads, exchange) if reevaluate else None
         shared = split(features, detach=False)
         losses = _losses(shared, heads, exchange)
         gram: Tensor | None = None
@@ -44,22 +51,31 @@ class FeatureProbe(Probe):
             first, gram = measured
             _check_same(first, losses, exchange)
         elif exchange.measure:
-            gram = _gram(shared, losses)
+            gram = _gram(shared, losses, exchange)
         reduced = exchange.reduce(losses.stats(gram))
         weights = exchange.decide(reduced)
         total = losses.total(weights * reduced.shares)
         return total if losses.any_present else anchored(total, shared.leaves)
 
-    def _measured_apart(
-        self, features: Any, heads: Heads, exchange: Exchange
-    ) -> tuple[TaskLosses, Tensor] | None:
-        """Losses and Gram of an evaluation that leaves no trace; None where nothing is to be measured."""
-        if not exchange.measure:
-            return None
+    def _reevaluates(self, features: Any, heads: Heads, exchange: Exchange) -> bool:
+        if self.reevaluate:
+            return True
+        partitioned = exchange.partitioned(
+            lambda: find_partitioned(split(features, detach=False), heads, exchange.tasks)
+        )
+        if partitioned and self.reevaluate is False:
+            raise ValueError(
+                f"FeatureProbe(reevaluate=False): {ZERO_3}. Use FeatureProbe(), which then evaluates the "
+                "heads a second time, or FeatureTap()"
+            )
+        return partitioned
+
+    def _measured_apart(self, features: Any, heads: Heads, exchange: Exchange) -> tuple[TaskLosses, Tensor]:
+        """Losses and Gram of an evaluation that leaves no trace."""
         probe = split(features, detach=True)
         with replayed(leaf.device for leaf in probe.leaves):
             losses = _losses(probe, heads, exchange)
-            return losses, _gram(probe, losses)
+            return losses, _gram(probe, losses, exchange)
 
 
 def _losses(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
@@ -67,33 +83,48 @@ def _losses(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
     return exchange.collect(losses, shared.leaves[0].device)
 
 
-def _gram(shared: Features, losses: TaskLosses) -> Tensor:
+def _gram(shared: Features, losses: TaskLosses, exchange: Exchange) -> Tensor:
     """`[n, n]`, `⟨g_i, g_j⟩`; zero rows for tasks that are absent or do not depend on the features."""
-    rows = [
-        # the graph is kept for the engine's backward, and ends at the features: the trunk is not entered
-        torch.autograd.grad(value, shared.leaves, retain_graph=True, allow_unused=True)
-        if value is not None and value.requires_grad
-        else [None] * len(shared.leaves)
-        for value in losses.values
-    ]
-    return gradient_gram(rows, losses.counts.device)
+    device = losses.counts.device
+    # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
+    scale = exchange.loss_scale(device)
+    rows = [_gradients(value, shared, scale) for value in losses.values]
+    gram = gradient_gram(rows, device)
+    return gram if scale is None else gram / scale.to(gram.dtype).square()
+
+
+def _gradients(loss: Tensor | None, shared: Features, scale: Tensor | None) -> Sequence[Tensor | None]:
+    if loss is None or not loss.requires_grad:
+        return [None] * len(shared.leaves)
+    # the product, not a scaled gradient of the loss: a float16 loss takes scales up to 65504 only
+    scaled = loss if scale is None else scale.to(torch.float32) * loss.to(torch.float32)
+    # the graph is kept for the engine's backward, and ends at the features: the trunk is not entered
+    return torch.autograd.grad(scaled, shared.leaves, retain_graph=True, allow_unused=True)
 
 
 def _check_same(first: TaskLosses, second: TaskLosses, exchange: Exchange) -> None:
     """Both evaluations must give the same losses, up to the reordering of sums on accelerators."""
-    for task, a, b in zip(exchange.tasks, first.values, second.values, strict=True):
-        if a is None or b is None:
-            differ = torch.tensor(a is not b)
-        else:
-            tolerance = torch.finfo(b.dtype).eps ** 0.5
-            differ = (a.detach() - b.detach()).abs() > tolerance * a.detach().abs()
-        exchange.watch(differ, partial(_not_reproducible, task, a, b))
+    pairs = list(zip(first.values, second.values, strict=True))
+    differ = [_differ(a, b, second.counts.device) for a, b in pairs]
+    exchange.watch(torch.stack(differ).any(), partial(_not_reproducible, exchange.tasks, pairs, differ))
 
 
-def _not_reproducible(task: str, first: Tensor | None, second: Tensor | None) -> RuntimeError:
-    values = [None if loss is None else loss.item() for loss in (first, second)]
+def _differ(first: Tensor | None, second: Tensor | None, device: torch.device) -> Tensor:
+    if first is None or second is None:
+        return torch.tensor(first is not second, device=device)
+    tolerance = torch.finfo(second.dtype).eps ** 0.5
+    error = (first.detach() - second.detach()).abs()
+    differ: Tensor = error > tolerance * first.detach().abs()
+    return differ.to(device)
+
+
+def _not_reproducible(
+    tasks: Sequence[str], pairs: Sequence[tuple[Tensor | None, Tensor | None]], differ: Sequence[Tensor]
+) -> RuntimeError:
+    task, pair = next((t, p) for t, p, d in zip(tasks, pairs, differ, strict=True) if d)
+    values = [None if loss is None else loss.item() for loss in pair]
     return RuntimeError(
-        f"FeatureProbe(reevaluate=True): the head of task {task!r} gave {values[0]} and then {values[1]} on "
-        "the same features and random state; it must not depend on state that changes from call to call. "
-        "Use FeatureProbe() or FeatureTap() where the engine allows it"
+        f"FeatureProbe evaluates the heads twice here, and the head of task {task!r} gave {values[0]} and "
+        f"then {values[1]} on the same features and random state; it must not depend on state that changes "
+        "from call to call. Use FeatureTap(), or FeatureProbe(reevaluate=False) where the engine allows it"
     )

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from program import ROOT, run
 
-from mtl_dist import Balancer, FeatureProbe, FeatureTap
-from mtl_dist.integrations.accelerate import attach, check_launch, data_parallel_group
+from mtl_dist import Balancer
+from mtl_dist.integrations.accelerate import attach, check_launch, data_parallel_group, engine_of
 from mtl_dist.weighting import MGDA
 
 SCRIPT = Path(__file__).parent / "accelerate_run.py"
@@ -138,21 +139,39 @@ def test_mesh_without_a_data_parallel_axis_is_refused() -> None:
         data_parallel_group(SimpleNamespace(torch_device_mesh=Mesh("tp")))
 
 
-def test_scaler_makes_the_tap_hold() -> None:
-    registered: list[object] = []
-    scaled = accelerator(
-        1,
-        DistributedType.NO,
-        scaler=object(),
-        torch_device_mesh=None,
-        register_for_checkpointing=registered.append,
-    )
-    with pytest.raises(ValueError, match='on_nonfinite="hold"'):
-        attach(Balancer(["a"], MGDA(), probe=FeatureTap()), scaled)
-    assert not registered
-    for balancer in (
-        Balancer(["a"], MGDA(), probe=FeatureTap(), on_nonfinite="hold"),
-        Balancer(["a"], MGDA(), probe=FeatureProbe()),
-    ):
-        assert attach(balancer, scaled) is balancer
-    assert len(registered) == 2
+def scaled(**others: object) -> SimpleNamespace:
+    """An accelerator with a loss scale of 8 that accumulates 4 micro-batches."""
+    facts = {
+        "scaler": SimpleNamespace(scale=lambda one: 8 * one),
+        "torch_device_mesh": None,
+        "gradient_accumulation_steps": 4,
+        "sync_gradients": False,
+        "optimizer_step_was_skipped": True,
+        "mixed_precision": "fp16",
+        "state": SimpleNamespace(deepspeed_plugin=None),
+    }
+    return accelerator(1, DistributedType.NO, **{**facts, **others})
+
+
+def test_the_engine_is_what_the_accelerator_says() -> None:
+    engine = engine_of(scaled())
+    assert engine.scaled(torch.ones(())) == 8
+    assert not engine.closes_window()
+    assert engine.skipped()
+    assert not engine.partitioned
+    assert engine_of(scaled(scaler=None)).scaled is None
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_keeps_its_scale_in_the_optimizer(stage: int) -> None:
+    of = scaled(scaler=None, state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+    of.distributed_type = DistributedType.DEEPSPEED
+    engine = engine_of(of)  # before `prepare`, when there is no optimizer yet
+    of._optimizers = [SimpleNamespace(optimizer=SimpleNamespace(loss_scale=16.0))]
+    assert engine.scaled(torch.ones(())) == 16
+    assert engine.partitioned == (stage == 3)
+
+
+def test_a_held_window_is_the_accumulation_of_the_accelerator() -> None:
+    with pytest.raises(ValueError, match="windows of 2 micro-batches, and the accelerator accumulates 4"):
+        attach(Balancer(["a"], MGDA(), window=2), scaled())
