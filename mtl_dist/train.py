@@ -7,17 +7,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from mtl_dist.config import Settings, load_settings
-from mtl_dist.tracking import JsonlWriter, Row, step_row
+from mtl_dist.tracking import Row, RunLog
+from mtl_dist.tracking.report import write_report
 from mtl_dist.training.checkpoints import find_checkpoint, save_checkpoint
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
+from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
 from mtl_dist.training.setup import METRICS, SUMMARY, Run, build_run, check_output, claim_output
 from mtl_dist.training.summary import summarise, table, write_json
 
@@ -81,66 +82,70 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
     claim_output(settings, run.accelerator)
     if checkpoint is not None:
         run.accelerator.load_state(str(checkpoint))
-    row = _loop(run, done)
-    summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
-    summary["engine"] = describe_engine(run.accelerator, run.model)
+    with open_log(run, done, checkpoint) as log:
+        if run.accelerator.is_main_process:
+            save_ids(settings, log.run_ids)
+        row = _loop(run, done, log)
+        summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
+        summary["engine"] = describe_engine(run.accelerator, run.model)
+        views = log.close(summary)
     if run.accelerator.is_main_process:
-        _close(run, summary)
+        _close(run, summary, views)
     return run.accelerator, summary
 
 
-def _loop(run: Run, done: int) -> Row:
+def _loop(run: Run, done: int, log: RunLog) -> Row:
     """The training loop; returns the row of the last step, with its validation columns."""
     settings, accelerator = run.settings, run.accelerator
-    main_process = accelerator.is_main_process
-    metrics = JsonlWriter(settings.output_dir / METRICS, after_step=done) if main_process else None
-    progress = tqdm(total=settings.steps, initial=done, disable=not main_process, unit="step")
-    row: Row = {}
-    with metrics or nullcontext(), progress:
-        start = time.perf_counter()
+    hidden = not accelerator.is_main_process
+    clock = StepClock()
+    with tqdm(
+        total=settings.steps, initial=done, disable=hidden, unit="step", dynamic_ncols=True
+    ) as progress:
         for step, batch in enumerate(run.loader, start=done + 1):
             loss = run.model(**batch)
             accelerator.backward(loss)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            report = run.balancer.report
-            assert report is not None  # the model's forward called the balancer
-            row = step_row(report, step)  # waits for the device, so that the time is the step's
-            row["perf/step_ms"] = 1e3 * (time.perf_counter() - start)
-            if _due(settings.eval_every, step) or step == settings.steps:
-                row |= evaluate(run.model, run.eval_data, run.recipe, accelerator, settings.batch_size)
-            if metrics is not None:
-                metrics.write(row)
-            progress.set_postfix_str(_postfix(row, run.recipe.tasks), refresh=False)
+            log.add(run.balancer.report)
+            clock.tick()
+            evaluated = _due(settings.eval_every, step) or step == settings.steps
+            extra = {"perf/step_ms": clock.lap()} if evaluated or log.is_due(step) else {}
+            if evaluated:
+                with clock.stopped():
+                    extra |= evaluate(run.model, run.eval_data, run.recipe, accelerator, settings.batch_size)
+            log.step(step, extra, due=evaluated)
+            progress.set_postfix_str(postfix(log.last_row, run.recipe.tasks), refresh=False)
             progress.update()
             if _due(settings.checkpoint_every, step):
-                save_checkpoint(accelerator, settings, step)
-            start = time.perf_counter()
-    return row
+                with clock.stopped():
+                    save_checkpoint(accelerator, settings, step)
+        log.flush()
+    assert log.last_row is not None  # the last step is always due
+    return log.last_row
 
 
-def _close(run: Run, summary: dict[str, Any]) -> None:
+def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
     """Writes the summary and tells the user."""
     folder = run.settings.output_dir
     write_json(folder / SUMMARY, summary)
+    report = write_report([folder])
     processes = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}"
     print(f"\n{run.settings.steps} steps, {processes}, weighting {run.balancer.weighting}\n")
     print(table(summary, run.recipe), end="\n\n")
-    for path in (folder / METRICS, folder / SUMMARY, *sorted(folder.glob("checkpoints/step_????????"))):
+    for path in (
+        folder / METRICS,
+        folder / SUMMARY,
+        report,
+        *sorted(folder.glob("checkpoints/step_????????")),
+    ):
         print(f"wrote {path}")
+    for view in views:
+        print(f"see   {view}")
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _postfix(row: Row, tasks: Sequence[str]) -> str:
-    """`task weight×loss` of every task present."""
-    return " ".join(
-        f"{task} {row[f'mtl/weight/{task}']:.3g}×{row[f'mtl/loss/{task}']:.3g}"
-        for task in tasks
-        if f"mtl/loss/{task}" in row
-    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,13 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.config import Settings, build_balancer, build_recipe
 from mtl_dist.integrations.accelerate import EXPECTED_PROCESSES, attach, check_launch
 from mtl_dist.recipes import Batch, BatchData, Recipe
+from mtl_dist.tracking import METRICS_FILE
+from mtl_dist.tracking.report import REPORT
 from mtl_dist.training.batches import StepBatches, train_loader
 from mtl_dist.training.engine import take_inputs_as_parameters
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+METRICS, SUMMARY = METRICS_FILE, "summary.json"
+TRACKING = "tracking.json"  # how the trackers call the run; a copy is in every checkpoint
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,10 @@ def claim_output(settings: Settings, accelerator: Accelerator) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not _continues(settings):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for name in (METRICS, SUMMARY):
+            for name in (METRICS, SUMMARY, TRACKING):
                 (folder / name).unlink(missing_ok=True)
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
     accelerator.wait_for_everyone()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,27 +35,3 @@ def write_report(folders: Sequence[str | Path], path: str | Path | None = None) 
     unfinished = target.with_name(target.name + ".tmp")
     unfinished.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # a lone surrogate has no UTF-8
     return unfinished.replace(target)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mtl-dist report`."""
-    parser.add_argument(
-        "runs", metavar="RUN_DIR", nargs="+", help="output folder of a run, with metrics.jsonl"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help=f"default: {REPORT} in the run's folder, or here for several runs",
-    )
-
-
-def run_command(arguments: argparse.Namespace) -> int:
-    """Writes the report; status 2 and one line where that is not possible."""
-    try:
-        path = write_report(arguments.runs, arguments.output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"mtl-dist report: {error}\n")
-        return 2
-    sys.stdout.write(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)\n")
-    return 0

@@ -1,0 +1,30 @@
+"""`mtl-dist report`: one self-contained HTML file of one or several runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mtl_dist.tracking.report import REPORT, write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mtl-dist report`."""
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folder of a run, with metrics.jsonl")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=f"default: {REPORT} in the run's folder, or here for several runs",
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Writes the report; status 2 and one line where that is not possible."""
+    try:
+        path = write_report(arguments.runs, arguments.output)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"mtl-dist report: {error}\n")
+        return 2
+    sys.stdout.write(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)\n")
+    return 0
