@@ -135,7 +135,7 @@ def claim_output(settings: Settings, accelerator: Accelerator) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not _continues(settings):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for name in (METRICS, SUMMARY, TRACKING):
+            for name in (METRICS, SUMMARY, REPORT, TRACKING):
                 (folder / name).unlink(missing_ok=True)
             for events in folder.glob("events.out.tfevents.*"):
                 events.unlink()
