@@ -97,7 +97,8 @@ def test_what_a_run_writes(finished, num_processes):
         expected = [recorded[key] for key in ("loss", metric, "weight", "grad_norm")]
         assert [float(number) for number in shown] == pytest.approx(expected, rel=1e-3)
     wrote = [line.removeprefix("wrote ") for line in text.splitlines() if line.startswith("wrote ")]
-    names = ["metrics.jsonl", "summary.json", "checkpoints/step_00000010", "checkpoints/step_00000020"]
+    checkpoints = ["checkpoints/step_00000010", "checkpoints/step_00000020"]
+    names = ["metrics.jsonl", "summary.json", "report.html", *checkpoints]
     assert wrote == [str(folder / name) for name in names]
     assert all((folder / name).exists() for name in names)
 
