@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureProbe, FeatureTap
+from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe
 from mtl_dist.stats import StepReport, TaskStats
 from mtl_dist.weighting import COMBINATORS, RULES, Needs, Rule
 
@@ -20,6 +20,7 @@ __all__ = [
     "FeatureProbe",
     "FeatureTap",
     "Needs",
+    "ParameterProbe",
     "Rule",
     "StepReport",
     "TaskStats",

@@ -34,10 +34,15 @@ def checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
     return on_nonfinite
 
 
-def checked_window(window: int | None) -> int | None:
-    """A number of micro-batches, or None."""
+def checked_window(window: int | None, probe: Probe) -> int | None:
+    """A number of micro-batches, or None, that the probe's statistics can be added over."""
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be a number of micro-batches >= 1, or None, got {window!r}")
+    if window is not None and not probe.grams_add:
+        raise ValueError(
+            f"window={window} adds the Grams of micro-batches, and those of {type(probe).__name__} do not "
+            "add, because all samples share its coordinates: use window=None, or FeatureProbe()"
+        )
     return window
 
 

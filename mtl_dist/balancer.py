@@ -29,7 +29,7 @@ from mtl_dist.probes._losses import collect, evaluate
 from mtl_dist.probes._partitioned import ZERO_3
 from mtl_dist.stats import LocalStats, StepReport, TaskStats
 from mtl_dist.sync import Synchronizer
-from mtl_dist.weighting import Needs, Rule
+from mtl_dist.weighting import Every, Needs, Rule
 
 _STATE_PREFIX = "rule."
 _LOGGER = logging.getLogger("mtl_dist")
@@ -75,7 +75,7 @@ class Balancer(nn.Module):
 
     Attributes:
         tasks: the task names.
-        weighting: the rule.
+        weighting: the rule; held by `Every` where the probe measures each k-th step.
         probe: how gradients are measured.
     """
 
@@ -91,17 +91,17 @@ class Balancer(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        self.weighting = weighting
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
+        self.weighting = _spaced(weighting, self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._alarm = Alarm()
         self._quench = Quench()
         self._course = Course(
             self.tasks,
-            weighting,
-            checked_window(window),
+            self.weighting,
+            checked_window(window, self.probe),
             self._synchronizer.stopwatch,
             strict=on_nonfinite == "raise",
             refuse=self._refuse,
@@ -114,8 +114,9 @@ class Balancer(nn.Module):
         """One scalar, ready for any engine's backward.
 
         Args:
-            features: shared representation, a tensor or pytree of tensors; or, without `heads`, the losses:
-                a mapping from task to scalar mean loss (None or absent: no sample on this rank).
+            features: shared representation, a tensor or pytree of tensors, or a function without arguments
+                that makes it (which `ParameterProbe` needs under ZeRO-3); or, without `heads`, the losses: a
+                mapping from task to scalar mean loss (None or absent: no sample on this rank).
             heads: a mapping from task to a function of the features that returns the scalar mean loss (or
                 None), or one function that returns such a mapping.
             counts: samples (or tokens) behind each mean, by task; numbers or scalar tensors. None: 1 for
@@ -137,6 +138,8 @@ class Balancer(nn.Module):
         step = _Step(self, counts)
         try:
             if heads is not None:
+                if callable(features) and not self.probe.takes_functions:
+                    features = features()
                 total = self.probe(features, heads, step)
             else:
                 total = self._of_losses(features, step)
@@ -251,7 +254,7 @@ class Balancer(nn.Module):
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
         if self.weighting.needs > Needs.LOSSES:
             return self.weighting.needs_at(step) > Needs.LOSSES
-        return self._probe_given
+        return self._probe_given and step % self.probe.every == 0
 
     def _of_losses(self, losses: Any, step: _Step) -> Tensor:
         if self.weighting.needs > Needs.LOSSES:
@@ -266,7 +269,10 @@ class Balancer(nn.Module):
         return total if collected.any_present else total.requires_grad_()
 
     def _evaluated(self, features: Any, heads: Heads | None, counts: Counts | None) -> Tensor:
-        losses = checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
+        if heads is None:
+            losses = checked_losses(features)
+        else:
+            losses = evaluate(heads, features() if callable(features) else features, self.tasks)
         collected = collect(losses, counts, self.tasks, self._device_of(losses))
         self._course.move_to(collected.counts.device)
         return collected.total(self._course.weights)
@@ -299,6 +305,11 @@ class Balancer(nn.Module):
 
     def _refuse(self, refused: Tensor, stats: TaskStats) -> None:
         self._alarm.watch(refused, partial(explain_refusal, self.tasks, self.weighting, stats))
+
+
+def _spaced(rule: Rule, probe: Probe) -> Rule:
+    """The rule, run at the steps that the probe measures only."""
+    return Every(rule, probe.every) if probe.every > 1 and rule.needs > Needs.LOSSES else rule
 
 
 class _Step:

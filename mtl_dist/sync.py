@@ -110,7 +110,8 @@ class Synchronizer:
 
         Args:
             local: this rank's statistics.
-            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity that `local` does not show.
+            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: those that `local` shows.
+                (A Gram of summed gradients shows those of other ranks too.)
         """
         buffer = self._pack(local, faulty)
         if self.world_size > 1:
@@ -192,7 +193,7 @@ class Synchronizer:
 
     def _pack(self, local: LocalStats, seen: Tensor | None = None) -> Tensor:
         finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
-        faulty = (~finite if seen is None else ~finite | seen).to(local.loss_sums.dtype)
+        faulty = (~finite if seen is None else seen).to(local.loss_sums.dtype)
         row, column = self._triangle(local.gram.device)
         failure = faulty.new_zeros(2)
         return torch.cat(

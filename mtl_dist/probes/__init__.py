@@ -6,6 +6,7 @@ from mtl_dist.probes._base import Exchange, Probe, Reduced
 from mtl_dist.probes._losses import Counts, Head, Heads, Losses, TaskLosses
 from mtl_dist.probes.feature_probe import FeatureProbe
 from mtl_dist.probes.feature_tap import FeatureTap
+from mtl_dist.probes.parameter_probe import ParameterProbe
 
 __all__ = [
     "Counts",
@@ -15,6 +16,7 @@ __all__ = [
     "Head",
     "Heads",
     "Losses",
+    "ParameterProbe",
     "Probe",
     "Reduced",
     "TaskLosses",

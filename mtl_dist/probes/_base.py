@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Exchange(Protocol):
         """One all-reduce: the sum over ranks, and this rank's shares.
 
         A probe's first collective of a step: a rank that failed before tells the others in it. `faulty`,
-        `[n]` bool, marks tasks in which this rank saw a NaN or infinity that `local` does not show.
+        `[n]` bool, marks tasks in which this rank saw a NaN or infinity; None: those that `local` shows.
         """
         ...
 
@@ -89,7 +89,18 @@ class Probe(ABC):
     """Measures gradient statistics, and lets the weights re-enter the graph.
 
     Probes are frozen dataclasses without state: what a step needs lives in the step's graph.
+
+    Attributes:
+        every: steps from one measurement to the next; the weights hold in between.
+        takes_functions: whether the probe calls a function that makes the features itself; the others are
+            handed its result.
+        grams_add: whether Grams of micro-batches add up to that of the whole batch, as they do where samples
+            have gradients of their own.
     """
+
+    every: int = 1
+    takes_functions: ClassVar[bool] = False
+    grams_add: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:

@@ -29,7 +29,12 @@ def find_partitioned(shared: Features, heads: Heads, tasks: Sequence[str]) -> bo
     """
     if "deepspeed" not in sys.modules:
         return False
-    return any(_in_graph(leaf) for leaf in shared.leaves) or _in_heads(shared, heads, tasks)
+    return in_graph(shared) or _in_heads(shared, heads, tasks)
+
+
+def in_graph(shared: Features) -> bool:
+    """Whether a partitioned parameter made the features."""
+    return any(_in_graph(leaf) for leaf in shared.leaves)
 
 
 class _Seen(BaseException):  # not an Exception: heads may catch those

@@ -45,11 +45,11 @@ class FeatureProbe(Probe):
         reevaluate = exchange.measure and self._reevaluates(features, heads, exchange)
         measured = self._measured_apart(features, heads, exchange) if reevaluate else None
         shared = split(features, detach=False)
-        losses = _losses(shared, heads, exchange)
+        losses = losses_at(shared, heads, exchange)
         gram: Tensor | None = None
         if measured is not None:
             first, gram = measured
-            _check_same(first, losses, exchange)
+            check_same(first, losses, exchange)
         elif exchange.measure:
             gram = _gram(shared, losses, exchange)
         reduced = exchange.reduce(losses.stats(gram))
@@ -74,11 +74,12 @@ class FeatureProbe(Probe):
         """Losses and Gram of an evaluation that leaves no trace."""
         probe = split(features, detach=True)
         with replayed(leaf.device for leaf in probe.leaves):
-            losses = _losses(probe, heads, exchange)
+            losses = losses_at(probe, heads, exchange)
             return losses, _gram(probe, losses, exchange)
 
 
-def _losses(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
+def losses_at(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
+    """The heads' losses on the features."""
     losses = evaluate(heads, shared.rebuild(shared.leaves), exchange.tasks)
     return exchange.collect(losses, shared.leaves[0].device)
 
@@ -86,11 +87,18 @@ def _losses(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
 def _gram(shared: Features, losses: TaskLosses, exchange: Exchange) -> Tensor:
     """`[n, n]`, `⟨g_i, g_j⟩`; zero rows for tasks that are absent or do not depend on the features."""
     device = losses.counts.device
-    # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
+    gram = gradient_gram(head_gradients(shared, losses, exchange), device)
     scale = exchange.loss_scale(device)
-    rows = [_gradients(value, shared, scale) for value in losses.values]
-    gram = gradient_gram(rows, device)
     return gram if scale is None else gram / scale.to(gram.dtype).square()
+
+
+def head_gradients(
+    shared: Features, losses: TaskLosses, exchange: Exchange
+) -> Sequence[Sequence[Tensor | None]]:
+    """`∂l_i/∂z` of each task, times the loss scale where there is one; None for a zero."""
+    # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
+    scale = exchange.loss_scale(losses.counts.device)
+    return [_gradients(value, shared, scale) for value in losses.values]
 
 
 def _gradients(loss: Tensor | None, shared: Features, scale: Tensor | None) -> Sequence[Tensor | None]:
@@ -102,7 +110,7 @@ def _gradients(loss: Tensor | None, shared: Features, scale: Tensor | None) -> S
     return torch.autograd.grad(scaled, shared.leaves, retain_graph=True, allow_unused=True)
 
 
-def _check_same(first: TaskLosses, second: TaskLosses, exchange: Exchange) -> None:
+def check_same(first: TaskLosses, second: TaskLosses, exchange: Exchange) -> None:
     """Both evaluations must give the same losses, up to the reordering of sums on accelerators."""
     pairs = list(zip(first.values, second.values, strict=True))
     differ = [_differ(a, b, second.counts.device) for a, b in pairs]
