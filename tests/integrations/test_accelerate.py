@@ -21,41 +21,67 @@ SCRIPT = Path(__file__).parent / "accelerate_run.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_ON_CPU = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 TWO_ON_CPU += ["--dynamo_backend", "no", "--main_process_port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PROBES = ("FeatureProbe", "FeatureTap")
 
 
-def start(command: list[str], out: Path, probe: str = "FeatureProbe") -> subprocess.CompletedProcess[str]:
-    return run(*command, SCRIPT, out, probe, env={"PYTHONPATH": str(ROOT)})
+def start(
+    command: list[str], out: Path, engine: str, *probes: str, cpu: bool = True
+) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": str(cpu), "DS_ACCELERATOR": "cpu"}
+    return run(*command, SCRIPT, out, engine, *probes, env=environment, timeout=240)
 
 
 def facts(out: Path, rank: int) -> dict:
     return json.loads(Path(f"{out}.{rank}").read_text())
 
 
-@pytest.mark.parametrize("probe", ["FeatureProbe", "FeatureTap"])
-def test_two_processes_accumulate_and_resume(tmp_path: Path, probe: str) -> None:
-    done = start([*LAUNCH, *TWO_ON_CPU], tmp_path / "two", probe)
-    assert done.returncode == 0, done.stderr
-    ranks = [facts(tmp_path / "two", rank) for rank in range(2)]
+def check_resumed(out: Path, probe: str, kind: str, model: str, zero: int | None = None) -> None:
+    """Both ranks ran what was asked for, agree, and went on from the checkpoint bit for bit."""
+    ranks = [facts(out, rank)[probe] for rank in range(2)]
     for rank in ranks:
-        assert (rank["world_size"], rank["type"], rank["ddp"]) == (2, "MULTI_CPU", True)
+        assert (rank["world_size"], rank["type"], rank["model"], rank["zero"]) == (2, kind, model, zero)
         assert rank["step"] == 8
         assert rank["resumed"] == rank["rows"][4:], "resume is not bitwise"
+        assert rank["report"] == rank["rows"][3][0], "the report did not travel"
+        assert "sizes.json" in rank["refusal"]
+        assert "before the balancer was attached" in rank["refusal"]
     assert ranks[0]["rows"] == ranks[1]["rows"], "ranks disagree"
+    names = {file.name.split(".")[0]: file.suffix for file in Path(f"{out}.{probe}").glob("*.safetensors")}
+    assert {"balancer", "sizes"} <= names.keys()
+    assert not list(Path(f"{out}.{probe}").glob("custom_checkpoint*")), "pickled"
 
 
-def test_accumulation_is_divided_out_of_the_statistics(tmp_path: Path) -> None:
-    """The tap sees gradients that Accelerate divided by 2; the probe does not. Both report true norms."""
-    for probe in ("FeatureProbe", "FeatureTap"):
-        done = start([sys.executable], tmp_path / probe, probe)
-        assert done.returncode == 0, done.stderr
-    a, b = (facts(tmp_path / probe, 0)["rows"][0] for probe in ("FeatureProbe", "FeatureTap"))
+def test_two_processes_accumulate_and_resume(tmp_path: Path) -> None:
+    """And with accumulation, where the tap sees gradients divided by 2, both probes report true norms."""
+    done = start([*LAUNCH, *TWO_ON_CPU], tmp_path / "two", "ddp", *PROBES)
+    assert done.returncode == 0, done.stderr
+    for probe in PROBES:
+        check_resumed(tmp_path / "two", probe, "MULTI_CPU", "DistributedDataParallel")
+    a, b = (facts(tmp_path / "two", 0)[probe]["rows"][0] for probe in PROBES)
     assert a[1] == pytest.approx(b[1], rel=1e-6)
     assert a[0] == pytest.approx(b[0], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("engine", "kind", "model", "zero"),
+    [
+        pytest.param("zero2", "DEEPSPEED", "DeepSpeedEngine", 2, marks=pytest.mark.long),
+        ("zero3", "DEEPSPEED", "DeepSpeedEngine", 3),
+        ("fsdp2", "FSDP", "FSDPNet", None),
+    ],
+)
+def test_checkpoints_of_sharded_engines(
+    tmp_path: Path, engine: str, kind: str, model: str, zero: int | None
+) -> None:
+    done = start(TORCHRUN, tmp_path / "two", engine, "FeatureProbe", cpu=False)
+    assert done.returncode == 0, done.stderr
+    check_resumed(tmp_path / "two", "FeatureProbe", kind, model, zero)
+
+
 def test_the_cpu_launcher_that_runs_one_process_is_refused(tmp_path: Path) -> None:
     command = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    done = start([*command, "--dynamo_backend", "no"], tmp_path / "cpu")
+    done = start([*command, "--dynamo_backend", "no"], tmp_path / "cpu", "ddp", "FeatureProbe")
     assert done.returncode != 0
     assert "asked for several processes on the CPU and started one" in done.stderr
     assert "accelerate launch --multi_gpu" in done.stderr
