@@ -25,6 +25,7 @@ from mtl_dist._components import build, hint
 from mtl_dist.balancer import Balancer
 from mtl_dist.probes import FeatureProbe, FeatureTap
 from mtl_dist.recipes import RECIPES, Recipe
+from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
 # a component: its name, or a mapping with `name` and fields; checked by building it
@@ -47,6 +48,8 @@ class Settings(BaseModel):
     batch_size: int = Field(gt=0)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    trackers: list[Spec] = ["jsonl"]
+    log_every: int = Field(1, gt=0)
     eval_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0)
     num_processes: int | None = Field(None, gt=0)
@@ -74,7 +77,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:
+        check_task_names(build_recipe(self.recipe).tasks)
         build_balancer(self)
+        build_trackers(self)
         return self
 
 
@@ -130,6 +135,16 @@ def build_balancer(settings: Settings) -> Balancer:
 def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
     """The recipe that `spec` describes. Raises as `build_rule`."""
     return build(spec, RECIPES, path, {})
+
+
+def build_trackers(settings: Settings) -> list[Tracker]:
+    """The trackers of a run, `jsonl` always first. Raises as `build_rule`, and where one is named twice."""
+    built = [build(spec, TRACKERS, f"trackers[{i}]", {}) for i, spec in enumerate(settings.trackers)]
+    names = [tracker.name for tracker in built]
+    if len(set(names)) < len(names):
+        raise ValueError(f"trackers: give each once, got {names}")
+    jsonl = [tracker for tracker in built if tracker.name == "jsonl"] or [JsonlTracker()]
+    return [*jsonl, *(tracker for tracker in built if tracker.name != "jsonl")]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,18 +1,44 @@
-"""From step reports to rows, files and charts."""
+"""From step reports to rows, files and charts.
+
+A program makes one row per optimizer step (`RunLog`, or `step_row` by hand) and hands it to trackers, which
+are chosen by the names in `TRACKERS`. Their packages are imported when a run starts, never before.
+"""
 
 from __future__ import annotations
 
-from mtl_dist.tracking.jsonl import METRICS_FILE, JsonlWriter, read_rows
+from mtl_dist.tracking.jsonl import METRICS_FILE, JsonlTracker, JsonlWriter, read_rows
 from mtl_dist.tracking.keys import STEP_KEY, check_task_names
 from mtl_dist.tracking.rows import Row, Snapshot, step_row
+from mtl_dist.tracking.run_log import RunLog
+from mtl_dist.tracking.tensorboard_tracker import TensorboardTracker, tensorboard_layout
+from mtl_dist.tracking.tracker import RunInfo, Tracker
+from mtl_dist.tracking.trackio_tracker import TrackioTracker
+from mtl_dist.tracking.wandb_tracker import WandbTracker, define_wandb_metrics
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "jsonl": JsonlTracker,
+    "tensorboard": TensorboardTracker,
+    "trackio": TrackioTracker,
+    "wandb": WandbTracker,
+}
 
 __all__ = [
     "METRICS_FILE",
     "STEP_KEY",
+    "TRACKERS",
+    "JsonlTracker",
     "JsonlWriter",
     "Row",
+    "RunInfo",
+    "RunLog",
     "Snapshot",
+    "TensorboardTracker",
+    "Tracker",
+    "TrackioTracker",
+    "WandbTracker",
     "check_task_names",
+    "define_wandb_metrics",
     "read_rows",
     "step_row",
+    "tensorboard_layout",
 ]

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mtl_dist.tracking.keys import STEP_KEY as STEP_KEY
+from mtl_dist.tracking.rows import Row
+from mtl_dist.tracking.tracker import RunInfo, Tracker
 
 _ENCODER = json.JSONEncoder(allow_nan=False)
 METRICS_FILE = "metrics.jsonl"  # in a run's output folder
@@ -52,6 +54,29 @@ class JsonlWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class JsonlTracker(Tracker):
+    """`metrics.jsonl` in the run's folder: one row per optimizer step. Always on."""
+
+    name = "jsonl"
+
+    def __init__(self) -> None:
+        self._writer: JsonlWriter | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Opens the file; rows of later steps than are done go."""
+        self._writer = JsonlWriter(run.folder / METRICS_FILE, after_step=run.done)
+
+    def log(self, row: Row) -> None:
+        """Appends the row."""
+        assert self._writer is not None  # it was started
+        self._writer.write(row)
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -82,6 +82,11 @@ class Snapshot:
             self._event = torch.Event(flat.device)
             self._event.record()
 
+    @property
+    def ready(self) -> bool:
+        """Whether `row` returns at once."""
+        return self._event is None or self._event.query()
+
     def row(self, global_step: int) -> Row:
         """The row, when the copy has arrived."""
         if self._event is not None:

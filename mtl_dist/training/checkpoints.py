@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from mtl_dist.config import Settings, build_probe, build_recipe, build_rule
+from mtl_dist.training.setup import TRACKING
 
 _META = "mtl_dist.json"
 
@@ -31,6 +32,8 @@ def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> 
     if accelerator.is_main_process:
         meta = {"step": step, "num_processes": accelerator.num_processes, **_identity(settings)}
         (unfinished / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        if (settings.output_dir / TRACKING).is_file():  # a resumed run is the same one for its trackers
+            shutil.copy(settings.output_dir / TRACKING, unfinished)
         if final.exists():  # a run that was resumed from an earlier step and now passes this one again
             shutil.rmtree(final)
         unfinished.replace(final)

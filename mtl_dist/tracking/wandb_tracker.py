@@ -1,0 +1,127 @@
+"""Weights & Biases: the rows against `train/global_step`, and tables at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mtl_dist.tracking.final import cosine_matrix, cosine_svg, final_weights
+from mtl_dist.tracking.keys import STEP_KEY
+from mtl_dist.tracking.rows import Row
+from mtl_dist.tracking.tracker import RunInfo, Tracker, require
+
+
+class WandbTracker(Tracker):
+    """A W&B run, online or offline. `mtl-dist dashboard` makes the charts that go with it.
+
+    A resumed run continues the W&B run of its checkpoint, and both segments are one series. Columns are
+    drawn against `train/global_step`, never against W&B's own step, which cannot go back.
+
+    Args:
+        project: of W&B.
+        entity: user or team; None: the account's default.
+        name: of the run; None: the last part of its output folder.
+        group: of runs.
+        mode: None follows WANDB_MODE, or is online. Offline runs are sent later with `wandb sync`.
+        init_timeout: seconds that an online run may take to begin.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self,
+        project: str = "mtl-dist",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        init_timeout: float = 30,
+    ) -> None:
+        require("wandb", self.name, "wandb")
+        self._options: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "job_type": "train",
+        }
+        self._name = name
+        self._mode = mode
+        self._init_timeout = init_timeout
+        self._run: Any = None
+        self._info: RunInfo | None = None
+        self._latest: Row = {}
+
+    def start(self, run: RunInfo) -> None:
+        """Begins the run, or continues that of `run.resume`.
+
+        Raises:
+            RuntimeError: it is to be online and there is no API key.
+            wandb.errors.Error: the server cannot be reached.
+        """
+        import wandb
+
+        if self._online() and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no W&B API key; run `wandb login`, set WANDB_API_KEY, or give mode: offline")
+        self._info = run
+        self._run = wandb.init(
+            **self._options,
+            name=self._name or run.folder.name,
+            mode=self._mode,
+            id=run.resume.get(self.name),
+            resume="allow",
+            reinit="create_new",  # the user's own W&B run, if there is one, stays what it is
+            dir=run.folder,
+            config=dict(run.config),
+            settings=wandb.Settings(init_timeout=self._init_timeout, silent=True, console="off"),
+        )
+        define_wandb_metrics(self._run)
+        self.run_id = self._run.id
+
+    def log(self, row: Row) -> None:
+        """Queues the row for W&B's own process."""
+        self._latest.update(row)
+        self._run.log(dict(row))
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """Adds the closing tables of a finished run and waits until everything is written."""
+        if self._run is None:
+            return
+        if summary is not None and self._latest:
+            self._run.log({STEP_KEY: self._latest[STEP_KEY], **self._tables()})
+            self._run.summary.update({"num_processes": summary.get("num_processes")})
+        self._run.finish(exit_code=0 if summary is not None else 1)
+        offline = self._run.settings._offline
+        folder = os.path.dirname(self._run.dir)
+        self.where = f"wandb sync {folder}" if offline else self._run.url
+
+    def _tables(self) -> dict[str, Any]:
+        import wandb
+
+        assert self._info is not None  # it was started
+        tasks = self._info.tasks
+        weights = final_weights(self._latest, tasks)
+        tables: dict[str, Any] = {
+            "mtl/final/weights": wandb.Table(
+                columns=list(weights[0]), data=[list(r.values()) for r in weights]
+            )
+        }
+        matrix = cosine_matrix(self._latest, tasks)
+        if matrix is not None:
+            rows = [[task, *line] for task, line in zip(tasks, matrix, strict=True)]
+            tables["mtl/final/cosines"] = wandb.Table(columns=["task", *tasks], data=rows)
+            tables["mtl/final/cosine_heatmap"] = wandb.Html(cosine_svg(tasks, matrix), inject=False)
+        return tables
+
+    def _online(self) -> bool:
+        return (self._mode or os.environ.get("WANDB_MODE") or "online") == "online"
+
+
+def define_wandb_metrics(run: Any) -> None:
+    """Draws every column of `run` against `train/global_step`.
+
+    For runs made elsewhere, such as `accelerator.get_tracker("wandb", unwrap=True)`; rows are then logged
+    without `step=`: `accelerator.log(step_row(balancer.report, step))`.
+    """
+    run.define_metric(STEP_KEY)
+    run.define_metric("*", step_metric=STEP_KEY)
