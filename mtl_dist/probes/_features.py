@@ -62,8 +62,21 @@ def split(features: Any, *, detach: bool) -> Features:
             f"features must hold a floating-point tensor to measure gradients at, got {features!r}"
         )
     tensors = (flat[position] for position in positions)
-    leaves = tuple(t.detach().requires_grad_() if detach or not t.requires_grad else t for t in tensors)
+    leaves = tuple(_apart(t) if detach or not t.requires_grad else _aside(t) for t in tensors)
     return Features(leaves, spec, tuple(flat), positions)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _aside(tensor: Tensor) -> Tensor:
+    """The same values one node further on, where no engine has put a hook.
+
+    A gradient taken at the very output of a module that FSDP2 wrapped fires its pre-backward hook, and FSDP2
+    then frees all parameters at the end of that gradient: those of the other tasks' heads too.
+    """
+    return tensor.view_as(tensor)
 
 
 def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
