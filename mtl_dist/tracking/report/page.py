@@ -19,12 +19,21 @@ from mtl_dist.tracking.report.thin import Series, cosine_frames
 # so that the page stays below 2 MB: values of lines (4 bytes each), and of cosines (2 bytes each)
 LINE_VALUES, COSINE_VALUES = 200_000, 180_000
 MOST_VALUES, FEWEST_VALUES, MOST_FRAMES = 2400, 90, 300  # of one line; of one run's cosines
-SCRIPTS = ("data.js", "controls.js", "lines.js", "charts.js", "readout.js", "heatmap.js", "main.js")
+SCRIPTS = (
+    "data.js",
+    "controls.js",
+    "lines.js",
+    "charts.js",
+    "readout.js",
+    "heatmap.js",
+    "timeline.js",
+    "main.js",
+)
 
 
 def render(runs: Sequence[RunData]) -> str:
     """The page; the same runs give the same text."""
-    runs = [with_shares(run) for run in runs]
+    runs = with_shares(runs)
     tasks = tasks_of(runs)
     panels, left_out = make_panels(runs, tasks)
     data, thinned = _data(runs, tasks, panels)
@@ -41,6 +50,7 @@ def render(runs: Sequence[RunData]) -> str:
         "runs": runs_table(runs, tasks),
         "notes": notes,
         "final": final_table(runs, tasks) if tasks else "<p>No run has a task's values.</p>",
+        "best": " The lowest validation loss of a task is bold." if len(runs) > 1 else "",
         "settings": settings_table(runs)
         if any(run.settings for run in runs)
         else "<p>No run left its settings.</p>",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +16,12 @@ PER_TASK = (
         "mtl/weight/",
         "Weights",
         "A weight that stays at an end starves the others; a jumping one is noise.",
+        True,
+    ),
+    (
+        "mtl/weight_share/",
+        "Weight shares",
+        "Weights over their sum: comparable between rules whose weights add up to different totals.",
         True,
     ),
     (
@@ -59,7 +65,7 @@ PER_RUN = (
     ),
     ("perf/sync_ms", "Synchronisation time, ms", "Spent in the all-reduce of the statistics.", True),
 )
-WEIGHT, LOSS, NORM, CONTRIBUTION = (prefix for prefix, *_ in PER_TASK)
+WEIGHT, SHARE, LOSS, NORM, CONTRIBUTION = (prefix for prefix, *_ in PER_TASK)
 COSINE, EVAL_LOSS = "mtl/cosine/", "eval/loss/"
 SILENT = {"mtl/held"}  # told in words
 MAX_OTHERS = 12
@@ -112,17 +118,24 @@ def cosine_keys(run: RunData, tasks: Sequence[str]) -> dict[tuple[int, int], str
     return {pair: key for pair, names in keys.items() for key in names if key in run.columns}
 
 
-def with_shares(run: RunData) -> RunData:
-    """The run with each contribution divided by their sum over the tasks of the step."""
-    keys = [key for key in run.columns if key.startswith(CONTRIBUTION)]
+def with_shares(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs with each contribution over the sum of the step's; of several runs the weights' shares too."""
+    found = [run.columns | _shares(run, CONTRIBUTION, CONTRIBUTION) for run in runs]
+    if len(runs) > 1:
+        found = [columns | _shares(run, WEIGHT, SHARE) for run, columns in zip(runs, found, strict=True)]
+    return [replace(run, columns=columns) for run, columns in zip(runs, found, strict=True)]
+
+
+def _shares(run: RunData, prefix: str, target: str) -> dict[str, Floats]:
+    keys = [key for key in run.columns if key.startswith(prefix)]
     if not keys:
-        return run
-    stacked = np.stack([run.columns[key] for key in keys]).astype(np.float64)
+        return {}
+    stacked = np.abs(np.stack([run.columns[key] for key in keys]).astype(np.float64))
     total = np.nansum(stacked, axis=0)
     shares = np.full_like(stacked, np.nan)
     np.divide(stacked, total, out=shares, where=total > 0)
-    columns = run.columns | dict(zip(keys, shares.astype(np.float32), strict=True))
-    return RunData(run.name, run.steps, columns, run.settings, run.num_processes, run.notes)
+    names = [target + key.removeprefix(prefix) for key in keys]
+    return dict(zip(names, shares.astype(np.float32), strict=True))
 
 
 def make_panels(runs: Sequence[RunData], tasks: Sequence[str]) -> tuple[list[Panel], list[str]]:

@@ -31,7 +31,7 @@ def runs_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
         "Processes",
         "Median step, ms",
         "Mean conflict rate",
-        "Most opposed pair",
+        "Lowest mean cosine",
     ]
     return table(head, [_run_line(run, tasks) for run in runs], numeric=(2, 3, 4, 5))
 
@@ -126,7 +126,7 @@ def _run_line(run: RunData, tasks: Sequence[str]) -> list[str]:
     means = {pair: _mean(run.columns[key]) for pair, key in cosine_keys(run, tasks).items()}
     known = {pair: mean for pair, mean in means.items() if mean is not None}
     i, j = min(known, key=lambda pair: known[pair], default=(0, 0))
-    opposed = f"{tasks[i]} and {tasks[j]}, mean cosine {known[i, j]:.3f}" if known else NONE
+    opposed = f"{tasks[i]} and {tasks[j]}, {known[i, j]:.3f}" if known else NONE
     return [
         _text(run.name),
         _text(describe(run.settings["weighting"]) if "weighting" in run.settings else NONE),

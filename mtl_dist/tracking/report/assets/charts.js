@@ -34,7 +34,7 @@ function drawFigure(figure) {
   Object.assign(figure.node.dataset, { series: lines.length, log: String(log), smoothed: String(state.halfLife > 0) });
   figure.plot.classList.toggle("empty", !lines.length);
   figure.plot.setAttribute("role", "img");
-  figure.plot.setAttribute("aria-label", `${panel.title}: ${lines.length} lines over steps ${state.range.map(format).join(" to ")}`);
+  figure.plot.setAttribute("aria-label", `${panel.title}: ${lines.length} lines over steps ${state.range.map(atStep).join(" to ")}`);
   figure.plot.replaceChildren();
   if (lines.length) figure.chart = new uPlot(options(figure, drawn.length), [xs, ...columns], figure.plot);
   else figure.plot.append("nothing chosen has values here");
@@ -44,12 +44,12 @@ function drawFigure(figure) {
 function options(figure, numRaw) {
   const { log, panel, all, lines } = figure;
   const width = figure.plot.clientWidth || 400, height = figure.plot.clientHeight || 210;
-  const ends = width >= 340 && new Set(lines.map(endLabel)).size <= MAX_ITEMS && lines.length > 1;
+  const name = endNames(lines), ends = width >= 340 && name !== null;
   const axis = { stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false },
     font: "11px system-ui, sans-serif" };
   return {
     width, height,
-    padding: [8, ends ? labelWidth(lines) : 10, 0, 0],
+    padding: [8, ends ? labelWidth(lines.map(name)) : 16, 0, 0],
     legend: { show: false },
     cursor: {
       sync: { key: "steps", setSeries: false, filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } },
@@ -58,7 +58,7 @@ function options(figure, numRaw) {
       points: { size: 6 },
       bind: { dblclick: () => () => setRange(whole) },
     },
-    focus: { alpha: lines.length > 1 ? 0.3 : 1 },
+    focus: { alpha: lines.length > 1 ? (lines.length > 12 ? 0.12 : 0.3) : 1 },
     scales: {
       x: { time: false, range: () => state.range },
       y: { range: (chart, low, high) => padded(low, high, panel.zero && !log) },
@@ -88,15 +88,22 @@ function options(figure, numRaw) {
         setRange(range);
       }],
       ready: [(chart) => chart.over.addEventListener("click", () => figure.step !== null && showStep(figure.step))],
-      draw: ends ? [(chart) => drawEnds(chart, figure)] : [],
+      draw: ends ? [(chart) => drawEnds(chart, figure, name)] : [],
     },
   };
 }
 
 const fade = (line) => (state.focus === null || line.task < 0 || line.task === state.focus ? 1 : 0.12);
-const endLabel = (line) => (state.colourBy === "run" || line.task < 0 ? data.runs[line.run].name : line.label);
 const clipped = (text) => (text.length > 14 ? text.slice(0, 13) + "…" : text);
-const labelWidth = (lines) => 16 + 6.2 * Math.max(...lines.map((line) => clipped(endLabel(line)).length));
+const labelWidth = (names) => 16 + 6.2 * Math.max(...names.map((name) => clipped(name).length));
+
+// what to write beside the ends of lines: tasks of one run, or runs of one task; null where that is not enough
+function endNames(lines) {
+  if (lines.length < 2 || lines.length > MAX_ITEMS) return null;
+  if (lines.every((line) => line.run === lines[0].run)) return (line) => line.label;
+  if (lines.every((line) => line.task === lines[0].task)) return (line) => data.runs[line.run].name;
+  return null;
+}
 
 function padded(low, high, zero) {
   if (low === null || low === undefined || !Number.isFinite(low)) return [0, 1];
@@ -114,15 +121,15 @@ function shortNumber(value) {
 }
 
 // names beside the last points, pushed apart where they would overlap
-function drawEnds(chart, figure) {
-  const { ctx } = chart, ratio = devicePixelRatio, gap = 12 * ratio, seen = new Map();
+function drawEnds(chart, figure, name) {
+  const { ctx } = chart, ratio = devicePixelRatio, gap = 12 * ratio, labels = [];
   for (const line of figure.lines) {
     const value = valueAt(line, state.range[1]);
-    if (value === null || (figure.log && value <= 0) || seen.has(endLabel(line))) continue;
+    if (value === null || (figure.log && value <= 0)) continue;
     const y = chart.valToPos(figure.log ? Math.log10(value) : value, "y", true);
-    seen.set(endLabel(line), { y, colour: look(line.task, line.run).colour });
+    labels.push({ text: name(line), y, colour: look(line.task, line.run).colour });
   }
-  const labels = [...seen].map(([text, label]) => ({ text, ...label })).sort((a, b) => a.y - b.y);
+  labels.sort((a, b) => a.y - b.y);
   const top = chart.bbox.top + gap / 2, bottom = chart.bbox.top + chart.bbox.height;
   labels.forEach((label, i) => { label.y = Math.max(label.y, i ? labels[i - 1].y + gap : top); });
   for (let i = labels.length - 1, limit = bottom; i >= 0; i--, limit -= gap) labels[i].y = Math.min(labels[i].y, limit);

@@ -70,6 +70,8 @@ function look(task, run) {
   return { colour: task < 0 ? css("--ink") : hue(task), dash: dashOf(run) };
 }
 
+const atStep = (step) => String(Math.round(step));
+
 function format(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";

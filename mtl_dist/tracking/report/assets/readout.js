@@ -5,7 +5,7 @@ function readout(figure) {
   const step = figure.step ?? state.range[1];
   const near = figure.all[figure.near];
   const values = new Map(lines.map((line) => [line, valueAt(line, step)]));
-  const where = figure.step === null && state.range === whole ? "last" : `step ${format(Math.round(step))}`;
+  const where = figure.step === null && state.range[1] === whole[1] ? "last" : `step ${atStep(step)}`;
   const runs = [...new Set(lines.map((line) => line.run))];
   if (!lines.length) return figure.readout.replaceChildren();
   const asTable = runs.length > 1 && lines.some((line) => line.task >= 0);
