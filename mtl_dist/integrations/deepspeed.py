@@ -1,0 +1,117 @@
+"""DeepSpeed without Accelerate: one call ties a balancer to what `deepspeed.initialize` returned.
+
+    engine, *_ = deepspeed.initialize(model=net, config=config)
+    attach(balancer, engine)
+
+    engine.backward(engine(batch))
+    engine.step()
+
+Statistics are true values: DeepSpeed's loss scale and accumulation factor are divided out, and a step that it
+skips for an overflow leaves the rule as it was. Checkpoints: `mtl_dist.checkpoint.save` and `load`, beside
+`engine.save_checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mtl_dist._engine import Engine
+from mtl_dist.balancer import Balancer
+
+
+def attach(balancer: Balancer, engine: Any) -> Balancer:
+    """Ties `balancer` to a `DeepSpeedEngine`: data-parallel group, ZeRO stage, loss scale, accumulation.
+
+    Call it before the first step.
+
+    Returns:
+        The same balancer.
+
+    Raises:
+        TypeError: not a `DeepSpeedEngine`, or a pipeline's.
+        ValueError: a combination that cannot work, with what to change.
+    """
+    check_engine(engine)
+    steps = engine.gradient_accumulation_steps()
+    if balancer.window is not None and balancer.window != steps:
+        raise ValueError(
+            f"the balancer holds its weights for window={balancer.window} micro-batches, and the engine "
+            f"accumulates gradient_accumulation_steps={steps}: give both the same number"
+        )
+    balancer.set_engine(engine_of(engine))
+    balancer.set_group(data_parallel_group(engine))
+    return balancer
+
+
+def check_engine(engine: Any) -> None:
+    """Raises `TypeError` unless `engine` runs a whole forward and backward on every rank."""
+    from deepspeed import DeepSpeedEngine, PipelineEngine
+
+    if isinstance(engine, PipelineEngine):
+        raise TypeError(
+            "a PipelineEngine runs features and heads on different ranks and calls the backward itself: "
+            "use ZeRO, or call balancer(losses) with a losses-only rule in the last stage's loss function"
+        )
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(
+            f"attach takes the engine that deepspeed.initialize returned first, got {type(engine).__name__}"
+        )
+
+
+def engine_of(engine: Any) -> Engine:
+    """What a balancer must know of the engine: ZeRO stage, accumulation, skipped steps, loss scale.
+
+    Raises:
+        ValueError: DeepSpeed's torch_autocast in float16, whose skipped steps it does not tell of.
+    """
+    if _has_gradient_scaler(engine):
+        raise ValueError(
+            "DeepSpeed's torch_autocast in float16 does not tell which steps its gradient scaler skipped: "
+            'use "dtype": "bfloat16" there, or the "fp16" section instead of "torch_autocast"'
+        )
+    managed = engine.managed_gradient_accumulation()
+    return Engine(
+        partitioned=engine.zero_optimization_partition_weights(),
+        # an engine whose accumulation is managed by the caller knows of the boundary at step() only
+        closes_window=engine.is_gradient_accumulation_boundary if managed else None,
+        skipped=lambda: bool(getattr(engine.optimizer, "overflow", False)),
+        scaled=_loss_scaler(engine) if engine.fp16_enabled() else None,
+    )
+
+
+def data_parallel_group(engine: Any) -> dist.ProcessGroup:
+    """The ranks that hold different samples, over which the engine averages gradients.
+
+    With tensor parallelism (an `mpu`) ranks that hold the same samples are not counted twice.
+
+    Raises:
+        ValueError: sequence parallelism, under which DeepSpeed sums where it otherwise averages.
+    """
+    if engine.sequence_parallel_size > 1:
+        raise ValueError(
+            f"sequence parallelism (size {engine.sequence_parallel_size}): the engine sums gradients over "
+            "those ranks instead of averaging them, so the weighted total would be too large by that "
+            "factor; use data or tensor parallelism"
+        )
+    group: dist.ProcessGroup = engine.seq_data_parallel_group
+    return group
+
+
+def _loss_scaler(engine: Any) -> Callable[[Tensor], Tensor]:
+    def scaled(value: Tensor) -> Tensor:
+        # a number on the host, which the optimizer changes at its step
+        return value * float(engine.optimizer.loss_scale)
+
+    return scaled
+
+
+def _has_gradient_scaler(engine: Any) -> bool:
+    scalers = (
+        getattr(engine, "torch_autocast_z0_gradscaler", None),
+        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
+    )
+    return any(scaler is not None for scaler in scalers)

@@ -1,0 +1,164 @@
+"""The matrix: what is crossed with what, and which cells are refused, with the reason.
+
+A cell is one training of 10 optimizer steps on 2 ranks. Each engine runs every rule with every probe, then
+leaves the default along one axis at a time, then along the pairs of axes that touch each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+RULES = ("geometric_mean", "inverse_grad_norm", "mgda", "upgrad")
+PROBES = ("losses", "FeatureProbe", "FeatureTap")
+CHECKPOINTS = ("none", "reentrant", "non-reentrant")
+COMPILED = ("none", "trunk", "model")
+
+# each family is started by itself: DeepSpeed and Accelerate keep global state
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "ddp": ("ddp", "ddp static_graph", "ddp find_unused_parameters", "ddp gradient_as_bucket_view"),
+    "fsdp2": ("fsdp2", "fsdp2 reshard_after_forward=False"),
+    "deepspeed": ("zero-0", "zero-1", "zero-2", "zero-3"),
+    "accelerate": ("accelerate ddp", "accelerate fsdp2"),
+    "accelerate deepspeed": tuple(f"accelerate zero-{stage}" for stage in range(4)),
+}
+ENGINES = ("plain", *(engine for family in FAMILIES.values() for engine in family))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        engine: one of `ENGINES`; "plain" is one process without any.
+        rule: name of the rule, or "sum": the plain sum of the losses, without a balancer (the control).
+        probe: "losses": `balancer(losses)`.
+        precision: "fp32" or "bf16".
+        accumulation: micro-batches an optimizer step; each has its own weights.
+        held: the weights are held for the window of micro-batches instead.
+        checkpoint: activation checkpointing of the trunk.
+        compiled: what `torch.compile` sees.
+        data: "even": equal shards; "ragged": shards of other sizes, and a task that one rank has no sample
+            of (it evaluates the head on no row, and says so by its count).
+    """
+
+    engine: str
+    rule: str = "mgda"
+    probe: str = "FeatureProbe"
+    precision: str = "fp32"
+    accumulation: int = 1
+    held: bool = False
+    checkpoint: str = "none"
+    compiled: str = "none"
+    data: str = "even"
+
+    @property
+    def name(self) -> str:
+        """Engine, then what differs from the default."""
+        return f"{self.engine}: {self.variant}"
+
+    @property
+    def variant(self) -> str:
+        """Everything but the engine, in words."""
+        parts = [self.rule, self.probe, self.precision]
+        if self.accumulation > 1:
+            parts.append(f"accumulation {self.accumulation}" + (", held" if self.held else ""))
+        if self.checkpoint != "none":
+            parts.append(f"{self.checkpoint} checkpoint")
+        if self.compiled != "none":
+            parts.append(f"compiled {self.compiled}")
+        if self.data != "even":
+            parts.append(self.data)
+        return ", ".join(parts)
+
+    @property
+    def family(self) -> str:
+        """What it is launched with."""
+        return next((family for family, engines in FAMILIES.items() if self.engine in engines), "plain")
+
+    def reference(self) -> Cell:
+        """The one-process training that this one must equal.
+
+        In float32 that is plain torch. In bf16 it is the same engine on one process, because engines differ
+        in what they keep in bf16 (autocast, cast parameters, gradients); DDP's is autocast under plain torch.
+        Always in eager mode, without checkpoints.
+        """
+        if self.precision == "fp32":
+            return replace(self, engine="plain", checkpoint="none", compiled="none")
+        engine = "plain" if self.engine.startswith(("ddp", "accelerate ddp")) else self.engine
+        return replace(self, engine=engine, checkpoint="none", compiled="none")
+
+    def control(self) -> Cell:
+        """The same without the library: the plain sum of the losses."""
+        return replace(self, rule="sum", probe="losses", held=False)
+
+
+def cells_of(engine: str) -> Iterator[Cell]:
+    """Every cell of one engine."""
+    yield Cell(engine, rule="geometric_mean", probe="losses")
+    for rule in RULES[1:]:
+        for probe in PROBES[1:]:
+            yield Cell(engine, rule=rule, probe=probe)
+    for probe in PROBES[1:]:
+        base = Cell(engine, probe=probe)
+        for one in _axes(base):
+            yield one
+        yield from _pairs(base)
+    yield from _axes(Cell(engine, rule="geometric_mean", probe="losses"), brief=True)
+
+
+def _axes(base: Cell, *, brief: bool = False) -> Iterator[Cell]:
+    """One step off the default along each axis."""
+    yield replace(base, precision="bf16")
+    yield replace(base, accumulation=4)
+    yield replace(base, accumulation=4, held=True)
+    if brief:
+        return
+    yield from (replace(base, checkpoint=kind) for kind in CHECKPOINTS[1:])
+    yield from (replace(base, compiled=what) for what in COMPILED[1:])
+    yield replace(base, data="ragged")
+
+
+def _pairs(base: Cell) -> Iterator[Cell]:
+    """Axes that meet in the engine's hooks."""
+    yield replace(base, precision="bf16", accumulation=4)
+    yield replace(base, precision="bf16", checkpoint="non-reentrant")
+    yield replace(base, precision="bf16", compiled="trunk")
+    yield replace(base, accumulation=4, checkpoint="reentrant")
+    yield replace(base, accumulation=4, checkpoint="non-reentrant")
+    yield replace(base, accumulation=4, compiled="model")
+    yield replace(base, accumulation=4, data="ragged")
+    yield replace(base, checkpoint="non-reentrant", compiled="trunk")
+    yield replace(base, checkpoint="reentrant", data="ragged")
+
+
+def whole_matrix() -> list[Cell]:
+    """Every cell of every engine."""
+    return [cell for engine in ENGINES for cell in cells_of(engine)]
+
+
+def ci_matrix() -> list[Cell]:
+    """All engines in float32 with both probes, and one each of the rest."""
+    cells = [Cell(engine, probe=probe) for engine in ENGINES for probe in PROBES[1:]]
+    return cells
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Cells that cannot work: what they raise, on every rank, and why.
+
+    Attributes:
+        pattern: of the message.
+        reason: for the table.
+        engines_own: the engine fails in the same way with a plain sum of the losses.
+    """
+
+    pattern: re.Pattern[str]
+    reason: str
+    engines_own: bool
+
+
+def refusal(cell: Cell) -> Refusal | None:
+    """Why `cell` cannot work; None where it must pass."""
+    return None
