@@ -52,7 +52,7 @@ function drawTimeline(run) {
   });
   context.fillStyle = css("--ink");
   context.fillRect(Math.min(width - 2, x(to[run.frame]) - 1), 0, 2, height);
-  const which = all.length > pairs.length ? `The ${pairs.length} lowest of ${all.length} pairs` : "All pairs, lowest mean first,";
-  run.stripsSaid.textContent = pairs.length ? `${which} over the run; the bar is the step above.` : "";
+  const which = all.length > pairs.length ? `The ${pairs.length} lowest of ${all.length} pairs` : "All pairs";
+  run.stripsSaid.textContent = pairs.length ? `${which} over the run, lowest mean first.` : "";
   run.strips.setAttribute("aria-label", pairs.length ? `Cosines over steps, lowest: ${data.tasks[pairs[0].a]} and ${data.tasks[pairs[0].b]}, mean ${signed(pairs[0].mean, 3)}` : "");
 }
