@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe
+from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.stats import StepReport, TaskStats
 from mtl_dist.weighting import COMBINATORS, RULES, Needs, Rule
 
@@ -22,6 +22,7 @@ __all__ = [
     "Needs",
     "ParameterProbe",
     "Rule",
+    "SharedLayerProbe",
     "StepReport",
     "TaskStats",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mtl_dist._alarm import Alarm
 from mtl_dist._course import Course
+from mtl_dist._diagonal import DiagonalWatch, explain_diagonal
 from mtl_dist._engine import Engine
 from mtl_dist._explain import explain_failure, explain_nonfinite, explain_refusal
 from mtl_dist._quench import Quench
@@ -25,14 +27,18 @@ from mtl_dist._validate import (
     checked_window,
 )
 from mtl_dist.probes import Counts, FeatureProbe, Heads, Losses, Probe, Reduced, TaskLosses
-from mtl_dist.probes._losses import collect, evaluate
+from mtl_dist.probes._layer import LayerInput
+from mtl_dist.probes._losses import Mixture, collect, evaluate
+from mtl_dist.probes._mixture import SampleLosses, mixed, sample_losses
 from mtl_dist.probes._partitioned import ZERO_3
 from mtl_dist.stats import LocalStats, StepReport, TaskStats
-from mtl_dist.sync import Synchronizer
+from mtl_dist.sync import Synchronizer, Wire, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _STATE_PREFIX = "rule."
 _LOGGER = logging.getLogger("mtl_dist")
+
+T = TypeVar("T")
 
 
 class Balancer(nn.Module):
@@ -106,11 +112,23 @@ class Balancer(nn.Module):
             strict=on_nonfinite == "raise",
             refuse=self._refuse,
         )
+        self._diagonal = DiagonalWatch() if weighting.needs == Needs.GRAM else None
+        self._made: dict[str, Any] = {}
         self._partitioned: bool | None = None
         self._finite: Tensor | None = None
+        self._twins: tuple[Balancer, ...] = ()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
-    def forward(self, features: Any, heads: Heads | None = None, *, counts: Counts | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Any,
+        heads: Heads | None = None,
+        *,
+        counts: Counts | None = None,
+        layer: nn.Module | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """One scalar, ready for any engine's backward.
 
         Args:
@@ -121,6 +139,14 @@ class Balancer(nn.Module):
                 None), or one function that returns such a mapping.
             counts: samples (or tokens) behind each mean, by task; numbers or scalar tensors. None: 1 for
                 each task present.
+            layer: the last shared layer, where `features` is its input: heads are given `layer(features)`.
+                `SharedLayerProbe` measures the gradients of its weight.
+            task_ids: integers `[B]` (or of the shape of any leading dimensions), the task of every sample, an
+                index into `tasks`, for batches in which every sample has one task. `heads` is then one
+                function from the features to the loss of every sample, `[B]` or `[B, ...]` (tokens); without
+                heads, `features` is that tensor of losses. Samples must not touch each other in the heads.
+            mask: with `task_ids`, of the losses' shape: which of them count, or the weight of each. Counts
+                are its sums.
 
         Raises:
             ValueError: unknown tasks, losses that are no scalars, losses <= 0 under a rule that takes
@@ -128,8 +154,10 @@ class Balancer(nn.Module):
                 or rule (on every rank, at the first step).
             RuntimeError: another rank failed before this step.
         """
+        if (twin := self._virtual_twin()) is not None:
+            return twin(features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask)
         if not (self.training and torch.is_grad_enabled()):
-            return self._evaluated(features, heads, counts)
+            return self._evaluated(features, mixed(heads, counts, task_ids, mask), counts, layer)
         self._quench.release()
         self._alarm.poll()
         self._synchronizer.connect(self._fingerprint())
@@ -137,12 +165,11 @@ class Balancer(nn.Module):
         self._finite = None
         step = _Step(self, counts)
         try:
-            if heads is not None:
-                if callable(features) and not self.probe.takes_functions:
-                    features = features()
-                total = self.probe(features, heads, step)
+            heads = mixed(heads, counts, task_ids, mask)
+            if heads is None or (isinstance(heads, Mixture) and heads.function is None):
+                total = self._of_losses(features, heads, step)
             else:
-                total = self._of_losses(features, step)
+                total = self.probe(self._shared(features, layer), heads, step)
         except Exception:
             if not step.reduced:
                 self._synchronizer.announce_failure()
@@ -203,6 +230,39 @@ class Balancer(nn.Module):
         rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
         state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
         self._course.restart(state, state_dict["weights"].detach().clone(), int(state_dict["step"]))
+        for twin in self._twins:
+            twin.load_state_dict(state_dict)
+
+    def become_virtual(self, wires: Sequence[Wire]) -> None:
+        """Becomes rank 0 of several in one process, with a copy of itself for each of the others.
+
+        `mtl_dist.virtual.VirtualRanks` calls it.
+
+        Raises:
+            RuntimeError: a step was already taken, or this is one process of several.
+        """
+        self._twins = ()
+        twins = [copy.deepcopy(self) for _ in wires[1:]]
+        for balancer, wire in zip([self, *twins], wires, strict=True):
+            balancer._synchronizer.use(wire)
+        self._twins = tuple(twins)
+
+    def check_virtual_agreement(self) -> None:
+        """Raises `RuntimeError` unless all virtual ranks hold bitwise the same weights."""
+        for rank, twin in enumerate(self._twins, start=1):
+            if not torch.equal(twin._course.weights, self._course.weights):
+                raise RuntimeError(
+                    f"mtl_dist: virtual rank {rank} has weights {twin.weights}, rank 0 {self.weights}; "
+                    "the rule, the probe or a head takes something that is not the same on all ranks"
+                )
+
+    def _virtual_twin(self) -> Balancer | None:
+        """The copy that the running virtual rank calls; None for rank 0 and for real ranks."""
+        rank = virtual_rank.get()
+        if not rank or not self._twins:
+            return None
+        twin = self._twins[rank - 1]
+        return twin.train(self.training)
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group before the first step.
@@ -256,24 +316,45 @@ class Balancer(nn.Module):
             return self.weighting.needs_at(step) > Needs.LOSSES
         return self._probe_given and step % self.probe.every == 0
 
-    def _of_losses(self, losses: Any, step: _Step) -> Tensor:
+    def _shared(self, features: Any, layer: nn.Module | None) -> Any:
+        """The features as the probe wants them."""
+        probe = self.probe
+        if callable(features) and probe.takes_functions:
+            return features if layer is None else lambda: layer(features())
+        if callable(features):
+            features = features()
+        if layer is None:
+            return features
+        return LayerInput(layer, features) if probe.takes_layers else layer(features)
+
+    def _of_losses(self, losses: Any, mixture: Mixture | None, step: _Step) -> Tensor:
         if self.weighting.needs > Needs.LOSSES:
             raise ValueError(
                 f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
             )
         step.measure = False
-        collected = step.collect(checked_losses(losses), self._device_of(losses))
+        collected: TaskLosses | SampleLosses
+        if mixture is not None:
+            collected = sample_losses(losses, mixture, self.tasks, step.refuse)
+        else:
+            collected = step.collect(checked_losses(losses), self._device_of(losses))
         reduced = step.reduce(collected.stats())
         weights = step.decide(reduced)
         total = collected.total(weights * reduced.shares)
         return total if collected.any_present else total.requires_grad_()
 
-    def _evaluated(self, features: Any, heads: Heads | None, counts: Counts | None) -> Tensor:
-        if heads is None:
-            losses = checked_losses(features)
+    def _evaluated(
+        self, features: Any, heads: Heads | None, counts: Counts | None, layer: nn.Module | None
+    ) -> Tensor:
+        if heads is not None:
+            features = features() if callable(features) else features
+            features = features if layer is None else layer(features)
+        collected: TaskLosses | SampleLosses
+        if isinstance(heads, Mixture):
+            collected = sample_losses(heads(features), heads, self.tasks, self._alarm.watch)
         else:
-            losses = evaluate(heads, features() if callable(features) else features, self.tasks)
-        collected = collect(losses, counts, self.tasks, self._device_of(losses))
+            losses = checked_losses(features) if heads is None else evaluate(heads, features, self.tasks)
+            collected = collect(losses, counts, self.tasks, self._device_of(losses))
         self._course.move_to(collected.counts.device)
         return collected.total(self._course.weights)
 
@@ -303,6 +384,13 @@ class Balancer(nn.Module):
         """Whether this call's gradients must be zero; waits for the flag only where the policy says so."""
         return self.on_nonfinite == "skip" and self._finite is not None and not self._finite
 
+    def _look_at(self, total: LocalStats) -> None:
+        """Says once that the rule can see no conflict, where that is so by construction."""
+        if self._diagonal is not None and self._diagonal(total):
+            self._diagonal = None
+            if self._synchronizer.rank == 0:
+                _LOGGER.warning(explain_diagonal(self.weighting, self.probe))
+
     def _refuse(self, refused: Tensor, stats: TaskStats) -> None:
         self._alarm.watch(refused, partial(explain_refusal, self.tasks, self.weighting, stats))
 
@@ -318,7 +406,10 @@ class _Step:
     def __init__(self, balancer: Balancer, counts: Counts | None) -> None:
         self.tasks: Sequence[str] = balancer.tasks
         self.measure = balancer.measures_at(balancer.step)
+        self.step = balancer.step
+        self.rank = balancer._synchronizer.rank
         self.reduced = False
+        self._failed: Tensor | None = None
         self._balancer = balancer
         self._counts = counts
 
@@ -331,7 +422,7 @@ class _Step:
         balancer = self._balancer
         balancer._course.move_to(local.counts.device)
         self.reduced = True
-        total, faults = balancer._synchronizer.reduce(local, faulty)
+        total, faults = balancer._synchronizer.reduce(local, faulty, self._failed)
         self.watch(faults.failure[0] > 0, partial(explain_failure, balancer.step, faults))
         world_size = balancer._synchronizer.world_size
         # s_i = W c_i / C_i
@@ -361,6 +452,19 @@ class _Step:
         scaled = self._balancer._course.engine.scaled
         return None if scaled is None else scaled(torch.ones((), device=device))
 
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gave the first time."""
+        made = self._balancer._made
+        if key not in made:
+            made[key] = make()
+        value: T = made[key]
+        return value
+
+    def refuse(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """Raises `explain()` where `flag` holds; the next `reduce` tells the others."""
+        self._failed = flag if self._failed is None else self._failed | flag
+        self.watch(flag, explain)
+
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` holds."""
         self._balancer._alarm.watch(flag, explain)
@@ -368,4 +472,6 @@ class _Step:
     def decide(self, reduced: Reduced) -> Tensor:
         """`[n]` weights, the same on every rank."""
         balancer = self._balancer
+        if self.measure:
+            balancer._look_at(reduced.total)
         return balancer._course.decide(reduced.total, balancer._checked(reduced), measured=self.measure)

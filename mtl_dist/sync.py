@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import datetime
 import weakref
-from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from mtl_dist._stopwatch import Stopwatch
 from mtl_dist.stats import LocalStats
+
+# which of several ranks in one process the running thread is; None outside of `VirtualRanks.run`
+virtual_rank: ContextVar[int | None] = ContextVar("mtl_dist_virtual_rank", default=None)
 
 _FAREWELL_SECONDS = 30  # how long a failing rank waits for the others to hear of it
 # renamed in torch 2.13, where the old name warns
@@ -52,6 +56,80 @@ class Faults:
         )
 
 
+class Wire(Protocol):
+    """The collectives of W ranks.
+
+    Attributes:
+        rank: this rank's index.
+        world_size: W.
+    """
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Sums over ranks, in place."""
+        ...
+
+    def reduce_scatter(self, mine: Tensor, by_rank: Tensor) -> None:
+        """Puts the sum over ranks of `by_rank[rank]` into `mine`; `by_rank` is `[W, ...]`."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, all of the same shape."""
+        ...
+
+    def gather_text(self, text: str) -> list[str]:
+        """The strings of all ranks."""
+        ...
+
+    def farewell(self, buffer: Tensor) -> None:
+        """`all_reduce` by a rank that will raise, and does not wait for ranks that do not come."""
+        ...
+
+
+class _GroupWire:
+    """The collectives of a process group made for the purpose from the ranks of `group` (None: all)."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        # local synchronisation: other data-parallel groups make theirs elsewhere, if at all
+        # held weakly: a Gloo group that outlives destroy_process_group() can hang at exit (torch 2.13)
+        self._group = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
+        self.rank = ranks.index(dist.get_rank())
+        self.world_size = len(ranks)
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(buffer, group=self._live_group())
+
+    def reduce_scatter(self, mine: Tensor, by_rank: Tensor) -> None:
+        _reduce_scatter(mine.view(-1), by_rank.view(-1), group=self._live_group())
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        everyone = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(everyone, tensor, group=self._live_group())
+        return everyone
+
+    def gather_text(self, text: str) -> list[str]:
+        everyone = [""] * self.world_size
+        dist.all_gather_object(everyone, text, group=self._live_group())
+        return everyone
+
+    def farewell(self, buffer: Tensor) -> None:
+        try:
+            work = dist.all_reduce(buffer, group=self._live_group(), async_op=True)
+            work.wait(timeout=datetime.timedelta(seconds=_FAREWELL_SECONDS))
+        except RuntimeError:  # the others did not come, or went first: our own error says more
+            return
+
+    def _live_group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("mtl_dist: the process group was destroyed; make a new Balancer for a new one")
+        return group
+
+
 class Synchronizer:
     """Sums statistics over the data-parallel ranks, on a process group of its own.
 
@@ -62,18 +140,14 @@ class Synchronizer:
     Attributes:
         num_tasks: n, which fixes the layout.
         group: the data-parallel group given by the user; None for all ranks.
-        world_size: number of ranks that are summed; 1 before `connect`.
-        rank: this rank's index among them.
         stopwatch: of the collectives of a step, waiting for the slowest rank included.
     """
 
     def __init__(self, num_tasks: int, group: dist.ProcessGroup | None = None) -> None:
         self.num_tasks = num_tasks
         self.group = group
-        self.world_size = 1
-        self.rank = 0
         self.stopwatch = Stopwatch()
-        self._own_group: Callable[[], dist.ProcessGroup | None] = lambda: None
+        self._wire: Wire | None = None
         self._connected = False
         self._indices: Tensor | None = None
 
@@ -85,15 +159,31 @@ class Synchronizer:
         """
         if self._connected:
             return
-        if is_distributed():
-            ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-            # local synchronisation: other data-parallel groups make theirs elsewhere, if at all
-            # held weakly: a Gloo group that outlives destroy_process_group() can hang at exit (torch 2.13)
-            self._own_group = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
-            self.world_size = len(ranks)
-            self.rank = ranks.index(dist.get_rank())
-            self._check_agreement(fingerprint)
+        if self._wire is None and is_distributed():
+            self._wire = _GroupWire(self.group)
+        if self._wire is not None:
+            self._check_agreement(self._wire, fingerprint)
         self._connected = True
+
+    @property
+    def rank(self) -> int:
+        """This rank's index among those that are summed; 0 before `connect`."""
+        return 0 if self._wire is None else self._wire.rank
+
+    @property
+    def world_size(self) -> int:
+        """W, the number of ranks that are summed; 1 before `connect`."""
+        return 1 if self._wire is None else self._wire.world_size
+
+    def use(self, wire: Wire) -> None:
+        """Sums over this wire instead of a process group.
+
+        Raises:
+            RuntimeError: `connect` was already called, or this is one process of several.
+        """
+        if self._connected or is_distributed():
+            raise RuntimeError("mtl_dist: virtual ranks take one process, and are set before its first step")
+        self._wire = wire
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group.
@@ -105,18 +195,23 @@ class Synchronizer:
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
         self.group = group
 
-    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> tuple[LocalStats, Faults]:
+    def reduce(
+        self, local: LocalStats, faulty: Tensor | None = None, failed: Tensor | None = None
+    ) -> tuple[LocalStats, Faults]:
         """Sum of `local` over all ranks, by one all-reduce of fixed layout, and what was wrong with it.
 
         Args:
             local: this rank's statistics.
             faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: those that `local` shows.
                 (A Gram of summed gradients shows those of other ranks too.)
+            failed: scalar bool, whether this rank refuses its own input: the others then raise too.
         """
         buffer = self._pack(local, faulty)
-        if self.world_size > 1:
+        if failed is not None:
+            buffer[-2:] = failed.to(buffer.dtype) * self._farewell(buffer)
+        if self._wire is not None:
             with self.stopwatch.running(buffer.device):
-                dist.all_reduce(buffer, group=self._live_group())
+                self._wire.all_reduce(buffer)
         return self._unpack(buffer)
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
@@ -131,16 +226,17 @@ class Synchronizer:
         Returns:
             `[n, ⌈D / W⌉]`, zero where the last piece is padded; `rows` itself in a single process.
         """
-        if self.world_size == 1:
+        wire = self._wire
+        if wire is None or wire.world_size == 1:
             return rows
         n, length = rows.shape
-        piece = -(-length // self.world_size)
-        padded = rows.new_zeros(n, self.world_size * piece)
+        piece = -(-length // wire.world_size)
+        padded = rows.new_zeros(n, wire.world_size * piece)
         padded[:, :length] = rows
-        by_rank = padded.view(n, self.world_size, piece).transpose(0, 1).contiguous()
+        by_rank = padded.view(n, wire.world_size, piece).transpose(0, 1).contiguous()
         mine = rows.new_empty(n, piece)
         with self.stopwatch.running(rows.device):
-            _reduce_scatter(mine.view(-1), by_rank.view(-1), group=self._live_group())
+            wire.reduce_scatter(mine, by_rank)
         return mine
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -154,19 +250,17 @@ class Synchronizer:
         Returns:
             `[Σ b, ...]`, the same on every rank; `rows` itself in a single process.
         """
-        if self.world_size == 1:
+        wire = self._wire
+        if wire is None or wire.world_size == 1:
             return rows
-        group = self._live_group()
-        mine = torch.tensor([len(rows)], device=rows.device)
-        sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
+        number = torch.tensor([len(rows)], device=rows.device)
         with self.stopwatch.running(rows.device):
-            dist.all_gather(sizes, mine, group=group)
-        lengths = torch.cat(sizes).tolist()
+            numbers = wire.all_gather(number)
+        lengths = torch.cat(numbers).tolist()
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
-        everyone = [torch.empty_like(padded) for _ in lengths]
         with self.stopwatch.running(rows.device):
-            dist.all_gather(everyone, padded, group=group)
+            everyone = wire.all_gather(padded)
         return torch.cat([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
 
     def announce_failure(self) -> None:
@@ -175,21 +269,17 @@ class Synchronizer:
         Waits at most 30 s: where the others cannot come (they wait in a collective of the engine's), this
         rank still raises its own error, and its launcher ends them.
         """
-        if self.world_size == 1:
+        if self._wire is None:
             return
         buffer = self._pack(LocalStats.zeros(self.num_tasks, wire_device(self.group)))
-        buffer[-2:] = torch.tensor([1.0, self.rank])
-        try:
-            work = dist.all_reduce(buffer, group=self._live_group(), async_op=True)
-            work.wait(timeout=datetime.timedelta(seconds=_FAREWELL_SECONDS))
-        except RuntimeError:  # the others did not come, or went first: our own error says more
-            return
+        buffer[-2:] = self._farewell(buffer)
+        self._wire.farewell(buffer)
 
-    def _live_group(self) -> dist.ProcessGroup:
-        group = self._own_group()
-        if group is None:
-            raise RuntimeError("mtl_dist: the process group was destroyed; make a new Balancer for a new one")
-        return group
+    def _farewell(self, buffer: Tensor) -> Tensor:
+        """`[2]`, what a failing rank sends."""
+        message = buffer.new_ones(2)
+        message[1] = self.rank
+        return message
 
     def _pack(self, local: LocalStats, seen: Tensor | None = None) -> Tensor:
         finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
@@ -215,9 +305,8 @@ class Synchronizer:
             self._indices = torch.triu_indices(self.num_tasks, self.num_tasks, device=device)
         return self._indices
 
-    def _check_agreement(self, fingerprint: str) -> None:
-        everyone: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(everyone, fingerprint, group=self._live_group())
+    def _check_agreement(self, wire: Wire, fingerprint: str) -> None:
+        everyone = wire.gather_text(fingerprint)
         if any(other != fingerprint for other in everyone):
             listing = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(everyone))
             raise ValueError(

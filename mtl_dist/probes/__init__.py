@@ -7,6 +7,7 @@ from mtl_dist.probes._losses import Counts, Head, Heads, Losses, TaskLosses
 from mtl_dist.probes.feature_probe import FeatureProbe
 from mtl_dist.probes.feature_tap import FeatureTap
 from mtl_dist.probes.parameter_probe import ParameterProbe
+from mtl_dist.probes.shared_layer_probe import SharedLayerProbe
 
 __all__ = [
     "Counts",
@@ -19,5 +20,6 @@ __all__ = [
     "ParameterProbe",
     "Probe",
     "Reduced",
+    "SharedLayerProbe",
     "TaskLosses",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from mtl_dist.probes._losses import Heads, Losses, TaskLosses
 from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Faults
 
+T = TypeVar("T")
+
 
 class Exchange(Protocol):
     """One step of a balancer, seen from a probe.
@@ -21,10 +23,14 @@ class Exchange(Protocol):
     Attributes:
         tasks: the n task names.
         measure: whether gradients are wanted at this step.
+        step: index of this step, the same on every rank.
+        rank: this rank's index among those that hold different samples.
     """
 
     tasks: Sequence[str]
     measure: bool
+    step: int
+    rank: int
 
     def collect(self, losses: Losses, device: torch.device) -> TaskLosses:
         """Checks the losses and adds the counts of this call."""
@@ -54,8 +60,19 @@ class Exchange(Protocol):
         """Scalar to differentiate losses with, and to divide gradients by; None where there is none."""
         ...
 
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first asked for under `key`; it may communicate."""
+        ...
+
+    def refuse(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """Raises `explain()` as `watch`, for a flag of this rank alone: `reduce` then tells the others."""
+        ...
+
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """Raises `explain()` where `flag` (scalar bool) holds: now on the CPU, at the next step elsewhere."""
+        """Raises `explain()` where `flag` holds: now on the CPU, at the next step elsewhere.
+
+        `flag`, a scalar bool, must be the same on all ranks.
+        """
         ...
 
     def decide(self, reduced: Reduced) -> Tensor:
@@ -92,6 +109,8 @@ class Probe(ABC):
 
     Attributes:
         every: steps from one measurement to the next; the weights hold in between.
+        takes_layers: whether the probe is handed the layer given as `layer=` with its input (`LayerInput`);
+            the others are handed its output.
         takes_functions: whether the probe calls a function that makes the features itself; the others are
             handed its result.
         grams_add: whether Grams of micro-batches add up to that of the whole batch, as they do where samples
@@ -99,6 +118,7 @@ class Probe(ABC):
     """
 
     every: int = 1
+    takes_layers: ClassVar[bool] = False
     takes_functions: ClassVar[bool] = False
     grams_add: ClassVar[bool] = True
 

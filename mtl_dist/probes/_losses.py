@@ -14,7 +14,30 @@ from mtl_dist.stats import LocalStats, stats_dtype
 Losses = Mapping[str, Tensor | None]
 Counts = Mapping[str, float | Tensor]
 Head = Callable[[Any], Tensor | None]
-Heads = Mapping[str, Head] | Callable[[Any], Losses]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Heads of a batch in which every sample has one task.
+
+    Attributes:
+        function: from the features to the loss of every sample (or token); None where the losses stand in
+            the features' place.
+        task_ids: integers, the task of every sample, an index into the tasks.
+        mask: which losses count, or the weight of each; None: all of them.
+    """
+
+    function: Callable[[Any], Tensor] | None
+    task_ids: Tensor
+    mask: Tensor | None = None
+
+    def __call__(self, features: Any) -> Tensor:
+        """The loss of every sample."""
+        losses: Tensor = features if self.function is None else self.function(features)
+        return losses
+
+
+Heads = Mapping[str, Head] | Callable[[Any], Losses] | Mixture
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mtl_dist.probes._features import Features
-from mtl_dist.probes._losses import Heads, evaluate
+from mtl_dist.probes._losses import Heads, Mixture, evaluate
 from mtl_dist.probes._replay import replayed
 
 ZERO_3 = (
@@ -54,7 +54,8 @@ def _in_heads(shared: Features, heads: Heads, tasks: Sequence[str]) -> bool:
     handle = register_module_forward_pre_hook(look)
     try:
         with torch.no_grad(), replayed(leaf.device for leaf in shared.leaves):
-            evaluate(heads, shared.rebuild(shared.leaves), tasks)
+            features = shared.rebuild(shared.leaves)
+            heads(features) if isinstance(heads, Mixture) else evaluate(heads, features, tasks)
     except _Seen:
         pass
     finally:

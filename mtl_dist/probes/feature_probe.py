@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mtl_dist.probes._base import Exchange, Probe
 from mtl_dist.probes._features import Features, anchored, gradient_gram, split
-from mtl_dist.probes._losses import Heads, TaskLosses, evaluate
+from mtl_dist.probes._losses import Heads, Mixture, TaskLosses, evaluate
+from mtl_dist.probes._mixture import SampleLosses, sample_losses
 from mtl_dist.probes._partitioned import ZERO_3, find_partitioned
 from mtl_dist.probes._replay import replayed
 
@@ -70,7 +71,9 @@ class FeatureProbe(Probe):
             )
         return partitioned
 
-    def _measured_apart(self, features: Any, heads: Heads, exchange: Exchange) -> tuple[TaskLosses, Tensor]:
+    def _measured_apart(
+        self, features: Any, heads: Heads, exchange: Exchange
+    ) -> tuple[TaskLosses | SampleLosses, Tensor]:
         """Losses and Gram of an evaluation that leaves no trace."""
         probe = split(features, detach=True)
         with replayed(leaf.device for leaf in probe.leaves):
@@ -78,26 +81,33 @@ class FeatureProbe(Probe):
             return losses, _gram(probe, losses, exchange)
 
 
-def losses_at(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses:
+def losses_at(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses | SampleLosses:
     """The heads' losses on the features."""
+    if isinstance(heads, Mixture):
+        losses_of_samples = heads(shared.rebuild(shared.leaves))
+        return sample_losses(losses_of_samples, heads, exchange.tasks, exchange.refuse)
     losses = evaluate(heads, shared.rebuild(shared.leaves), exchange.tasks)
     return exchange.collect(losses, shared.leaves[0].device)
 
 
-def _gram(shared: Features, losses: TaskLosses, exchange: Exchange) -> Tensor:
-    """`[n, n]`, `⟨g_i, g_j⟩`; zero rows for tasks that are absent or do not depend on the features."""
+def _gram(shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchange) -> Tensor:
+    """`[n, n]`, the Gram that `losses.stats` takes; zero rows for tasks absent or apart from the features."""
     device = losses.counts.device
+    if isinstance(losses, SampleLosses):
+        return losses.gram(shared.leaves, exchange.loss_scale(device))
     gram = gradient_gram(head_gradients(shared, losses, exchange), device)
     scale = exchange.loss_scale(device)
     return gram if scale is None else gram / scale.to(gram.dtype).square()
 
 
 def head_gradients(
-    shared: Features, losses: TaskLosses, exchange: Exchange
+    shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchange
 ) -> Sequence[Sequence[Tensor | None]]:
     """`∂l_i/∂z` of each task, times the loss scale where there is one; None for a zero."""
     # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
     scale = exchange.loss_scale(losses.counts.device)
+    if isinstance(losses, SampleLosses):
+        return losses.gradients_by_task(shared.leaves, scale)
     return [_gradients(value, shared, scale) for value in losses.values]
 
 
@@ -110,11 +120,13 @@ def _gradients(loss: Tensor | None, shared: Features, scale: Tensor | None) -> S
     return torch.autograd.grad(scaled, shared.leaves, retain_graph=True, allow_unused=True)
 
 
-def check_same(first: TaskLosses, second: TaskLosses, exchange: Exchange) -> None:
+def check_same(
+    first: TaskLosses | SampleLosses, second: TaskLosses | SampleLosses, exchange: Exchange
+) -> None:
     """Both evaluations must give the same losses, up to the reordering of sums on accelerators."""
     pairs = list(zip(first.values, second.values, strict=True))
     differ = [_differ(a, b, second.counts.device) for a, b in pairs]
-    exchange.watch(torch.stack(differ).any(), partial(_not_reproducible, exchange.tasks, pairs, differ))
+    exchange.refuse(torch.stack(differ).any(), partial(_not_reproducible, exchange.tasks, pairs, differ))
 
 
 def _differ(first: Tensor | None, second: Tensor | None, device: torch.device) -> Tensor:

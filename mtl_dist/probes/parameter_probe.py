@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from mtl_dist.probes._base import Exchange, Probe, Reduced
 from mtl_dist.probes._features import anchored, split
 from mtl_dist.probes._losses import Heads, TaskLosses
+from mtl_dist.probes._mixture import SampleLosses
 from mtl_dist.probes._parameter_rows import Trunk, check_same_parameters, parameter_rows, reduced_gram
 from mtl_dist.probes._partitioned import ZERO_3, in_graph
 from mtl_dist.probes._replay import replayed
@@ -154,7 +155,7 @@ class ParameterProbe(Probe):
 class _Measurement:
     """What a measurement starts from: local losses, and for each task a trunk and its gradients there."""
 
-    losses: TaskLosses
+    losses: TaskLosses | SampleLosses
     trunks: tuple[Trunk, ...]
     gradients: Sequence[Sequence[Tensor | None]]
 

@@ -1,0 +1,108 @@
+"""The tasks' gradients of a layer's weight, `A_i = Σ_s g_i,s^T x_s`, block of output columns by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtl_dist.probes._base import Exchange
+
+_BLOCK = 1 << 22  # numbers of a block of the gradients, over all tasks
+_GROUPED = 32  # rows of one task that are multiplied together
+
+
+@dataclass(frozen=True)
+class Products:
+    """Rows whose outer products, summed by task, are the gradients.
+
+    Attributes:
+        inputs: `[R, groups, d_in]`.
+        gradients: `[R, q, groups, d_out]`: q = n where every row has a gradient of each task, else 1.
+        tasks: `[R]` int64, the task of each row where q is 1; None where every row has all.
+        num_tasks: n.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    tasks: Tensor | None
+    num_tasks: int
+
+    def blocks(self) -> Iterator[Tensor]:
+        """`[n, D_b]` columns of the gradients: their number and widths follow from n and the layer alone."""
+        groups, depth = self.inputs.shape[1:]
+        width = self.gradients.shape[-1]
+        step = max(1, min(width, _BLOCK // max(1, self.num_tasks * groups * depth)))
+        with torch.autocast(self.inputs.device.type, enabled=False):
+            for start in range(0, width, step):
+                columns = self.gradients[..., start : start + step]
+                yield self._sums(columns).reshape(self.num_tasks, -1)
+
+    def _sums(self, columns: Tensor) -> Tensor:
+        """`[n, groups, o, d_in]` of some columns o."""
+        if self.tasks is None:
+            return torch.einsum("rngo,rgd->ngod", columns, self.inputs)
+        return grouped_products(columns[:, 0], self.inputs, self.tasks, self.num_tasks)
+
+
+def grouped_products(left: Tensor, right: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:
+    """`Σ_{s of task i} left_s^T right_s` for every task i, at the cost of one product, without a host sync.
+
+    Rows are sorted by task into groups of 32, which are multiplied each and added to their task. A task's
+    last group is filled up with zeros; how many there are at most follows from shapes.
+
+    Args:
+        left: `[R, groups, o]`.
+        right: `[R, groups, d]`.
+        tasks: `[R]` int64 in [0, n).
+        num_tasks: n.
+
+    Returns:
+        `[n, groups, o, d]`.
+    """
+    num_rows = len(tasks)
+    num_groups = -(-num_rows // _GROUPED) + num_tasks
+    order = tasks.argsort(stable=True)
+    counts = torch.zeros(num_tasks, dtype=torch.int64, device=tasks.device).index_add_(
+        0, tasks, torch.ones_like(tasks)
+    )
+    whole = (counts + _GROUPED - 1) // _GROUPED  # groups of each task
+    ends = whole.cumsum(0)
+    sorted_tasks = tasks[order]
+    rank = torch.arange(num_rows, device=tasks.device) - (counts.cumsum(0) - counts)[sorted_tasks]
+    places = (ends - whole)[sorted_tasks] * _GROUPED + rank
+    owner = torch.searchsorted(ends, torch.arange(num_groups, device=tasks.device), right=True)
+
+    def placed(values: Tensor) -> Tensor:
+        padded = values.new_zeros(num_groups * _GROUPED, *values.shape[1:])
+        padded[places] = values[order]
+        return padded.view(num_groups, _GROUPED, *values.shape[1:])
+
+    products = torch.einsum("bkgo,bkgd->bgod", placed(left), placed(right))
+    sums = products.new_zeros(num_tasks, *products.shape[1:])
+    return sums.index_add_(0, owner.clamp(max=num_tasks - 1), products)
+
+
+def compressed(products: Products, exchange: Exchange, world_size: int) -> Products:
+    """Other products with the same inner products between tasks: the sample-kernel form.
+
+    `⟨A_i, A_j⟩ = Σ_{s,t} (g_i,s · g_j,t)(x_s · x_t)` over the rows of all ranks sees the inputs through
+    `K = X X^T` alone, so any L with `L L^T = K` may take their place. L is `[R, R]`, from a QR decomposition,
+    which keeps single precision where K itself would square the error. For fewer rows than inputs. Each rank
+    takes the gradients' columns of its own, of the rows of all ranks: then sums over ranks are of Grams.
+    """
+    inputs, gradients, tasks = products.inputs, products.gradients, products.tasks
+    if world_size > 1:
+        num_rows, q, _, width = gradients.shape
+        ids = inputs.new_zeros(num_rows) if tasks is None else tasks.to(inputs.dtype)  # exact below 2^24
+        packed = torch.cat([inputs.flatten(1), gradients.flatten(1), ids[:, None]], dim=1)
+        everyone = exchange.gather_rows(packed)
+        depth = inputs.shape[-1]
+        inputs = everyone[:, None, :depth]
+        gradients = everyone[:, depth:-1].reshape(-1, q, 1, width)
+        gradients = gradients[..., exchange.rank :: world_size]
+        tasks = None if tasks is None else everyone[:, -1].long()
+    triangle = torch.linalg.qr(inputs[:, 0].T, mode="r").R
+    return Products(triangle.T[:, None].contiguous(), gradients, tasks, products.num_tasks)
