@@ -6,17 +6,20 @@ one form, so they share this one solver.
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
 
+import numpy as np
+
+from mtl_dist.weighting._active_set import lawson_hanson, rounding_of
 from mtl_dist.weighting._base import EPS, Array
-from mtl_dist.weighting._hard_columns import lawson_hanson, line_search, rounding_of
-from mtl_dist.weighting._supports import SMALL, Support
+from mtl_dist.weighting._pivoting import SMALL, Support, pivot
+from mtl_dist.weighting._walk import Bools, Transform
+
+Solve = Callable[[Array], Array]
 
 RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
 _REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
-_FREE_ROUNDS = 4  # of pivoting, enough where the matrix is well conditioned; damped afterwards
-_ROUNDS = 60  # a guard; what is left then is for the active-set method
+_NARROW = 0.1  # slopes at the minimum for the mean, beside those at 0
 
 
 def nonnegative_minimum(gram: Array, target: Array) -> Array:
@@ -25,9 +28,10 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     The answer meets the optimality conditions `Hx - b >= 0`, `x ⟂ Hx - b` up to rounding, measured in units
     of each row's own length, so that gradients of very different lengths keep their digits. Where several x
     do, it is the shortest in those units, up to a small relative error: rounding and the order of the rows do
-    not decide. Coordinate descent guesses the support of many columns, principal pivoting of all columns at
-    once makes it exact, for H with a small ridge. What it leaves, because H is nearly singular, Lawson and
-    Hanson's method ends, first with that ridge, and without it where taking it back changes the support.
+    not decide. For H with a small ridge the support is found exactly, by walking to it; for many columns that
+    have little in common, principal pivoting of all of them at once is tried first. Then the ridge's effect
+    is taken back on that support. Where that would change the support, because H is nearly singular, Lawson
+    and Hanson's method ends without the ridge.
 
     Args:
         gram: `[n, n]` positive semidefinite H. A row of zeros leaves its `x` at 0.
@@ -43,68 +47,77 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     unit = gram / np.outer(lengths, lengths)
     unit.flat[:: n + 1] = 1.0
     columns = (target.T / lengths).reshape(-1, n)
-    many = len(columns) > 1 and unit.size * len(columns) > SMALL
-    result = _descend(unit, columns) if many else np.maximum(columns, 0.0)
-    open_columns = np.flatnonzero((columns > 0).any(1))  # elsewhere x = 0 is optimal
-    hard = _pivot(unit, columns, result, open_columns)
-    for column in hard:
-        result[column] = lawson_hanson(unit, columns[column], result[column], RIDGE)
-    for column in _pivot(unit, columns, result, hard):
-        result[column] = lawson_hanson(unit, columns[column], result[column], 4 * n * EPS)
+    result = np.zeros_like(columns)
+    is_open = (columns > 0).any(1)  # elsewhere x = 0 is optimal
+    if is_open.any():
+        result[is_open] = _one(unit, columns[is_open]) if is_open.sum() == 1 else _all(unit, columns[is_open])
     scaled: Array = (result / lengths).T.reshape(target.shape)
     return scaled
 
 
-def _descend(gram: Array, target: Array) -> Array:
-    """A few sweeps of coordinate descent from 0, `[k, n]`."""
-    x = np.zeros_like(target.T)
-    for _ in range(3 + len(target) // 16):  # a sweep costs as much for one column as for many
-        for j, row in enumerate(gram):
-            x[j] = np.maximum(0.0, x[j] + target[:, j] - row @ x)
-    return np.ascontiguousarray(x.T)
+def _one(unit: Array, columns: Array) -> Array:
+    ridged = _ridged(unit)
+    return _minima(unit, ridged, _support(ridged, columns[0])[None], columns)
 
 
-def _pivot(gram: Array, target: Array, result: Array, todo: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Makes the columns `todo` of `result` exact, starting from their supports; those it could not settle.
+def _all(unit: Array, columns: Array) -> Array:
+    ridged, scaled = _ridged(unit), columns / np.abs(columns).max(1, keepdims=True)
+    result, todo = np.zeros_like(columns), np.arange(len(columns))
+    base, start, is_narrow = np.zeros(len(unit), dtype=bool), np.ones(len(unit)), False
+    if ridged.size * len(columns) > SMALL and ((mean := scaled.mean(0)) > 0).any():
+        base = _support(ridged, mean)
+        start = np.maximum(Transform(ridged, base).offset(mean), 0.0)
+        # in a narrow cone all projections are alike, and pivoting does not end
+        is_narrow = start[~base].max(initial=0.0) <= _NARROW * np.abs(mean).max()
+    if not is_narrow:
+        free, inverse, ended = pivot(ridged, columns)
+        if ended.any():
+            free, target = free[ended], columns[ended]
+            result[ended] = _minima(unit, ridged, free, target, Support(ridged, free, inverse).solve)
+        todo = todo[~ended]
+    if len(todo):
+        transform = Transform(ridged, base)
+        free = transform.walks(start, transform.offset(scaled[todo]))
+        result[todo] = _minima(unit, ridged, free, columns[todo], lambda b: transform.solve(free, b))
+    return result
 
-    With a ridge ρ the problem is that of z = Hx - b, unconstrained: minimise `½ xᵀHx + ‖min(z, 0)‖² / 2ρ`.
-    Pivoting is Newton's method there (Júdice and Pires, Computers & Operations Research 21, 1994), which may
-    cycle; from some round on no step goes beyond the minimum along it, and then it ends (Mangasarian,
-    Optimization Methods and Software 17, 2002). The ridge's effect is taken back on that support at the end.
-    """
-    if not len(todo):
-        return todo
-    unsettled, before = [todo[:0]], (target[:0], target[:0])
-    ridged = gram.copy()
-    ridged.flat[:: len(gram) + 1] += RIDGE
-    is_read = len(todo) > 1 and ridged.size * len(todo) > SMALL
-    inverse: Array = np.linalg.inv(ridged).astype(np.float64, copy=False) if is_read else ridged
-    free = result[todo] > 0
-    for rounds in range(_ROUNDS):
-        damped = rounds >= _FREE_ROUNDS
-        b = target[todo]
-        support = Support(ridged, inverse, free, direct=damped)
-        x = support.solve(b)
-        gradient = x @ gram - b
-        z = np.where(free, -RIDGE * x, gradient)
-        # free where x stays positive, or where the bound's multiplier is negative
-        rounding = np.where(free, 0.0, rounding_of(x, b))
-        pivoted = z < -rounding
-        found = (pivoted == free).all(1)
-        if found.any():
-            exact = x - support.solve(gradient)
-            for _ in range(_REFINEMENTS - 1):
-                exact += support.solve(b - exact @ gram)
-            slope = exact @ gram - b
-            error = np.where(free, np.abs(slope), -slope) - rounding_of(exact, b)
-            optimal = found & (exact >= 0).all(1) & (error <= 0).all(1)
-            result[todo] = np.where(optimal[:, None], exact, x)  # x of the others is overwritten later
-            unsettled.append(todo[found & ~optimal])
-            if found.all():
-                return np.concatenate(unsettled)
-        if damped:
-            x, z = line_search(before, (x, z), RIDGE)
-            pivoted = z < -rounding
-        todo, free, before = todo[~found], pivoted[~found], (x[~found], z[~found])
-    result[todo] = np.maximum(before[0], 0.0)
-    return np.concatenate([*unsettled, todo])
+
+def _ridged(unit: Array) -> Array:
+    ridged = unit.copy()
+    ridged.flat[:: len(unit) + 1] += RIDGE
+    return ridged
+
+
+def _support(ridged: Array, target: Array) -> Bools:
+    """Support of the minimum for one b."""
+    free, _, ended = pivot(ridged, target[None])
+    if ended[0]:
+        one: Bools = free[0]
+        return one
+    transform = Transform(ridged, free[0])
+    q = transform.offset(target)
+    return transform.walk(transform.start(q), q)
+
+
+def _minima(unit: Array, ridged: Array, free: Bools, target: Array, solve: Solve | None = None) -> Array:
+    """The minima whose supports with the ridge are `free`; `solve` is for these a cheaper `H_FF⁻¹ b`."""
+    x, optimal = _without_ridge(unit, solve or Support(ridged, free).solve, free, target)
+    rest = np.flatnonzero(~optimal)
+    if len(rest) and solve:
+        x[rest] = _minima(unit, ridged, free[rest], target[rest])
+        return x
+    for row in rest:
+        start = lawson_hanson(unit, target[row], np.maximum(x[row], 0.0), RIDGE)
+        x[row] = lawson_hanson(unit, target[row], start, 4 * len(unit) * EPS)
+    return x
+
+
+def _without_ridge(unit: Array, solve: Solve, free: Bools, target: Array) -> tuple[Array, Bools]:
+    """The minima with the ridge taken back, or with it where that changes the support; and where not."""
+    x = exact = solve(target)
+    for _ in range(_REFINEMENTS):
+        exact = exact + solve(target - exact @ unit)
+    slope = exact @ unit - target
+    error = np.where(free, np.abs(slope), -slope) - rounding_of(exact, target)
+    optimal: Bools = np.logical_and.reduce((exact >= 0) & (error <= 0), axis=1)
+    return np.where(optimal[:, None], exact, x), optimal
