@@ -61,7 +61,8 @@ class TrackioTracker(Tracker):
             import trackio
 
             with _silence():
-                trackio.finish()  # the run's own leaves Trackio's handler to finish it again at exit
+                # not the run's own, which leaves Trackio's handler to finish it again at exit
+                trackio.finish()  # type: ignore[no-untyped-call]  # Trackio's
             self.where = f"trackio show --project {self.project}"
 
 

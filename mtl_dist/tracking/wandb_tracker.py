@@ -56,15 +56,27 @@ class WandbTracker(Tracker):
         """Begins the run, or continues that of `run.resume`.
 
         Raises:
-            RuntimeError: it is to be online and there is no API key.
-            wandb.errors.Error: the server cannot be reached.
+            RuntimeError: it is to be online, and there is no API key or no answer from the server.
         """
         import wandb
 
-        if self._online() and not wandb.login(prompt=False, verify=False):
+        if self._online() and not _has_key():
             raise RuntimeError("no W&B API key; run `wandb login`, set WANDB_API_KEY, or give mode: offline")
         self._info = run
-        self._run = wandb.init(
+        try:
+            self._run = self._begin(run)
+        except wandb.errors.Error as error:
+            raise RuntimeError(
+                f"W&B did not begin a run ({error}); check network, key and WANDB_BASE_URL, or give "
+                "mode: offline"
+            ) from error
+        define_wandb_metrics(self._run)
+        self.run_id = self._run.id
+
+    def _begin(self, run: RunInfo) -> Any:
+        import wandb
+
+        return wandb.init(
             **self._options,
             name=self._name or run.folder.name,
             mode=self._mode,
@@ -75,8 +87,6 @@ class WandbTracker(Tracker):
             config=dict(run.config),
             settings=wandb.Settings(init_timeout=self._init_timeout, silent=True, console="off"),
         )
-        define_wandb_metrics(self._run)
-        self.run_id = self._run.id
 
     def log(self, row: Row) -> None:
         """Queues the row for W&B's own process."""
@@ -115,6 +125,13 @@ class WandbTracker(Tracker):
 
     def _online(self) -> bool:
         return (self._mode or os.environ.get("WANDB_MODE") or "online") == "online"
+
+
+def _has_key() -> bool:
+    """Asked before W&B is, which would stop the training at a prompt where there is a terminal."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
 
 
 def define_wandb_metrics(run: Any) -> None:
