@@ -9,9 +9,13 @@ from mtl_dist.sync import Faults
 from mtl_dist.weighting import Rule
 
 
-def explain_failure(step: int, faults: Faults) -> RuntimeError:
+class PeerFailed(RuntimeError):
+    """Another rank failed; its own error says why."""
+
+
+def explain_failure(step: int, faults: Faults) -> PeerFailed:
     """The error of a rank whose peer failed. Reads values from the device."""
-    return RuntimeError(
+    return PeerFailed(
         f"mtl_dist, step {step}: {_ranks(*faults.failure.tolist())} failed before it had its statistics; "
         "the error printed there says why"
     )

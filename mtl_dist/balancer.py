@@ -155,7 +155,8 @@ class Balancer(nn.Module):
             RuntimeError: another rank failed before this step.
         """
         if (twin := self._virtual_twin()) is not None:
-            return twin(features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask)
+            total: Tensor = twin(features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask)
+            return total
         if not (self.training and torch.is_grad_enabled()):
             return self._evaluated(features, mixed(heads, counts, task_ids, mask), counts, layer)
         self._quench.release()

@@ -124,7 +124,7 @@ class _GroupWire:
             return
 
     def _live_group(self) -> dist.ProcessGroup:
-        group = self._group()
+        group: dist.ProcessGroup | None = self._group()
         if group is None:
             raise RuntimeError("mtl_dist: the process group was destroyed; make a new Balancer for a new one")
         return group

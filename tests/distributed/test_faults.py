@@ -10,7 +10,7 @@ import pytest
 from faults import CASES
 from launcher import succeed
 
-OTHER = ("RuntimeError", r"step \d+: rank 1 failed before it had its statistics")
+OTHER = ("PeerFailed", r"step \d+: rank 1 failed before it had its statistics")
 # case: what rank 0 raises, what rank 1 raises
 EXPECTED = {
     "different_tasks": [("ValueError", r"rank 0: tasks \['a', 'b'\].*\n.*rank 1: tasks \['b', 'a'\]")] * 2,

@@ -1,0 +1,139 @@
+"""Virtual ranks: the same course as real ones, and the same errors, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import succeed
+from torch import Tensor, nn
+
+from mtl_dist import Balancer, FeatureProbe, FeatureTap
+from mtl_dist.virtual import VirtualRanks
+from mtl_dist.weighting import MGDA, Equal, GeometricMean
+
+TASKS = ("a", "b")
+
+
+@pytest.mark.timeout(300)
+def test_virtual_ranks_take_the_course_of_real_ones(tmp_path: Path) -> None:
+    real, virtual = tmp_path / "real.pt", tmp_path / "virtual.pt"
+    succeed("virtual_run.py", 4, str(real), "1", timeout=200)
+    succeed("virtual_run.py", 1, str(virtual), "4", timeout=100)
+    expected, got = torch.load(real), torch.load(virtual)
+    assert expected.keys() == got.keys()
+    for cell in expected:
+        a, b = expected[cell], got[cell]
+        torch.testing.assert_close(b["weights"], a["weights"], rtol=1e-6, atol=1e-6, msg=str(cell))
+        assert a["model"].keys() == b["model"].keys()
+        for name, value in a["model"].items():
+            torch.testing.assert_close(
+                b["model"][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, c=cell: f"{c} {n}: {m}"
+            )
+
+
+class Net(nn.Module):
+    def __init__(self, balancer: Balancer) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.balancer = balancer
+        self.trunk = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.trunk(x)
+        return self.balancer(z, {"a": lambda z: (z * z).mean(), "b": lambda z: (z - x.sum()).square().mean()})
+
+
+def run(net: Net, ranks: VirtualRanks, x: Tensor) -> Tensor:
+    shards = ranks.split(x)
+
+    def work(rank: int) -> Tensor:
+        loss = net(shards[rank])
+        (loss / ranks.number).backward()
+        return loss
+
+    return ranks.run(work)
+
+
+def test_one_virtual_rank_is_a_plain_step() -> None:
+    x = torch.randn(6, 3)
+    plain, virtual = Net(Balancer(TASKS, MGDA())), Net(Balancer(TASKS, MGDA()))
+    loss = plain(x)
+    loss.backward()
+    assert torch.equal(run(virtual, VirtualRanks(1, virtual.balancer, virtual), x), loss.detach())
+    assert torch.equal(virtual.trunk.weight.grad, plain.trunk.weight.grad)
+
+
+def test_a_fault_names_the_rank_it_came_from() -> None:
+    net = Net(Balancer(TASKS, MGDA()))
+    x = torch.randn(8, 3)
+    x[5] = torch.nan
+    with pytest.raises(ValueError, match=r"task 'a' on rank 2, task 'b' on rank 2"):
+        run(net, VirtualRanks(4, net.balancer, net), x)
+
+
+@pytest.mark.parametrize("probe", [FeatureProbe(), FeatureTap()], ids=repr)
+def test_the_error_of_one_rank_is_raised_and_the_others_end(probe: object) -> None:
+    balancer = Balancer(TASKS, MGDA(), probe=probe)
+    ranks = VirtualRanks(3, balancer, nn.Module())
+
+    def work(rank: int) -> Tensor:
+        def head(z: Tensor) -> Tensor:
+            if rank == 1:
+                raise KeyError("label")
+            return z.sum()
+
+        loss = balancer(torch.ones(2, requires_grad=True) * 1, {"a": head, "b": lambda z: z.square().sum()})
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyError, match="label"):
+        ranks.run(work)
+
+
+def test_ranks_that_do_not_all_come_are_told() -> None:
+    balancer = Balancer(TASKS, GeometricMean())
+    ranks = VirtualRanks(2, balancer, nn.Module())
+    losses = {"a": torch.ones((), requires_grad=True), "b": torch.ones((), requires_grad=True)}
+    with pytest.raises(RuntimeError, match=r"virtual ranks \[1\] wait in a collective"):
+        ranks.run(lambda rank: balancer(losses) if rank else torch.zeros(()))
+
+
+def test_outside_of_run_there_are_no_ranks_to_meet() -> None:
+    balancer = Balancer(TASKS, Equal())
+    VirtualRanks(2, balancer, nn.Module())
+    with pytest.raises(RuntimeError, match=r"VirtualRanks\.run"):
+        balancer({"a": torch.ones(()), "b": torch.ones(())})
+    balancer.eval()
+    assert balancer({"a": torch.ones(()), "b": torch.ones(())}) == 1
+
+
+def test_state_goes_to_every_rank() -> None:
+    first, second = Net(Balancer(TASKS, MGDA())), Net(Balancer(TASKS, MGDA()))
+    x = torch.randn(8, 3)
+    run(first, VirtualRanks(2, first.balancer, first), x)
+    ranks = VirtualRanks(2, second.balancer, second)
+    second.balancer.load_state_dict(first.balancer.state_dict())
+    run(second, ranks, x)
+    assert second.balancer.step == 2
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, True])
+def test_bad_numbers(number: object) -> None:
+    with pytest.raises(ValueError, match="virtual ranks must be a number"):
+        VirtualRanks(number, Balancer(TASKS, Equal()), nn.Module())
+
+
+def test_virtual_ranks_come_before_the_first_step() -> None:
+    net = Net(Balancer(TASKS, Equal()))
+    net(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="before its first step"):
+        VirtualRanks(2, net.balancer, net)
+
+
+def test_split_keeps_order_and_passes_the_rest_on() -> None:
+    ranks = VirtualRanks(3, Balancer(TASKS, Equal()), nn.Module())
+    parts = ranks.split({"x": torch.arange(7), "name": "all", "scalar": torch.tensor(5)})
+    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert all(part["name"] == "all" and part["scalar"] == 5 for part in parts)
