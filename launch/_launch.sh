@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts in launch/ that train: source it after _setup.sh.
 
 # Prints the usage (the comment that a script begins with, as far as the first empty line) for -h and --help, and
@@ -25,6 +26,7 @@ engines() {
 # Sets ENGINE_FILE and EXTRA, what must be installed, from the name of an engine or a file.
 find_engine() { # engine
   ENGINE="$1"
+  # shellcheck disable=SC2034 # read by the scripts
   EXTRA=recipes
   case "$ENGINE" in
     *.yaml) ENGINE_FILE="$ENGINE" ;;
@@ -32,6 +34,7 @@ find_engine() { # engine
   esac
   [ -f "$ENGINE_FILE" ] ||
     fail "no engine '$ENGINE'; there are $(engines), or name a file for accelerate launch --config_file"
+  # shellcheck disable=SC2034
   if grep -q '^distributed_type: *DEEPSPEED' "$ENGINE_FILE"; then EXTRA=recipes,deepspeed; fi
 }
 

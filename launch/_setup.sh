@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts in launch/: finds a Python, makes .venv in the repository, installs into it.
 # Source it after `set -euo pipefail`, then call `setup EXTRA`. On any problem it prints one line and exits 1.
 
@@ -40,6 +41,14 @@ is_done() { # extra
   [ "$(cat "$VENV/.mtl_dist_$1" 2>/dev/null)" = "$(stamp "$1")" ]
 }
 
+# Says that the environment has these extras already, as in an image that was built with them.
+mark_installed() { # extras...
+  local extra
+  for extra in "$@"; do
+    stamp "$extra" >"$VENV/.mtl_dist_$extra"
+  done
+}
+
 # Makes .venv anew where it is missing, broken, or left by a set-up that was killed: pip takes a half-copied
 # package for an installed one.
 make_venv() { # log
@@ -71,11 +80,11 @@ install_pinned() { # extra
   touch "$UNFINISHED"
   # the variables reach the isolated build too: the first with old pip, the second from pip 25.3 on
   if ! PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" "$VENV/bin/python" -m pip install \
-    --disable-pip-version-check -c "$pins" -e "$ROOT[$1]" >"$log" 2>&1 </dev/null; then
+    --disable-pip-version-check -c "$pins" -e "${ROOT}[$1]" >"$log" 2>&1 </dev/null; then
     rm "$UNFINISHED" # pip ended by itself, so nothing is half done
     fail "pip: $(pip_error "$log") (log: $log)"
   fi
-  stamp "$1" >"$VENV/.mtl_dist_$1"
+  mark_installed "$1"
   rm "$UNFINISHED"
 }
 
