@@ -24,7 +24,8 @@ def write_run(
         for step in range(1, steps + 1):
             file.write(json.dumps(made_row(tasks, step, steps, phase)) + "\n")
     if settings is not None:
-        summary = {"num_processes": 2, "settings": settings}
+        engine = {"distributed_type": "DEEPSPEED", "zero_stage": 2, "device": "cpu", "mixed_precision": "no"}
+        summary = {"num_processes": 2, "engine": engine, "settings": settings}
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
 

@@ -37,7 +37,7 @@ def in_memory(num_rows: int, tasks: tuple[str, ...], name: str = "run", seed: in
         for key in made_row(tasks, 1, 1)
         if key != "train/global_step"
     }
-    return RunData(name, np.arange(1.0, num_rows + 1), columns, {"weighting": "mgda"}, 1, ())
+    return RunData(name, np.arange(1.0, num_rows + 1), columns, {"weighting": "mgda"}, 1, "", ())
 
 
 def data_of(page: str) -> dict:
@@ -164,6 +164,7 @@ def test_runs_with_different_tasks_and_settings(tmp_path):
     assert data_of(page)["tasks"] == ["left", "right", "sum"]
     assert re.findall(r"<tr class=differs><td>(.*?)</td>", page) == ["seed"]
     assert "5 to 8 steps" in page
+    assert page.count("<td>DEEPSPEED, ZeRO-2, cpu</td>") == 2
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class RunData:
         columns: key -> `[R]` values, NaN where the row has none.
         settings: of `summary.json`; empty where the run left none.
         num_processes: that took part; None where unknown.
+        engine: what ran it, in a few words; empty where unknown.
         notes: what a reader must know, one sentence each.
     """
 
@@ -39,6 +40,7 @@ class RunData:
     columns: dict[str, Floats]
     settings: dict[str, Any]
     num_processes: int | None
+    engine: str
     notes: tuple[str, ...]
 
 
@@ -137,6 +139,7 @@ def _read(folder: Path, name: str) -> RunData:
         values,
         settings if isinstance(settings, dict) else {},
         processes if isinstance(processes, int) else None,
+        _engine(summary.get("engine")),
         tuple(notes),
     )
 
@@ -171,6 +174,16 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{SUMMARY} is damaged: the configuration is not shown.")
         return {}
     return summary
+
+
+def _engine(described: Any) -> str:
+    if not isinstance(described, dict):
+        return ""
+    kind, stage = described.get("distributed_type"), described.get("zero_stage")
+    precision = described.get("mixed_precision")
+    parts = ["one process" if kind == "NO" else kind, None if stage is None else f"ZeRO-{stage}"]
+    parts += [described.get("device"), None if precision == "no" else precision]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _float32(value: float) -> float:

@@ -28,12 +28,13 @@ def runs_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
         "Run",
         "Weighting",
         "Steps",
+        "Engine",
         "Processes",
         "Median step, ms",
         "Mean conflict rate",
         "Lowest mean cosine",
     ]
-    return table(head, [_run_line(run, tasks) for run in runs], numeric=(2, 3, 4, 5))
+    return table("Runs", head, [_run_line(run, tasks) for run in runs], numeric=(2, 4, 5, 6))
 
 
 def final_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
@@ -55,7 +56,7 @@ def final_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
             first = _number(loss, best=loss is not None and loss == best)
             lines.append([_text(task), *([_text(run.name)] if several else []), first, *map(_number, shown)])
     text_columns = 2 if several else 1
-    return table(head, lines, numeric=range(text_columns, len(head)))
+    return table("Final values", head, lines, numeric=range(text_columns, len(head)))
 
 
 def settings_table(runs: Sequence[RunData]) -> str:
@@ -67,10 +68,13 @@ def settings_table(runs: Sequence[RunData]) -> str:
         if len(set(shown)) > 1:
             marked.add(row)
         lines.append([_text(key), *map(_text, shown)])
-    return table(["Setting", *(run.name for run in runs)], lines, marked=marked, sortable=False)
+    return table(
+        "Configuration", ["Setting", *(run.name for run in runs)], lines, marked=marked, sortable=False
+    )
 
 
 def table(
+    name: str,
     head: Sequence[str],
     lines: Sequence[Sequence[str]],
     *,
@@ -78,11 +82,11 @@ def table(
     marked: set[int] | frozenset[int] = frozenset(),
     sortable: bool = True,
 ) -> str:
-    """An HTML table; `lines` are cells already in HTML, `numeric` the columns that sort largest first."""
+    """An HTML table; `name` is its label, `lines` are cells already in HTML, `numeric` the columns that sort largest first."""
     cells = []
-    for column, name in enumerate(head):
+    for column, title in enumerate(head):
         kind = ' class="n"' if column in numeric else ""
-        inner = f'<button type="button">{escape(name)}</button>' if sortable else escape(name)
+        inner = f'<button type="button">{escape(title)}</button>' if sortable else escape(title)
         cells.append(f'<th scope="col"{kind}>{inner}</th>')
     body = "\n".join(
         f"<tr{' class=differs' if row in marked else ''}>{''.join(line)}</tr>"
@@ -90,7 +94,7 @@ def table(
     )
     kind = ' class="sortable"' if sortable else ""
     return (
-        f'<div class="scroll" tabindex="0"><table{kind}><thead><tr>{"".join(cells)}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table{kind}><thead><tr>{"".join(cells)}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -131,6 +135,7 @@ def _run_line(run: RunData, tasks: Sequence[str]) -> list[str]:
         _text(run.name),
         _text(describe(run.settings["weighting"]) if "weighting" in run.settings else NONE),
         _number(float(run.steps[-1]) if len(run.steps) else None),
+        _text(run.engine or NONE),
         _number(run.num_processes),
         _number(None if step_ms is None or last(step_ms) is None else float(np.nanmedian(step_ms))),
         _number(_mean(conflicts)),

@@ -38,7 +38,7 @@ function valueItems(lines, values, near, where) {
 }
 
 function valueTable(lines, runs, values, near, where) {
-  const of = new Map();
+  const of = new Map(), byRun = state.colourBy === "run";
   for (const line of lines) of.set(line.task, [...(of.get(line.task) ?? []), line]);
   const size = ([, group]) => Math.max(...group.map((line) => Math.abs(values.get(line) ?? 0)));
   let rows = [...of];
@@ -46,9 +46,10 @@ function valueTable(lines, runs, values, near, where) {
     rows.sort((a, b) => (b[0] === near?.task) - (a[0] === near?.task) || size(b) - size(a));
     rows = rows.slice(0, MAX_ITEMS);
   }
-  const head = element("tr", {}, element("th", {}, where), ...runs.map((run) => element("th", { class: "n" }, clipped(data.runs[run].name))));
+  const head = element("tr", {}, element("th", {}, where), ...runs.map((run) =>
+    element("th", { class: "n" }, ...(byRun ? [marker(hue(run))] : []), clipped(data.runs[run].name))));
   const body = rows.map(([task, group]) => element("tr", { class: task === near?.task ? "near" : "" },
-    element("td", {}, marker(look(task, group[0].run).colour), clipped(data.tasks[task])),
+    element("td", {}, ...(byRun ? [] : [marker(hue(task))]), clipped(data.tasks[task])),
     ...runs.map((run) => {
       const line = group.find((one) => one.run === run);
       return element("td", { class: "n" }, element("b", {}, line ? format(values.get(line)) : "–"));
