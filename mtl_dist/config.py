@@ -23,7 +23,7 @@ from pydantic import (
 
 from mtl_dist._components import build, hint
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureProbe, FeatureTap
+from mtl_dist.probes import FeatureProbe, FeatureTap, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
@@ -31,7 +31,11 @@ from mtl_dist.weighting import COMBINATORS, RULES, Rule
 # a component: its name, or a mapping with `name` and fields; checked by building it
 Spec = Any
 
-PROBES: dict[str, type[Any]] = {"feature": FeatureProbe, "tap": FeatureTap}
+PROBES: dict[str, type[Any]] = {
+    "feature": FeatureProbe,
+    "tap": FeatureTap,
+    "shared_layer": SharedLayerProbe,
+}
 
 
 class Settings(BaseModel):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mtl_dist.config import PROBES, Settings, build_probe, build_recipe, build_rule, load_settings
-from mtl_dist.probes import FeatureProbe, FeatureTap
+from mtl_dist.probes import FeatureProbe, FeatureTap, SharedLayerProbe
 from mtl_dist.recipes import MultiDigits
 from mtl_dist.weighting import MGDA, Clamp, Equal, Fixed, GeneralizedMean, Smooth
 
@@ -64,7 +64,8 @@ def test_rules_by_name(spec, rule):
 def test_probes_by_name():
     assert build_probe(None) is None
     assert build_probe("tap") == FeatureTap()
-    assert set(PROBES) == {"feature", "tap"}
+    assert build_probe({"name": "shared_layer", "sketch": 4096}) == SharedLayerProbe(sketch=4096)
+    assert set(PROBES) == {"feature", "tap", "shared_layer"}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe
 from mtl_dist.recipes.multi_digits import MultiDigits
+from mtl_dist.recipes.text_mixture import TextMixture
 
 RECIPES: dict[str, type[Recipe]] = {
     "multi_digits": MultiDigits,
+    "text_mixture": TextMixture,
 }
 
-__all__ = ["RECIPES", "Batch", "BatchData", "Metric", "MultiDigits", "Recipe"]
+__all__ = ["RECIPES", "Batch", "BatchData", "Metric", "MultiDigits", "Recipe", "TextMixture"]
