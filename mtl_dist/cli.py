@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from mtl_dist import train
-from mtl_dist.commands import report, rules
+from mtl_dist.commands import dashboard, report, rules
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 RunCommand = Callable[[argparse.Namespace], int]
@@ -14,6 +14,7 @@ RunCommand = Callable[[argparse.Namespace], int]
 # name: what it does, its arguments, what runs it and gives the exit status
 COMMANDS: dict[str, tuple[str, AddArguments, RunCommand]] = {
     "train": ("train a recipe", train.add_arguments, train.run_command),
+    "dashboard": ("make the W&B workspace for our rows", dashboard.add_arguments, dashboard.run_command),
     "report": ("write one HTML file of one or several runs", report.add_arguments, report.run_command),
     "rules": ("list the weighting rules", rules.add_arguments, rules.run_command),
 }

@@ -1,0 +1,48 @@
+"""`mtl-dist dashboard`: the W&B workspace for our rows, saved to an account or written to a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mtl_dist.tracking.dashboard import build_workspace, workspace_spec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the workspace goes and what it shows."""
+    parser.add_argument("--entity", required=True, help="W&B user or team")
+    parser.add_argument("--project", required=True, help="W&B project")
+    parser.add_argument("--name", default="mtl_dist", help="name of the view")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks to show; default: all that runs have"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the specification there; needs no account"
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Saves the workspace, or writes it; returns 2 for wrong arguments and 1 where W&B did not take it."""
+    try:
+        workspace = build_workspace(arguments.entity, arguments.project, arguments.tasks, arguments.name)
+    except ValueError as error:
+        sys.stderr.write(f"mtl-dist dashboard: {error}\n")
+        return 2
+    if arguments.json is not None:
+        text = json.dumps(workspace_spec(workspace), indent=1) + "\n"
+        arguments.json.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote {arguments.json}\n")
+        return 0
+    try:
+        workspace.save()
+    except Exception as error:  # whatever W&B raises for keys, networks and rights
+        reason = str(error).rstrip(".")
+        sys.stderr.write(
+            f"mtl-dist dashboard: W&B did not take the workspace: {reason}. Run `wandb login`, check entity "
+            "and project (which must exist), or write it with --json FILE\n"
+        )
+        return 1
+    sys.stdout.write(f"saved {workspace.url}\n")
+    return 0

@@ -1,0 +1,119 @@
+"""The W&B workspace that goes with our rows, as code: charts with all tasks in one, runs side by side."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from mtl_dist.tracking.keys import STEP_KEY, check_task_names
+from mtl_dist.tracking.tracker import require
+
+
+def build_workspace(entity: str, project: str, tasks: Sequence[str] = (), name: str = "mtl_dist") -> Any:
+    """A `wandb_workspaces.workspaces.Workspace`, made without account or network.
+
+    Args:
+        entity: user or team.
+        project: of W&B.
+        tasks: to show; none: whatever tasks the runs have, and no bar chart of final weights.
+        name: of the view.
+
+    Raises:
+        ValueError: wandb-workspaces is not installed, or a task's name cannot be part of a key.
+    """
+    require("wandb_workspaces", "dashboard", "wandb")
+    check_task_names(tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydantic's, about the package's own validators (0.4.13)
+        import wandb_workspaces.workspaces as ws
+
+        sections = [
+            ws.Section(name=title, is_open=True, panels=panels) for title, panels in _sections(tasks).items()
+        ]
+        settings = ws.WorkspaceSettings(x_axis=STEP_KEY)
+        return ws.Workspace(
+            entity=entity,
+            project=project,
+            name=name,
+            sections=sections,
+            settings=settings,
+            auto_generate_panels=False,
+        )
+
+
+def workspace_spec(workspace: Any) -> dict[str, Any]:
+    """What `Workspace.save()` sends, as plain data."""
+    # the package has no public way to it; pinned below 0.5 for this line
+    spec: dict[str, Any] = workspace._to_model().spec.model_dump(
+        mode="json", by_alias=True, exclude_none=True
+    )
+    return spec
+
+
+def _sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
+    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
+
+    one = f"({'|'.join(map(re.escape, tasks))})" if tasks else ".*"
+    measured = f"{one}/.*" if tasks else f"{_any_but('loss')}/.*"
+    place = _places()
+
+    def lines(title: str, pattern: str, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x=STEP_KEY, metric_regex=pattern, layout=next(place), **options)
+
+    def single(title: str, *keys: str, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x=STEP_KEY, y=list(keys), layout=next(place), **options)
+
+    sections = {
+        "Tasks": [
+            lines("Weights", f"mtl/weight/{one}"),
+            lines("Contributions: share of the update", f"mtl/contribution/{one}"),
+            lines("Losses", f"mtl/loss/{one}", log_y=True),
+            lines("Gradient norms", f"mtl/grad_norm/{one}", log_y=True),
+            lines("Validation losses", f"eval/loss/{one}", log_y=True),
+            lines("Validation metrics", f"eval/{measured}"),
+        ]
+    }
+    place = _places()
+    pair = f"{one}__{one}" if tasks else ".*"
+    sections["Gradients"] = [
+        lines("Cosines between tasks", f"mtl/cosine/{pair}", range_y=(-1, 1)),
+        single("Conflict rate", "mtl/conflict_rate", range_y=(0, 1)),
+        single("Entropy of the weights", "mtl/weight_entropy"),
+    ]
+    place = _places()
+    sections["Run"] = [
+        single("Weighted total", "train/loss", log_y=True),
+        single("Milliseconds a step", "perf/step_ms"),
+        single("Milliseconds in our collectives", "perf/sync_ms"),
+        single("Steps held for non-finite statistics", "mtl/held"),
+    ]
+    place = _places()
+    heatmap = wr.MediaBrowser(
+        title="Cosines at the end", media_keys=["mtl/final/cosine_heatmap"], layout=next(place)
+    )
+    bars = [f"mtl/weight/{task}" for task in tasks]
+    sections["End"] = [
+        *([wr.BarPlot(title="Final weights", metrics=bars, layout=next(place))] if bars else []),
+        heatmap,
+        wr.WeavePanelSummaryTable(table_name="mtl/final/weights", layout=next(place)),
+        wr.WeavePanelSummaryTable(table_name="mtl/final/cosines", layout=next(place)),
+    ]
+    sections["Runs compared"] = [wr.RunComparer(diff_only="split", layout=wr.Layout(x=0, y=0, w=24, h=9))]
+    return sections
+
+
+def _places() -> Any:
+    """Three panels a line, on W&B's grid of 24 columns."""
+    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
+
+    return (wr.Layout(x=8 * (i % 3), y=7 * (i // 3), w=8, h=7) for i in range(100))
+
+
+def _any_but(word: str) -> str:
+    """A pattern for one part of a key that is not `word`; W&B's patterns cannot look ahead."""
+    starts = [f"{re.escape(word[:i])}[^/{re.escape(c)}][^/]*" for i, c in enumerate(word)]
+    shorter = [re.escape(word[:i]) for i in range(1, len(word))]
+    return f"({'|'.join([*starts, *shorter, re.escape(word) + '[^/]+'])})"
