@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist._alarm import Alarm
+from mtl_dist._check import Check
 from mtl_dist._course import Course
 from mtl_dist._diagonal import DiagonalWatch, explain_diagonal
 from mtl_dist._engine import Engine
 from mtl_dist._explain import explain_failure, explain_nonfinite, explain_refusal
+from mtl_dist._findings import Finding
 from mtl_dist._quench import Quench
 from mtl_dist._validate import (
     OnNonfinite,
@@ -31,7 +33,7 @@ from mtl_dist.probes._layer import LayerInput
 from mtl_dist.probes._losses import Mixture, collect, evaluate
 from mtl_dist.probes._mixture import SampleLosses, mixed, sample_losses
 from mtl_dist.probes._partitioned import ZERO_3
-from mtl_dist.stats import LocalStats, StepReport, TaskStats
+from mtl_dist.stats import LocalStats, StepReport, TaskStats, global_stats
 from mtl_dist.sync import Synchronizer, Wire, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
@@ -75,6 +77,8 @@ class Balancer(nn.Module):
             rule, with its own weights. k: the weights hold for windows of k micro-batches, and each window's
             weights are computed from the statistics of the whole window before (uniform in the first), so
             that k micro-batches of equal counts train like one batch k times as large.
+        check: for debugging: measure every step a second time by plain autograd, compare, and look for what
+            makes weights worthless (`findings`). Twice the cost, and the host waits.
 
     Raises:
         ValueError: task names empty or repeated, or a combination that cannot work.
@@ -94,6 +98,7 @@ class Balancer(nn.Module):
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "raise",
         window: int | None = None,
+        check: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
@@ -113,6 +118,7 @@ class Balancer(nn.Module):
             refuse=self._refuse,
         )
         self._diagonal = DiagonalWatch() if weighting.needs == Needs.GRAM else None
+        self._check = Check(self.tasks, self.weighting, self.probe) if check else None
         self._made: dict[str, Any] = {}
         self._partitioned: bool | None = None
         self._finite: Tensor | None = None
@@ -170,7 +176,9 @@ class Balancer(nn.Module):
             if heads is None or (isinstance(heads, Mixture) and heads.function is None):
                 total = self._of_losses(features, heads, step)
             else:
-                total = self.probe(self._shared(features, layer), heads, step)
+                shared = self._shared(features, layer)
+                step.check(shared, heads)
+                total = self.probe(shared, heads, step)
         except Exception:
             if not step.reduced:
                 self._synchronizer.announce_failure()
@@ -289,6 +297,12 @@ class Balancer(nn.Module):
     @report.setter
     def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
         self._course.report = report
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What `check=True` found, in the order it was found; virtual ranks after rank 0."""
+        checks = [balancer._check for balancer in (self, *self._twins)]
+        return tuple(finding for check in checks if check is not None for finding in check.findings.all())
 
     @property
     def step(self) -> int:
@@ -411,6 +425,7 @@ class _Step:
         self.rank = balancer._synchronizer.rank
         self.reduced = False
         self._failed: Tensor | None = None
+        self._explicit: LocalStats | None = None
         self._balancer = balancer
         self._counts = counts
 
@@ -475,4 +490,31 @@ class _Step:
         balancer = self._balancer
         if self.measure:
             balancer._look_at(reduced.total)
-        return balancer._course.decide(reduced.total, balancer._checked(reduced), measured=self.measure)
+        finite = balancer._checked(reduced)
+        expected = self._expected(reduced, finite)
+        used = balancer._course.decide(reduced.total, finite, measured=self.measure)
+        if balancer._check is not None and bool(finite):
+            stats = global_stats(reduced.total, self.step, with_gram=self.measure)
+            balancer._check.look_at_weights(stats, used)
+            if expected is not None:
+                balancer._check.compare_weights(expected, used, self.step)
+        return used
+
+    def check(self, features: Any, heads: Heads) -> None:
+        """Measures the step by plain autograd, where the balancer checks."""
+        check = self._balancer._check
+        if check is not None and self.measure:
+            self._explicit = check.measure(features, heads, self)
+
+    def _expected(self, reduced: Reduced, finite: Tensor) -> Tensor | None:
+        """Compares the statistics with explicit ones; the `[n]` weights that those give, if one step does."""
+        check, course = self._balancer._check, self._balancer._course
+        if check is None or self._explicit is None:
+            return None
+        explicit, _ = self._balancer._synchronizer.reduce(self._explicit)
+        check.compare(explicit, reduced.total, self.step)
+        if course.window is not None:
+            return None
+        stats = global_stats(explicit, self.step, with_gram=True)
+        weights, _ = course.rule.update(stats.guarded(finite), course.state)
+        return torch.where(stats.present, weights, torch.zeros_like(weights))
