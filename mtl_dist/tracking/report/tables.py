@@ -82,7 +82,16 @@ def table(
     marked: set[int] | frozenset[int] = frozenset(),
     sortable: bool = True,
 ) -> str:
-    """An HTML table; `name` is its label, `lines` are cells already in HTML, `numeric` the columns that sort largest first."""
+    """An HTML table.
+
+    Args:
+        name: its label.
+        head: titles of the columns.
+        lines: cells, already in HTML.
+        numeric: columns that sort largest first.
+        marked: lines to stand out.
+        sortable: by a click on a heading.
+    """
     cells = []
     for column, title in enumerate(head):
         kind = ' class="n"' if column in numeric else ""
@@ -94,7 +103,8 @@ def table(
     )
     kind = ' class="sortable"' if sortable else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table{kind}><thead><tr>{"".join(cells)}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">'
+        f"<table{kind}><thead><tr>{''.join(cells)}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
