@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from mtl_dist.probes._base import Exchange
 from mtl_dist.probes._features import gradient_gram
-from mtl_dist.probes._segments import Segment, plan, stream, variable
+from mtl_dist.probes._passes import stream
+from mtl_dist.probes._segments import Plan, plan, shape_of, variable
 from mtl_dist.probes._sketch import CountSketch
 from mtl_dist.stats import stats_dtype
 
@@ -23,11 +24,11 @@ class Trunk:
 
     Attributes:
         leaves: the features.
-        segments: the plan of the traversal.
+        plan: of the traversal.
     """
 
     leaves: tuple[Tensor, ...]
-    segments: tuple[Segment, ...]
+    plan: Plan
 
     @classmethod
     def below(cls, leaves: tuple[Tensor, ...], wanted: Callable[[Tensor], bool], bucket: int) -> Trunk:
@@ -37,7 +38,7 @@ class Trunk:
             ValueError: no wanted parameter is there, or a part of the graph is hidden.
         """
         trunk = cls(leaves, plan(leaves, wanted, bucket))
-        if not trunk.segments:
+        if not trunk.plan.segments:
             raise ValueError(
                 "ParameterProbe: no shared parameter is behind the features. Give it features that a "
                 "trainable trunk made in this forward (not detached), and under FSDP2 leave `parameters` None"
@@ -45,14 +46,9 @@ class Trunk:
         return trunk
 
     @property
-    def groups(self) -> list[tuple[Node, ...]]:
-        """The ends of the graph, in the order of their gradients."""
-        return [group for segment in self.segments for group in segment.groups]
-
-    @property
     def shapes(self) -> list[list[tuple[int, ...]]]:
         """Of the parameters, group by group."""
-        return [[tuple(variable(leaf).shape) for leaf in group] for group in self.groups]
+        return [[shape_of(leaf) for leaf in group] for group in self.plan.groups]
 
 
 def check_same_parameters(trunk: Trunk, exchange: Exchange, device: torch.device) -> None:
@@ -62,7 +58,7 @@ def check_same_parameters(trunk: Trunk, exchange: Exchange, device: torch.device
         ValueError: they differ; on every rank.
     """
     digest = zlib.crc32(repr(trunk.shapes).encode())
-    number = sum(len(group) for group in trunk.groups)
+    number = sum(len(group) for group in trunk.plan.groups)
     mine = torch.tensor([[number, digest]], device=device)
     everyone = exchange.gather_rows(mine)
     if bool((everyone != mine).any()):
@@ -83,9 +79,9 @@ def parameter_rows(
         gradients: `∂l_i/∂z` for each task, one tensor a leaf of the features.
         counts: `[n]`, `c_i`.
     """
-    passes = stream([t.leaves for t in trunks], gradients, [t.segments for t in trunks])
-    for group, tasks in zip(trunks[0].groups, passes, strict=True):
-        lengths = [variable(leaf).numel() for leaf in group]
+    passes = stream([t.leaves for t in trunks], gradients, [t.plan for t in trunks])
+    for group, tasks in zip(trunks[0].plan.groups, passes, strict=True):
+        lengths = [math.prod(shape_of(leaf)) for leaf in group]
         double = any(variable(leaf).dtype == torch.float64 for leaf in group)
         rows = torch.zeros(
             len(trunks), sum(lengths), dtype=torch.float64 if double else torch.float32, device=counts.device

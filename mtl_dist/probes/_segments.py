@@ -12,15 +12,18 @@ without narrow places, such as a U-Net): it is then traversed once for each grou
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
+
+from mtl_dist.probes._storage import is_there
 
 _LEAF = "torch::autograd::AccumulateGrad"
+_UNIT = "RegisterPostBackwardFunctionBackward"  # FSDP2 puts it at the inputs of what it shards as a unit
 Edge = tuple[Node, int]  # a node and which of its inputs a gradient arrives at
 
 
@@ -39,6 +42,26 @@ class Segment:
     groups: tuple[tuple[Node, ...], ...]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a graph is traversed.
+
+    Attributes:
+        segments: in the order of a backward.
+        units: whether FSDP2 shards parts of the graph as units.
+        parameters: all parameters in the graph, wanted or not.
+    """
+
+    segments: tuple[Segment, ...]
+    units: bool
+    parameters: tuple[Tensor, ...]
+
+    @property
+    def groups(self) -> list[tuple[Node, ...]]:
+        """The ends of the graph, in the order of their gradients."""
+        return [group for segment in self.segments for group in segment.groups]
+
+
 @dataclass
 class _Piece:
     """Nodes between two narrow places, and the leaves whose last use is there."""
@@ -47,7 +70,7 @@ class _Piece:
     leaves: list[Node] = field(default_factory=list)
 
     def size(self) -> int:
-        return sum(variable(leaf).numel() for leaf in self.leaves)
+        return sum(math.prod(shape_of(leaf)) for leaf in self.leaves)
 
 
 def variable(leaf: Node) -> Tensor:
@@ -56,8 +79,14 @@ def variable(leaf: Node) -> Tensor:
     return tensor
 
 
-def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int) -> tuple[Segment, ...]:
-    """The segments of the graph below `features` that leads to `wanted` leaves, in the order of a backward.
+def shape_of(leaf: Node) -> tuple[int, ...]:
+    """The shape of the parameter at an end of the graph, whole where an engine holds a part of it."""
+    tensor = variable(leaf)
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed's name for the whole one's
+
+
+def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int) -> Plan:
+    """Segments of the graph below `features` that leads to `wanted` leaves, in the order of a backward.
 
     A function of the graph's structure alone: ranks with the same graph have the same plan.
 
@@ -69,74 +98,25 @@ def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: i
     Raises:
         ValueError: a part of the graph is hidden (reentrant activation checkpointing).
     """
-    roots = [_edge(tensor) for tensor in features]
-    heights = _heights([node for node, _ in roots], wanted)
+    roots = [edge_of(tensor) for tensor in features]
+    leaves: list[Node] = []
+    heights = _heights([node for node, _ in roots], wanted, leaves)
+    parameters = tuple(variable(leaf) for leaf in leaves)
+    units = any(node.name() == _UNIT for node in heights) or not all(map(is_there, parameters))
     roots = [edge for edge in dict.fromkeys(roots) if edge[0] in heights]
     segments: list[Segment] = []
     pending = list(roots)
-    for piece in _merged(_pieces(roots, heights), bucket):
+    for piece in _merged(_pieces(roots, heights, units=units), bucket):
         inside = {*piece.nodes, *piece.leaves}
         entries = [edge for edge in pending if edge[0] in inside]
         leaving = (edge for node in piece.nodes for edge in _children(node, heights))
         exits = list(dict.fromkeys(edge for edge in leaving if edge[0] not in inside))
         pending = list(dict.fromkeys([*(edge for edge in pending if edge[0] not in inside), *exits]))
         segments.append(Segment(tuple(entries), tuple(exits), tuple(_groups(piece.leaves, bucket))))
-    return tuple(segments)
+    return Plan(tuple(segments), units, parameters)
 
 
-def stream(
-    features: Sequence[Sequence[Tensor]],
-    gradients: Sequence[Sequence[Tensor]],
-    plans: Sequence[Sequence[Segment]],
-) -> Iterator[Iterator[Sequence[Tensor | None]]]:
-    """For each group of each segment, the n tasks' gradients of its parameters, one task after the other.
-
-    Every iterator must be used up before the next one is asked for. The graphs are kept.
-
-    Args:
-        features: for each task, the tensors that `plan` was given.
-        gradients: for each task, the gradients there.
-        plans: for each task, the plan of its graph; tasks may share one graph.
-    """
-    carried = [
-        _added({}, ((_edge(tensor), gradient) for tensor, gradient in zip(*pair, strict=True)))
-        for pair in zip(features, gradients, strict=True)
-    ]
-    for segments in zip(*plans, strict=True):
-        for number in range(len(segments[0].groups)):
-            yield (_of_group(held, segment, number) for held, segment in zip(carried, segments, strict=True))
-
-
-def _of_group(carried: dict[Edge, Tensor], segment: Segment, number: int) -> Sequence[Tensor | None]:
-    """Gradients of one group of leaves; takes the carried gradients on with the last group of a segment."""
-    last = number == len(segment.groups) - 1
-    exits, leaves = segment.exits if last else (), segment.groups[number]
-    entries = [edge for edge in segment.entries if edge in carried]
-    inputs = [*exits, *((leaf, 0) for leaf in leaves)]
-    if not entries or not inputs:
-        return [None] * len(leaves)
-    found = torch.autograd.grad(
-        [GradientEdge(*edge) for edge in entries],
-        [GradientEdge(*edge) for edge in inputs],
-        [carried[edge] for edge in entries],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    if last:
-        for edge in entries:
-            del carried[edge]
-        _added(carried, zip(exits, found, strict=False))
-    return found[len(exits) :]
-
-
-def _added(held: dict[Edge, Tensor], new: Iterable[tuple[Edge, Tensor | None]]) -> dict[Edge, Tensor]:
-    for edge, gradient in new:
-        if gradient is not None:
-            held[edge] = held[edge] + gradient if edge in held else gradient
-    return held
-
-
-def _edge(tensor: Tensor) -> Edge:
+def edge_of(tensor: Tensor) -> Edge:
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
@@ -145,8 +125,8 @@ def _children(node: Node, kept: dict[Node, int]) -> list[Edge]:
     return [(child, number) for child, number in node.next_functions if child is not None and child in kept]
 
 
-def _heights(roots: Iterable[Node], wanted: Callable[[Tensor], bool]) -> dict[Node, int]:
-    """Of every node that leads to a wanted leaf: the length of its longest path to one."""
+def _heights(roots: Iterable[Node], wanted: Callable[[Tensor], bool], leaves: list[Node]) -> dict[Node, int]:
+    """Of every node that leads to a wanted leaf: its longest path to one. Appends all leaves to `leaves`."""
     heights: dict[Node, int | None] = {}
     pending = list(roots)
     while pending:
@@ -160,7 +140,10 @@ def _heights(roots: Iterable[Node], wanted: Callable[[Tensor], bool]) -> dict[No
         if node not in heights:
             _check_open(node)
             below = [height for child in children if (height := heights[child]) is not None]
-            is_wanted = node.name() == _LEAF and wanted(variable(node))
+            is_leaf = node.name() == _LEAF
+            is_wanted = is_leaf and wanted(variable(node))
+            if is_leaf:
+                leaves.append(node)
             heights[node] = 0 if is_wanted else 1 + max(below) if below else None
     return {node: height for node, height in heights.items() if height is not None}
 
@@ -173,11 +156,13 @@ def _check_open(node: Node) -> None:
         )
 
 
-def _pieces(roots: Sequence[Edge], heights: dict[Node, int]) -> Iterator[_Piece]:
+def _pieces(roots: Sequence[Edge], heights: dict[Node, int], *, units: bool) -> Iterator[_Piece]:
     """The graph in topological order, cut wherever at most one node waits for gradients from above.
 
     With two such nodes, one may lie behind the other, and autograd, asked for the gradients at both, would
     count a path twice. Side branches come first (lowest height): they end, and the main path stays.
+    Under FSDP2 the cuts lie between its units, because it frees a unit's parameters after each traversal,
+    and gathers them again where the next one enters the unit.
     """
     waits = Counter(child for node in heights for child, _ in _children(node, heights))
     starts = [node for node in dict.fromkeys(node for node, _ in roots) if not waits[node]]
@@ -199,7 +184,7 @@ def _pieces(roots: Sequence[Edge], heights: dict[Node, int]) -> Iterator[_Piece]
             elif not waits[child]:
                 reached.discard(child)
                 piece.leaves.append(child)
-        if len(reached) <= 1:
+        if not reached or (len(reached) == 1 and (not units or node.name() == _UNIT)):
             yield piece
             piece = _Piece()
 
@@ -221,7 +206,7 @@ def _groups(leaves: Sequence[Node], bucket: int) -> Iterator[tuple[Node, ...]]:
     group: list[Node] = []
     size = 0
     for leaf in leaves:
-        length = variable(leaf).numel()
+        length = math.prod(shape_of(leaf))
         if group and size + length > bucket:
             yield tuple(group)
             group, size = [], 0
