@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from program import CONFIG
 
 from mtl_dist import cli, train
+from mtl_dist.commands.rules import rules_table
 from mtl_dist.weighting import COMBINATORS, RULES
 
 
@@ -15,7 +18,25 @@ def test_rules_lists_the_whole_registry(capsys):
     assert [line.split()[0] for line in lines] == ["name", *sorted(RULES), *sorted(COMBINATORS)]
     mgda = next(line for line in lines if line.startswith("mgda"))
     assert mgda.split()[1] == "gram"
+    assert "Sener and Koltun, NeurIPS 2018" in mgda
+    assert "QP" in mgda
     assert "solved exactly" in mgda
+
+
+def test_rules_as_json(capsys):
+    assert cli.main(["rules", "--json"]) == 0
+    records = {record["name"]: record for record in json.loads(capsys.readouterr().out)}
+    assert set(records) == {*RULES, *COMBINATORS}
+    for name, record in records.items():
+        assert record["class"] == {**RULES, **COMBINATORS}[name].__name__
+        assert all(isinstance(value, str) and value for value in record.values())
+    assert records["equal"]["needs"] == "losses"
+
+
+def test_rules_fit_the_terminal():
+    lines = rules_table(width=80).splitlines()
+    assert max(map(len, lines)) == 80
+    assert len(lines) == 1 + len(RULES) + len(COMBINATORS)
 
 
 @pytest.mark.parametrize("main", [train.main, lambda argv: cli.main(["train", *argv])])

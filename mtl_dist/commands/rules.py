@@ -1,32 +1,56 @@
-"""`mtl-dist rules`: every weighting rule, what it reads, what it does."""
+"""`mtl-dist rules`: every weighting rule, what it reads, where it comes from, what it costs, what it does."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import shutil
 import sys
+from typing import Any
 
 from mtl_dist.weighting import COMBINATORS, RULES
+from mtl_dist.weighting.sources import SOURCES
+
+_COLUMNS = ("name", "needs", "paper", "cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None yet."""
+    """How the table is written."""
+    parser.add_argument("--json", action="store_true", help="write JSON, a record for each rule")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Writes the table."""
-    sys.stdout.write(rules_table() + "\n")
+    """Writes the table: one line for each rule, as wide as the terminal where there is one."""
+    if arguments.json:
+        sys.stdout.write(json.dumps(rules_records(), indent=1, ensure_ascii=False) + "\n")
+        return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    sys.stdout.write(rules_table(width) + "\n")
     return 0
 
 
-def rules_table() -> str:
-    """One line per registered rule and combinator: name, what it reads, what it is."""
-    lines = [("name", "needs", "what it does")]
-    lines += [(name, rule.needs.name.lower(), _first_line(rule)) for name, rule in sorted(RULES.items())]
-    lines += [(name, "of its rule", _first_line(rule)) for name, rule in sorted(COMBINATORS.items())]
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    return "\n".join(f"{name:<{widths[0]}}  {needs:<{widths[1]}}  {what}" for name, needs, what in lines)
+def rules_records() -> list[dict[str, Any]]:
+    """Of every registered rule and combinator: name, class, needs, paper, cost, what it does."""
+    records = [_record(name, cls, cls.needs.name.lower()) for name, cls in sorted(RULES.items())]
+    return records + [_record(name, cls, "of its rule") for name, cls in sorted(COMBINATORS.items())]
 
 
-def _first_line(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
+def rules_table(width: int | None = None) -> str:
+    """One line for each rule; cut at `width` characters, where one is given."""
+    records = rules_records()
+    widths = {column: max(len(column), *(len(r[column]) for r in records)) for column in _COLUMNS}
+    header = {column: column for column in _COLUMNS} | {"what": "what it does"}
+    lines = (
+        "  ".join([*(r[column].ljust(widths[column]) for column in _COLUMNS), r["what"]])
+        for r in (header, *records)
+    )
+    return "\n".join(
+        line if width is None or len(line) <= width else line[: width - 1] + "…" for line in lines
+    )
+
+
+def _record(name: str, cls: type, needs: str) -> dict[str, Any]:
+    what = (inspect.getdoc(cls) or "").partition("\n")[0]
+    paper, cost = SOURCES[name]
+    return {"name": name, "class": cls.__name__, "needs": needs, "paper": paper, "cost": cost, "what": what}

@@ -1,0 +1,75 @@
+"""Where each rule comes from and what its weights cost, for tables. The rule's file says it in full.
+
+The cost is that of n weights from the statistics, beside which a rule's `needs` decides what a step costs.
+"QP" is a quadratic program in n unknowns, solved to its optimality conditions; "host" is what runs there in
+float64, for which an accelerator waits once. Milliseconds are in `benchmarks/results/solvers.md`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_VECTOR = "O(n)"
+_SPECTRUM = "O(n³), host"
+_QP = "QP, host"
+_NEWTON = "O(n³) an iteration, host"
+_PASSES = "O(n³), host"
+
+
+class Source(NamedTuple):
+    """Of one rule.
+
+    Attributes:
+        paper: authors, venue, year; or what it is where there is no paper.
+        cost: of its weights, in n tasks.
+    """
+
+    paper: str
+    cost: str
+
+
+SOURCES: dict[str, Source] = {
+    "aligned_mtl": Source("Senushkin et al., CVPR 2023", _SPECTRUM),
+    "cagrad": Source("Liu et al., NeurIPS 2021", "convex program, host"),
+    "coba": Source("Gong et al., EMNLP 2024", "O(n · window)"),
+    "conflict_free": Source("Liu, Chu and Thuerey, ICLR 2025", _SPECTRUM),
+    "db_mtl": Source("Lin et al., arXiv 2308.12029", _VECTOR),
+    "dual_proj": Source("Lopez-Paz and Ranzato, NeurIPS 2017", _QP),
+    "dwa": Source("Liu, Johns and Davison, CVPR 2019", _VECTOR),
+    "encodec": Source("Défossez et al., 2022", _VECTOR),
+    "equal": Source("the baseline", _VECTOR),
+    "fairgrad": Source("Ban and Ji, ICML 2024", _NEWTON),
+    "famo": Source("Liu et al., NeurIPS 2023", _VECTOR),
+    "fixed": Source("the baseline", _VECTOR),
+    "generalized_mean": Source("Su, kexue.fm/archives/8870", _VECTOR),
+    "geometric_mean": Source("Chennupati et al., CVPRW 2019", _VECTOR),
+    "grad_norm": Source("Chen et al., ICML 2018", _VECTOR),
+    "gradvac": Source("Wang et al., ICLR 2021", _PASSES),
+    "imtl_l": Source("Liu et al., ICLR 2021", _VECTOR),
+    "imtlg": Source("Liu et al., ICLR 2021", _SPECTRUM),
+    "initial_loss": Source("Su, kexue.fm/archives/8870", _VECTOR),
+    "inverse_grad_norm": Source("Su, kexue.fm/archives/8870", _VECTOR),
+    "inverse_loss": Source("Su, kexue.fm/archives/8870", _VECTOR),
+    "krum": Source("Blanchard et al., NeurIPS 2017", "O(n² log n), host"),
+    "log_sum_exp": Source("a textbook's smooth maximum", _VECTOR),
+    "mgda": Source("Sener and Koltun, NeurIPS 2018", _QP),
+    "nash_mtl": Source("Navon et al., ICML 2022", _NEWTON),
+    "ntk_balance": Source("Wang, Yu and Perdikaris, J. Comput. Phys. 2022", _VECTOR),
+    "pcd": Source("Priority-Constrained Descent, TMLR 2026", _QP),
+    "pcgrad": Source("Yu et al., NeurIPS 2020", _PASSES),
+    "primary_auxiliary": Source("Su, kexue.fm/archives/8907", _QP),
+    "prior_loss": Source("Su, kexue.fm/archives/8870", _VECTOR),
+    "relobralo": Source("Bischof and Kraus, 2021", _VECTOR),
+    "rlw": Source("Lin et al., TMLR 2022", _VECTOR),
+    "soft_adapt": Source("Heydari, Thompson and Mehmood, 2019", _VECTOR),
+    "stch": Source("Lin et al., ICML 2024", _VECTOR),
+    "uncertainty": Source("Kendall, Gal and Cipolla, CVPR 2018", _VECTOR),
+    "upgrad": Source("Quinton and Rey, arXiv 2406.16232", "n QPs, host"),
+    "clamp": Source("a combinator", "O(n) and its rule's"),
+    "every": Source("a combinator", "its rule's, each k-th step"),
+    "normalize": Source("a combinator", "O(n) and its rule's"),
+    "of_log_losses": Source("official code of FAMO", "O(n²) and its rule's"),
+    "preference": Source("a combinator", "O(n) and its rule's"),
+    "smooth": Source("a combinator", "O(n) and its rule's"),
+    "warmup": Source("a combinator", "its rule's, after the warm-up"),
+}
