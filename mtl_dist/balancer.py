@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from mtl_dist._alarm import Alarm
 from mtl_dist._check import Check
 from mtl_dist._course import Course
-from mtl_dist._diagonal import DiagonalWatch, explain_diagonal
 from mtl_dist._engine import Engine
-from mtl_dist._explain import explain_failure, explain_nonfinite, explain_refusal
+from mtl_dist._explain import explain_refusal
 from mtl_dist._findings import Finding
 from mtl_dist._quench import Quench
+from mtl_dist._step import Session, Step
 from mtl_dist._validate import (
     OnNonfinite,
     check_same_state,
@@ -28,19 +27,15 @@ from mtl_dist._validate import (
     checked_tasks,
     checked_window,
 )
-from mtl_dist.probes import Counts, FeatureProbe, Heads, Losses, Probe, Reduced, TaskLosses
+from mtl_dist.probes import Counts, FeatureProbe, Heads, Losses, Probe, TaskLosses
 from mtl_dist.probes._layer import LayerInput
 from mtl_dist.probes._losses import Mixture, collect, evaluate
 from mtl_dist.probes._mixture import SampleLosses, mixed, sample_losses
-from mtl_dist.probes._partitioned import ZERO_3
-from mtl_dist.stats import LocalStats, StepReport, TaskStats, global_stats
+from mtl_dist.stats import StepReport, TaskStats
 from mtl_dist.sync import Synchronizer, Wire, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _STATE_PREFIX = "rule."
-_LOGGER = logging.getLogger("mtl_dist")
-
-T = TypeVar("T")
 
 
 class Balancer(nn.Module):
@@ -106,6 +101,7 @@ class Balancer(nn.Module):
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
+        strict = on_nonfinite == "raise"
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._alarm = Alarm()
         self._quench = Quench()
@@ -114,14 +110,13 @@ class Balancer(nn.Module):
             self.weighting,
             checked_window(window, self.probe),
             self._synchronizer.stopwatch,
-            strict=on_nonfinite == "raise",
+            strict=strict,
             refuse=self._refuse,
         )
-        self._diagonal = DiagonalWatch() if weighting.needs == Needs.GRAM else None
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
-        self._made: dict[str, Any] = {}
-        self._partitioned: bool | None = None
-        self._finite: Tensor | None = None
+        self._session = Session(
+            self.probe, strict, self._synchronizer, self._alarm, self._course, self._check
+        )
         self._twins: tuple[Balancer, ...] = ()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
@@ -169,8 +164,7 @@ class Balancer(nn.Module):
         self._alarm.poll()
         self._synchronizer.connect(self._fingerprint())
         self._course.begin()
-        self._finite = None
-        step = _Step(self, counts)
+        step = self._session.step(counts, measure=self.measures_at(self.step))
         try:
             heads = mixed(heads, counts, task_ids, mask)
             if heads is None or (isinstance(heads, Mixture) and heads.function is None):
@@ -183,7 +177,7 @@ class Balancer(nn.Module):
             if not step.reduced:
                 self._synchronizer.announce_failure()
             raise
-        return self._quench(total, features) if self._must_skip() else total
+        return self._quench(total, features) if self.on_nonfinite == "skip" and step.unsound() else total
 
     def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
         """Hands losses measured outside the step to the rule; all ranks must call it.
@@ -203,11 +197,10 @@ class Balancer(nn.Module):
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
         self._alarm.poll()
         self._synchronizer.connect(self._fingerprint())
-        step = _Step(self, counts)
+        step = self._session.step(counts, measure=False)
         with torch.no_grad():
             local = step.collect(checked_losses(losses), self._device_of(losses)).stats()
-            reduced = step.reduce(local)
-            self._course.observe(reduced.total, self._checked(reduced))
+            step.observe(step.reduce(local))
 
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -287,7 +280,7 @@ class Balancer(nn.Module):
         The integrations' `attach` calls it; call it before the first step.
         """
         self._course.engine = engine
-        self._partitioned = None
+        self._session.partitioned = None
 
     @property
     def report(self) -> StepReport | None:
@@ -342,7 +335,7 @@ class Balancer(nn.Module):
             return features
         return LayerInput(layer, features) if probe.takes_layers else layer(features)
 
-    def _of_losses(self, losses: Any, mixture: Mixture | None, step: _Step) -> Tensor:
+    def _of_losses(self, losses: Any, mixture: Mixture | None, step: Step) -> Tensor:
         if self.weighting.needs > Needs.LOSSES:
             raise ValueError(
                 f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
@@ -383,29 +376,6 @@ class Balancer(nn.Module):
         settings = f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
         return settings if self.window is None else f"{settings}, window {self.window}"
 
-    def _checked(self, reduced: Reduced) -> Tensor:
-        """Scalar bool: whether losses and gradients of all ranks are finite. Raises where they must be."""
-        total, faults = reduced.total, reduced.faults
-        losses = total.loss_sums.isfinite().all()
-        finite = losses & total.gram.isfinite().all() & (faults.failure[0] == 0)
-        if self.on_nonfinite == "raise":
-            # under a loss scale, gradients overflow now and then, and the engine skips those steps
-            needed = finite if self._course.engine.scaled is None else losses
-            self._alarm.watch(~needed, partial(explain_nonfinite, self.tasks, self.step, faults))
-        self._finite = finite
-        return finite
-
-    def _must_skip(self) -> bool:
-        """Whether this call's gradients must be zero; waits for the flag only where the policy says so."""
-        return self.on_nonfinite == "skip" and self._finite is not None and not self._finite
-
-    def _look_at(self, total: LocalStats) -> None:
-        """Says once that the rule can see no conflict, where that is so by construction."""
-        if self._diagonal is not None and self._diagonal(total):
-            self._diagonal = None
-            if self._synchronizer.rank == 0:
-                _LOGGER.warning(explain_diagonal(self.weighting, self.probe))
-
     def _refuse(self, refused: Tensor, stats: TaskStats) -> None:
         self._alarm.watch(refused, partial(explain_refusal, self.tasks, self.weighting, stats))
 
@@ -413,108 +383,3 @@ class Balancer(nn.Module):
 def _spaced(rule: Rule, probe: Probe) -> Rule:
     """The rule, run at the steps that the probe measures only."""
     return Every(rule, probe.every) if probe.every > 1 and rule.needs > Needs.LOSSES else rule
-
-
-class _Step:
-    """One training step of a balancer, as a probe sees it (`Exchange`)."""
-
-    def __init__(self, balancer: Balancer, counts: Counts | None) -> None:
-        self.tasks: Sequence[str] = balancer.tasks
-        self.measure = balancer.measures_at(balancer.step)
-        self.step = balancer.step
-        self.rank = balancer._synchronizer.rank
-        self.reduced = False
-        self._failed: Tensor | None = None
-        self._explicit: LocalStats | None = None
-        self._balancer = balancer
-        self._counts = counts
-
-    def collect(self, losses: Losses, device: torch.device) -> TaskLosses:
-        """Checks the losses and adds the counts of this call."""
-        return collect(losses, self._counts, self.tasks, device)
-
-    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
-        """One all-reduce."""
-        balancer = self._balancer
-        balancer._course.move_to(local.counts.device)
-        self.reduced = True
-        total, faults = balancer._synchronizer.reduce(local, faulty, self._failed)
-        self.watch(faults.failure[0] > 0, partial(explain_failure, balancer.step, faults))
-        world_size = balancer._synchronizer.world_size
-        # s_i = W c_i / C_i
-        shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
-        return Reduced(total, faults, shares, world_size)
-
-    def scatter_sum(self, rows: Tensor) -> Tensor:
-        """This rank's piece of a sum over ranks."""
-        return self._balancer._synchronizer.scatter_sum(rows)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks."""
-        return self._balancer._synchronizer.gather_rows(rows)
-
-    def partitioned(self, find: Callable[[], bool]) -> bool:
-        """Whether the engine frees parameters after each use; `find` looks, once."""
-        balancer = self._balancer
-        if balancer._partitioned is None:
-            known = balancer._course.engine.partitioned
-            balancer._partitioned = find() if known is None else known
-            if balancer._partitioned and balancer._synchronizer.rank == 0:
-                _LOGGER.warning("mtl_dist: %s; probes evaluate the heads a second time", ZERO_3)
-        return balancer._partitioned
-
-    def loss_scale(self, device: torch.device) -> Tensor | None:
-        """Scalar to differentiate losses with and divide out; None where there is no loss scale."""
-        scaled = self._balancer._course.engine.scaled
-        return None if scaled is None else scaled(torch.ones((), device=device))
-
-    def once(self, key: str, make: Callable[[], T]) -> T:
-        """What `make` gave the first time."""
-        made = self._balancer._made
-        if key not in made:
-            made[key] = make()
-        value: T = made[key]
-        return value
-
-    def refuse(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """Raises `explain()` where `flag` holds; the next `reduce` tells the others."""
-        self._failed = flag if self._failed is None else self._failed | flag
-        self.watch(flag, explain)
-
-    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """Raises `explain()` where `flag` holds."""
-        self._balancer._alarm.watch(flag, explain)
-
-    def decide(self, reduced: Reduced) -> Tensor:
-        """`[n]` weights, the same on every rank."""
-        balancer = self._balancer
-        if self.measure:
-            balancer._look_at(reduced.total)
-        finite = balancer._checked(reduced)
-        expected = self._expected(reduced, finite)
-        used = balancer._course.decide(reduced.total, finite, measured=self.measure)
-        if balancer._check is not None and bool(finite):
-            stats = global_stats(reduced.total, self.step, with_gram=self.measure)
-            balancer._check.look_at_weights(stats, used)
-            if expected is not None:
-                balancer._check.compare_weights(expected, used, self.step)
-        return used
-
-    def check(self, features: Any, heads: Heads) -> None:
-        """Measures the step by plain autograd, where the balancer checks."""
-        check = self._balancer._check
-        if check is not None and self.measure:
-            self._explicit = check.measure(features, heads, self)
-
-    def _expected(self, reduced: Reduced, finite: Tensor) -> Tensor | None:
-        """Compares the statistics with explicit ones; the `[n]` weights that those give, if one step does."""
-        check, course = self._balancer._check, self._balancer._course
-        if check is None or self._explicit is None:
-            return None
-        explicit, _ = self._balancer._synchronizer.reduce(self._explicit)
-        check.compare(explicit, reduced.total, self.step)
-        if course.window is not None:
-            return None
-        stats = global_stats(explicit, self.step, with_gram=True)
-        weights, _ = course.rule.update(stats.guarded(finite), course.state)
-        return torch.where(stats.present, weights, torch.zeros_like(weights))

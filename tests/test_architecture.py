@@ -24,6 +24,7 @@ CORE = {
     "_explicit",
     "_findings",
     "_quench",
+    "_step",
     "_stopwatch",
     "_validate",
 }
@@ -43,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "_explicit": {"stats", "probes"},
     "_check": {"stats", "probes", "weighting", "_explicit", "_findings"},
     "_explain": {"stats", "sync", "weighting"},
+    "_step": CORE - {"balancer"},
     "_validate": {"probes"},
     "balancer": CORE,
     "checkpoint": CORE,
