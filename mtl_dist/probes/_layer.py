@@ -6,6 +6,7 @@ patch of the input under the kernel there. Grouped convolutions have several ind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +97,11 @@ def _of_linear(layer: Any, x: Tensor, z: Tensor) -> Rows:
 def _of_convolution(layer: Any, x: Tensor, z: Tensor) -> Rows:
     groups, width = layer.groups, z.shape[1] // layer.groups
     patches = _patches(layer, x)  # [B, positions..., channels, kernel...]
-    num_rows = z.numel() // z.shape[1]
+    num_rows = z.shape[0] * math.prod(z.shape[2:])
+    depth = x.shape[1] // groups * math.prod(layer.kernel_size)
     by_position = (z.shape[0], *z.shape[2:])
     return Rows(
-        patches.reshape(num_rows, groups, -1),
+        patches.reshape(num_rows, groups, depth),
         lambda g: g.movedim(1, -1).reshape(num_rows, groups, width),
         lambda ids: _spread(ids, by_position),
         width,

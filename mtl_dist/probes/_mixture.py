@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +100,8 @@ class SampleLosses:
         rows = self.rows.flatten()
         for gradient in self.gradients(leaves, scale):
             if gradient is not None:
-                flat = gradient.detach().reshape(len(rows), -1)
+                width = math.prod(gradient.shape[self.rows.dim() :])
+                flat = gradient.detach().reshape(len(rows), width)
                 norms = torch.linalg.vector_norm(flat, dim=1, dtype=squares.dtype)
                 squares.index_add_(0, rows, norms.square())
         return torch.diag(squares if scale is None else squares / scale.to(squares.dtype).square())

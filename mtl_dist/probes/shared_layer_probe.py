@@ -149,7 +149,8 @@ class SharedLayerProbe(Probe):
         return exchange.reduce(LocalStats(zeros.loss_sums, zeros.counts, gram), faulty)
 
     def _sketch(self, products: Products, step: int) -> CountSketch | None:
-        size = products.inputs[0].numel() * products.gradients.shape[-1]
+        groups, depth = products.inputs.shape[1:]
+        size = groups * depth * products.gradients.shape[-1]
         if self.sketch is None or self.sketch >= size:
             return None
         return CountSketch(self.sketch, (self.seed << 32) + step)

@@ -23,10 +23,14 @@ class Net(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 4), last])
 
     def forward(self, batch: Batch) -> Tensor:
-        z = self.trunk(batch.inputs)
-        return self.balancer(
-            z, {task: self._head(i, batch) for i, task in enumerate(TASKS)}, counts=batch.counts()
-        )
+        heads = {task: self._head(i, batch) for i, task in enumerate(TASKS)}
+        probe = getattr(self.balancer, "probe", None)
+        if probe is None or not probe.takes_layers:
+            return self.balancer(self.trunk(batch.inputs), heads, counts=batch.counts())
+        # the last layer apart, its activation with the heads
+        before, last, after = self.trunk[:2], self.trunk[2], self.trunk[3:]
+        heads = {task: (lambda z, head=head: head(after(z))) for task, head in heads.items()}
+        return self.balancer(before(batch.inputs), heads, counts=batch.counts(), layer=last)
 
     def _head(self, i: int, batch: Batch):
         rows = batch.owned[:, i].nonzero().squeeze(1)
