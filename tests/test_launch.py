@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 
 import pytest
-from program import ROOT, run
+from program import BIN, ROOT, run
 
+ALL = sorted(path.name for path in (ROOT / "launch").glob("[!_]*.sh"))
 SCRIPTS = ("quickstart.sh", "test.sh")
+RECIPE = "configs/recipe/multi_digits.yaml"
 
 
 @pytest.fixture
@@ -65,13 +68,21 @@ def one_line(done, clone: Path) -> str:
     return lines[0].replace(str(clone), "ROOT")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_needs_nothing(clone, script, option):
     done = run("bash", clone / "launch" / script, option)
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: bash launch/{script}")
+    usage = done.stdout.splitlines()[0]
+    assert usage.startswith("usage: ")
+    assert f" launch/{script}" in usage
+    assert "#" not in done.stdout.replace("#SBATCH", "")
     assert not (clone / ".venv").exists()
+
+
+def test_shellcheck_finds_nothing():
+    done = run(BIN / "shellcheck", "-x", "-P", "launch", *sorted((ROOT / "launch").glob("*.sh")), ".ci/run")
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -122,9 +133,13 @@ def installed(clone: Path, extra: str) -> None:
     (clone / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
         (clone / ".venv" / entry.name).symlink_to(entry)
-    stamp = run("bash", "-c", f'source "{clone}/launch/_setup.sh"; stamp {extra}')
+    mark(clone, extra)
+
+
+def mark(clone: Path, extra: str) -> None:
     (clone / f".venv/.mtl_dist_{extra}").unlink(missing_ok=True)  # of the environment that is linked to
-    (clone / f".venv/.mtl_dist_{extra}").write_text(stamp.stdout)
+    done = run("bash", "-c", f'source "{clone}/launch/_setup.sh"; mark_installed {extra}')
+    assert done.returncode == 0, done.stderr
 
 
 def test_quickstart_trains_on_two_processes_and_shows_the_table(clone):
@@ -174,3 +189,164 @@ def test_a_changed_pyproject_asks_for_a_new_installation(clone):
         file.write("# changed\n")
     after = run("bash", "-c", f'source "{clone}/launch/_setup.sh"; stamp test').stdout
     assert before != after
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("node.sh", "what to train is missing; see bash launch/node.sh --help"),
+        ("node.sh ddp", "what to train is missing; see bash launch/node.sh --help"),
+        ("debug.sh", "what to train is missing; see bash launch/debug.sh --help"),
+        (
+            f"node.sh zero4 {RECIPE}",
+            "no engine 'zero4'; there are ddp, fsdp2, zero0, zero1, zero2, zero3, or name a file for "
+            "accelerate launch --config_file",
+        ),
+        (f"multinode.sh ddp {RECIPE}", "NNODES='': how many machines? (one: launch/node.sh)"),
+        (
+            f"slurm.sh ddp {RECIPE}",
+            f"this is no SLURM job; submit it: sbatch launch/slurm.sh ddp {RECIPE}",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_line(clone, command, error):
+    script, *arguments = command.split()
+    assert one_line(run("bash", clone / "launch" / script, *arguments), clone) == f"error: {error}"
+
+
+@pytest.mark.parametrize("head", ["", "node0", "node0:", ":29500"])
+def test_a_rendezvous_without_host_and_port_is_one_line(clone, head):
+    env = {"NNODES": "2", "HEAD": head}
+    error = one_line(run("bash", clone / "launch/multinode.sh", "ddp", RECIPE, env=env), clone)
+    assert error == f"error: HEAD='{head}': name host:port of one of the machines, as HEAD=node0:29500"
+
+
+def test_fsdp2_without_gpu_is_one_line(clone):
+    installed(clone, "recipes")
+    error = one_line(run("bash", clone / "launch/node.sh", "fsdp2", RECIPE), clone)
+    assert error.startswith("error: no GPU is visible, and Accelerate runs FSDP on accelerators only;")
+
+
+def test_deepspeed_without_compiler_is_one_line(clone):
+    installed(clone, "recipes,deepspeed")
+    done = run("bash", clone / "launch/node.sh", "zero2", RECIPE, env={"CXX": "no-such-compiler"})
+    assert "finds no 'no-such-compiler'; install one (apt install g++)" in one_line(done, clone)
+
+
+@pytest.fixture
+def told(clone):
+    """Runs a script in a clone where `accelerate` tells how it was called, on a machine with some GPUs."""
+    installed(clone, "recipes")
+    mark(clone, "recipes,deepspeed")
+    (clone / ".venv/bin").unlink()  # the link to the real ones
+    variables = "ACCELERATE_USE_CPU DS_ACCELERATOR MTL_DIST_NUM_PROCESSES"
+    tell = f'echo "$@"; for v in {variables}; do eval "echo $v=\\${{$v:-}}"; done'
+    executable(clone / ".venv/bin/accelerate", tell)
+
+    def of(num_gpus, script, *arguments, **env):
+        # the settings are checked elsewhere: here python counts GPUs
+        executable(clone / ".venv/bin/python", f"echo {num_gpus}")
+        done = run("bash", clone / "launch" / script, *arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        line, *values = done.stdout.splitlines()
+        return line.replace(str(clone), "ROOT").split(), dict(value.split("=") for value in values)
+
+    return of
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
+def test_every_gpu_gets_a_process(told, engine):
+    line, variables = told(4, "node.sh", engine, RECIPE, "steps=3", MIXED_PRECISION="bf16")
+    file = f"ROOT/configs/engine/{engine}.yaml"
+    program = ["-m", "mtl_dist.train", RECIPE, "steps=3"]
+    options = ["--config_file", file, "--num_processes", "4", "--mixed_precision", "bf16"]
+    assert line == ["launch", *options, *program]
+    assert variables["MTL_DIST_NUM_PROCESSES"] == "4"
+    assert variables["DS_ACCELERATOR"] == ""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_without_gpu_the_cpu_form_is_taken(told, engine):
+    line, variables = told(0, "node.sh", engine, RECIPE, ACCELERATE_USE_CPU="true")
+    assert line[:5] == [
+        "launch",
+        "--config_file",
+        f"ROOT/configs/engine/{engine}_cpu.yaml",
+        "--num_processes",
+        "2",
+    ]
+    # the variable would turn DeepSpeed into DDP
+    assert variables["ACCELERATE_USE_CPU"] == ("true" if engine == "ddp" else "")
+    assert variables["DS_ACCELERATOR"] == ("" if engine == "ddp" else "cpu")
+    assert variables["MTL_DIST_NUM_PROCESSES"] == "2"
+
+
+def test_several_nodes_are_counted(told):
+    line, variables = told(8, "multinode.sh", "zero3", RECIPE, NNODES="3", HEAD="node0:1234")
+    assert variables["MTL_DIST_NUM_PROCESSES"] == "24"
+    for pair in ("--num_processes 24", "--num_machines 3", "--rdzv_backend c10d"):
+        assert pair in " ".join(line)
+    assert "--main_process_ip node0 --main_process_port 1234" in " ".join(line)
+
+
+def summary(folder: Path):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_debug_trains_in_one_plain_process(clone, tmp_path):
+    installed(clone, "recipes")
+    done = run("bash", clone / "launch/debug.sh", RECIPE, "steps=2", f"output_dir={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    engine = summary(tmp_path / "out")["engine"]
+    assert (engine["distributed_type"], engine["num_processes"]) == ("NO", 1)
+    assert engine["model"] == "MultiDigitsNet"
+
+
+def test_node_trains_with_the_engine_it_was_asked_for(clone, tmp_path):
+    installed(clone, "recipes,deepspeed")
+    settings = ["steps=2", f"output_dir={tmp_path / 'out'}"]
+    done = run("bash", clone / "launch/node.sh", "zero2", RECIPE, *settings, timeout=200)
+    assert done.returncode == 0, done.stderr
+    engine = summary(tmp_path / "out")["engine"]
+    assert (engine["distributed_type"], engine["zero_stage"], engine["num_processes"]) == ("DEEPSPEED", 2, 2)
+
+
+def test_a_slurm_job_trains_on_all_its_nodes(clone, tmp_path):
+    """`srun` stands in: it starts what it is given once for each of two nodes, which meet on this machine."""
+    installed(clone, "recipes")
+    tools = tmp_path / "tools"
+    executable(
+        tools / "scontrol", 'test "$*" = "show hostnames first,second" && echo 127.0.0.1 && echo second'
+    )
+    both = 'shift; SLURM_NODEID=0 "$@" & a=$!; SLURM_NODEID=1 "$@" & b=$!; wait $a && wait $b'
+    executable(tools / "srun", f'test "$1" = --kill-on-bad-exit=1 || exit 9; {both}')
+    shutil.copy(clone / "launch/slurm.sh", tmp_path / "slurm_script")  # sbatch runs a copy
+    env = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "SLURM_SUBMIT_DIR": str(clone),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "first,second",
+        "NPROC_PER_NODE": "1",
+        "PORT": str(free_port()),
+    }
+    settings = ["steps=2", f"output_dir={tmp_path / 'out'}"]
+    done = run(
+        "bash", tmp_path / "slurm_script", "ddp", RECIPE, *settings, env=env, cwd=tmp_path, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    engine = summary(tmp_path / "out")["engine"]
+    assert (engine["distributed_type"], engine["num_processes"]) == ("MULTI_CPU", 2)
+    assert done.stdout.count("2 steps, 2 process(es) on cpu") == 1  # one of the nodes has rank 0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_job_submitted_elsewhere_says_so(tmp_path):
+    done = run("bash", ROOT / "launch/slurm.sh", "ddp", RECIPE, env={"SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == f"error: submit this job in the repository; {tmp_path} is not it\n"
