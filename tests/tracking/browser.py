@@ -39,7 +39,7 @@ def opened(browser: Any, path: Path, *, width: int = 1280, dark: bool = False) -
         viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
     )
     page, wrong = context.new_page(), list[str]()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(20_000)  # a busy machine is slow
     page.on("console", lambda message: wrong.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: wrong.append(f"exception: {error}"))
     page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
