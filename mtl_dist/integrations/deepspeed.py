@@ -7,18 +7,20 @@
     engine.step()
 
 Statistics are true values: DeepSpeed's loss scale and accumulation factor are divided out, and a step that it
-skips for an overflow leaves the rule as it was. Checkpoints: `mtl_dist.checkpoint.save` and `load`, beside
-`engine.save_checkpoint`.
+skips for an overflow leaves the rule as it was. Checkpoints: `save_checkpoint(balancer, engine, folder)` and
+`load_checkpoint` put the balancer's files (`mtl_dist.checkpoint`) into the engine's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from mtl_dist import checkpoint
 from mtl_dist._engine import Engine
 from mtl_dist.balancer import Balancer
 
@@ -45,6 +47,57 @@ def attach(balancer: Balancer, engine: Any) -> Balancer:
     balancer.set_engine(engine_of(engine))
     balancer.set_group(data_parallel_group(engine))
     return balancer
+
+
+def save_checkpoint(
+    balancer: Balancer,
+    engine: Any,
+    folder: str | Path,
+    tag: str | None = None,
+    *,
+    name: str = "balancer",
+    **others: Any,
+) -> None:
+    """`engine.save_checkpoint(folder, tag, **others)`, with the balancer's state in it. All ranks call it.
+
+    The balancer's files are written first, so that `latest` names a checkpoint that has them.
+
+    Raises:
+        ValueError: the name cannot be one of a file.
+    """
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    packed = checkpoint.pack(balancer)
+    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+    if rank == 0:
+        checkpoint.write(packed, Path(folder) / tag, name)
+    engine.save_checkpoint(str(folder), tag=tag, **others)
+
+
+def load_checkpoint(
+    balancer: Balancer,
+    engine: Any,
+    folder: str | Path,
+    tag: str | None = None,
+    *,
+    name: str = "balancer",
+    **others: Any,
+) -> Any:
+    """`engine.load_checkpoint(folder, tag, **others)` and the balancer's state from it. All ranks call it.
+
+    Returns:
+        What the engine returns: path and client state.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or none of the balancer in it.
+        ValueError: the balancer's is damaged or of another balancer; nothing is changed then.
+    """
+    if tag is None:
+        latest = Path(folder) / "latest"
+        if not latest.is_file():
+            raise FileNotFoundError(f"{str(latest)!r} is missing: give the tag, or a folder of checkpoints")
+        tag = latest.read_text(encoding="utf-8").strip()
+    checkpoint.load(balancer, Path(folder) / tag, name)
+    return engine.load_checkpoint(str(folder), tag=tag, **others)
 
 
 def check_engine(engine: Any) -> None:

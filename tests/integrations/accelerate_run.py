@@ -2,8 +2,8 @@
 
     accelerate_run.py OUT ENGINE PROBE...
 
-Each rank writes `OUT.RANK`: by probe, what it ran on, and weights of every step, resumed or not. The model has
-two balancers, attached under two names.
+Each rank writes `OUT.RANK`: by probe, what it ran on, and weights of every step, resumed or not. The model
+has two balancers, attached under two names.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from program import ROOT, run
 
 from mtl_dist import Balancer
+from mtl_dist.integrations._checkpoints import register
 from mtl_dist.integrations.accelerate import attach, check_launch, data_parallel_group, engine_of
 from mtl_dist.weighting import MGDA
 
@@ -201,3 +202,40 @@ def test_deepspeed_keeps_its_scale_in_the_optimizer(stage: int) -> None:
 def test_a_held_window_is_the_accumulation_of_the_accelerator() -> None:
     with pytest.raises(ValueError, match="windows of 2 micro-batches, and the accelerator accumulates 4"):
         attach(Balancer(["a"], MGDA(), window=2), scaled())
+
+
+class Recorder(SimpleNamespace):
+    """An accelerator that remembers its hooks."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, *, main: bool, on_each_node: bool = False) -> None:
+        configuration = SimpleNamespace(save_on_each_node=on_each_node)
+        super().__init__(
+            is_main_process=main, is_local_main_process=True, project_configuration=configuration, hooks=[]
+        )
+        self.register_save_state_pre_hook = self.register_load_state_pre_hook = self.hooks.append
+
+
+def test_names_keep_balancers_apart() -> None:
+    to, first = Recorder(main=True), Balancer(["a"], MGDA())
+    register(first, to, "balancer")
+    with pytest.raises(ValueError, match="attached already: call attach once"):
+        register(first, to, "again")
+    with pytest.raises(ValueError, match=r"'balancer' is attached already.*another name"):
+        register(Balancer(["a"], MGDA()), to, "balancer")
+    with pytest.raises(ValueError, match="letters, digits"):
+        register(Balancer(["a"], MGDA()), to, "b/c")
+    assert len(to.hooks) == 2
+    register(Balancer(["a"], MGDA()), to, "second")
+    assert len(to.hooks) == 4
+
+
+@pytest.mark.parametrize(
+    ("main", "on_each_node", "writes"), [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_one_process_writes(tmp_path: Path, main: bool, on_each_node: bool, writes: bool) -> None:
+    to = Recorder(main=main, on_each_node=on_each_node)
+    register(Balancer(["a"], MGDA()), to, "balancer")
+    to.hooks[0]([], [], str(tmp_path))
+    assert (tmp_path / "balancer.json").exists() == writes

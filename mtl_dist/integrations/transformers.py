@@ -1,0 +1,167 @@
+"""HF Trainer: a model whose forward returns the balancer's scalar as its loss, and the stock `Trainer`.
+
+    class Net(PreTrainedModel):
+        def forward(self, input_ids, topic, tone):
+            z = self.bert(input_ids).last_hidden_state
+            return {"loss": self.balancer(z, {"topic": ..., "tone": ...})}
+
+    trainer = Trainer(Net(config), args, train_dataset=table)
+    attach(trainer.model.balancer, trainer)
+    trainer.train()
+
+Weights, losses and norms then stand in Trainer's logs beside its own loss, and the balancer's state in each
+checkpoint's `trainer_state.json`. Each micro-batch is a step of the rule; with
+`Balancer(..., window=args.gradient_accumulation_steps)` the weights hold for a whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from mtl_dist import checkpoint
+from mtl_dist.balancer import Balancer
+from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._log_window import LogWindow
+
+
+def attach(balancer: Balancer, trainer: Trainer, *, name: str = "balancer") -> Balancer:
+    """Ties `balancer` to `trainer`: data-parallel group, accumulation, logs, checkpoints. Before `train`.
+
+    Args:
+        balancer: of the model that the trainer trains.
+        trainer: the stock one, or a subclass that leaves the loss to the model.
+        name: of the balancer in checkpoints; a model's second balancer needs another one, which then also
+            stands in its keys (`mtl/<name>/weight/<task>`).
+
+    Returns:
+        The same balancer.
+
+    Raises:
+        RuntimeError: the launch fell back silently (`accelerate.check_launch`).
+        ValueError: a combination that cannot work, with what to change.
+    """
+    _check(trainer)
+    accelerate.attach(
+        balancer, trainer.accelerator, name=name, accumulation=trainer.args.gradient_accumulation_steps
+    )
+    # The scalar is a mean over its micro-batch. A model with **kwargs would be taken to divide by the number
+    # of labels in the whole step, and its loss multiplied by the world size.
+    trainer.model_accepts_loss_kwargs = False
+    _callback_of(trainer).add(balancer, name)
+    return balancer
+
+
+class BalancerCallback(TrainerCallback, ExportableState):
+    """Puts balancers into Trainer's logs and checkpoints; `attach` makes it.
+
+    Its row is the mean over the optimizer steps since the last log, as Trainer's own loss is, and comes to
+    the host on logging steps only. It stands first among the callbacks, so that trackers see the row.
+    """
+
+    def __init__(self) -> None:
+        self._balancers: dict[str, Balancer] = {}
+        self._windows: dict[str, LogWindow] = {}
+
+    def add(self, balancer: Balancer, name: str) -> None:
+        """Takes another balancer."""
+        self._balancers[name] = balancer
+        self._windows[name] = LogWindow(balancer, "" if name == "balancer" else f"{name}/")
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into `trainer_state.json`."""
+        packed = {name: checkpoint.to_json(checkpoint.pack(b)) for name, b in self._balancers.items()}
+        return {"args": {}, "attributes": {"balancers": packed}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restores the balancers where Trainer resumes from a checkpoint.
+
+        Raises:
+            ValueError: it holds none, or another state than the balancer can take; nothing is changed then.
+        """
+        for window in self._windows.values():
+            window.clear()
+        if state.global_step == 0:
+            return
+        exported: Any = state.stateful_callbacks
+        saved = exported.get(type(self).__name__, {}).get("attributes", {})
+        for name, balancer in self._balancers.items():
+            source = f"trainer_state.json at step {state.global_step}, balancer {name!r}"
+            if name not in saved.get("balancers", {}):
+                raise ValueError(
+                    f"{source}: this checkpoint was written before the balancer was attached; resume from a "
+                    "later one, or start a new run"
+                )
+            packed = checkpoint.from_json(saved["balancers"][name], source)
+            checkpoint.unpack(balancer, packed, source)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A micro-batch of an optimizer step is done."""
+        if args.logging_strategy != "no":
+            for window in self._windows.values():
+                window.add_micro_batch()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last micro-batch of an optimizer step is done."""
+        self.on_substep_end(args, state, control)
+        for window in self._windows.values():
+            window.close_step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the row to Trainer's training log."""
+        if logs is None or "loss" not in logs:  # evaluation, or the closing summary
+            return
+        for window in self._windows.values():
+            row = window.row()
+            logs.update(row)
+            state.log_history[-1].update(row)
+
+
+def _check(trainer: Trainer) -> None:
+    args = trainer.args
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        given = "compute_loss_func" if trainer.compute_loss_func is not None else "label_smoothing_factor"
+        raise ValueError(
+            f"{given} replaces the loss that the model returns, and the balancer's scalar with it: compute "
+            "the tasks' losses in the model's forward, and return the balancer's scalar as its loss"
+        )
+    if trainer.loss_is_scaled_for_ga:
+        raise ValueError(
+            "loss_is_scaled_for_ga=True, but the balancer's scalar is a mean over one micro-batch, which "
+            "Trainer must divide by the accumulation steps: leave it None"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Trainer runs {args.n_gpu} GPUs in one process (DataParallel), where each has its own balancer: "
+            f"start it with `torchrun --nproc_per_node {args.n_gpu}`"
+        )
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "restore_callback_states_from_checkpoint makes new callbacks, without their balancers: leave it "
+            "False; the balancer is restored anyway"
+        )
+
+
+def _callback_of(trainer: Trainer) -> BalancerCallback:
+    callbacks = trainer.callback_handler.callbacks
+    for callback in callbacks:
+        if isinstance(callback, BalancerCallback):
+            return callback
+    callback = BalancerCallback()
+    callbacks.insert(0, callback)  # before the trackers' callbacks, which read what it adds
+    return callback
