@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, Array
+from mtl_dist.weighting._base import EPS, RIDGE, Array
 
 
 def rounding_of(x: Array, target: Array) -> Array:
     """Rounding error of `Hx - b`, row by row, for H with a unit diagonal."""
     rounding: Array = 8 * target.shape[-1] * EPS * (np.abs(x).sum(-1, keepdims=True) + np.abs(target))
     return rounding
+
+
+def from_ridge(gram: Array, target: Array, x: Array) -> Array:
+    """The minimum for one b, from that with the ridge, where taking the ridge back changes the support."""
+    start = lawson_hanson(gram, target, np.maximum(x, 0.0), RIDGE)
+    return lawson_hanson(gram, target, start, 4 * len(gram) * EPS)
 
 
 def lawson_hanson(gram: Array, target: Array, start: Array, ridge: float) -> Array:

@@ -26,6 +26,8 @@ EPS = float(
     np.finfo(np.float64).eps
 )  # what solvers call zero is a small multiple of it, relative to the problem
 
+RIDGE = 1e-8  # of solvers, relative to the diagonal; rounding moves x by about EPS / RIDGE, and not more
+
 
 class Needs(IntEnum):
     """What a rule reads of the statistics. A rule that reads only losses costs no gradient probe."""
@@ -196,18 +198,32 @@ def on_present(solver: Callable[..., Array], stats: TaskStats, *values: Tensor) 
         `[n]` weights on the device of the statistics; 0 for absent tasks.
     """
     gram = stats.require_gram()
-    rows = torch.stack([stats.present.to(gram.dtype), *(value.to(gram.dtype) for value in values)])
-    host = torch.cat([gram, rows]).double().cpu().numpy()  # one transfer
-    n = len(gram)
-    index = host[n].nonzero()[0]
-    weights = np.zeros(n)
+    matrix, present, rows = to_host(gram, stats.present, *values)
+    index = present.nonzero()[0]
+    weights = np.zeros(len(matrix))
     if len(index):
-        block = host[index[:, None], index]
+        block = matrix[index[:, None], index]
         if gram.dtype != torch.float64:
             # rounding may have made the Gram indefinite; a ridge of its own size makes it semidefinite again
-            block[np.diag_indices_from(block)] *= 1 + n * torch.finfo(gram.dtype).eps
-        weights[index] = solver(block, *(row[index] for row in host[n + 1 :]))
+            block[np.diag_indices_from(block)] *= 1 + len(matrix) * torch.finfo(gram.dtype).eps
+        weights[index] = solver(block, *(row[index] for row in rows))
     return torch.from_numpy(weights).to(gram.device, gram.dtype)
+
+
+def to_host(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, NDArray[np.bool_], list[Array]]:
+    """The Gram, who is present, and other tensors with n columns, as float64 arrays; not to be modified."""
+    if gram.device.type == "cpu":
+        return gram.double().numpy(), present.numpy(), [value.double().numpy() for value in values]
+    return transfer(gram, present, *values)
+
+
+def transfer(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, NDArray[np.bool_], list[Array]]:
+    """`to_host`, by copying once, however many tensors there are."""
+    parts = [value.to(gram.dtype).reshape(-1, len(gram)) for value in (gram, present, *values)]
+    host = torch.cat(parts).double().cpu().numpy()
+    matrix, row, *rest = np.split(host, np.cumsum([len(part) for part in parts])[:-1])
+    shaped = [piece.reshape(tuple(value.shape)) for piece, value in zip(rest, values, strict=True)]
+    return matrix, row[0] > 0, shaped
 
 
 def nest(prefix: str, state: State) -> State:

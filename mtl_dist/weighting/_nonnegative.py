@@ -10,15 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtl_dist.weighting._active_set import lawson_hanson, rounding_of
-from mtl_dist.weighting._base import EPS, Array
+from mtl_dist.weighting._active_set import from_ridge, rounding_of
+from mtl_dist.weighting._base import Array
+from mtl_dist.weighting._one_column import REFINEMENTS, minimum, support_of, with_ridge
 from mtl_dist.weighting._pivoting import SMALL, Support, pivot
 from mtl_dist.weighting._walk import Bools, Transform
 
 Solve = Callable[[Array], Array]
 
-RIDGE = 1e-8  # relative to the diagonal; rounding moves x by about EPS / ridge, and not more
-_REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
 _NARROW = 0.1  # slopes at the minimum for the mean, beside those at 0
 
 
@@ -50,22 +49,18 @@ def nonnegative_minimum(gram: Array, target: Array) -> Array:
     result = np.zeros_like(columns)
     is_open = (columns > 0).any(1)  # elsewhere x = 0 is optimal
     if is_open.any():
-        result[is_open] = _one(unit, columns[is_open]) if is_open.sum() == 1 else _all(unit, columns[is_open])
+        one = len(columns) == 1
+        result[is_open] = minimum(unit, columns[0]) if one else _all(unit, columns[is_open])
     scaled: Array = (result / lengths).T.reshape(target.shape)
     return scaled
 
 
-def _one(unit: Array, columns: Array) -> Array:
-    ridged = _ridged(unit)
-    return _minima(unit, ridged, _support(ridged, columns[0])[None], columns)
-
-
 def _all(unit: Array, columns: Array) -> Array:
-    ridged, scaled = _ridged(unit), columns / np.abs(columns).max(1, keepdims=True)
+    ridged, scaled = with_ridge(unit), columns / np.abs(columns).max(1, keepdims=True)
     result, todo = np.zeros_like(columns), np.arange(len(columns))
     base, start, is_narrow = np.zeros(len(unit), dtype=bool), np.ones(len(unit)), False
     if ridged.size * len(columns) > SMALL and ((mean := scaled.mean(0)) > 0).any():
-        base = _support(ridged, mean)
+        base = support_of(ridged, mean)
         start = np.maximum(Transform(ridged, base).offset(mean), 0.0)
         # in a narrow cone all projections are alike, and pivoting does not end
         is_narrow = start[~base].max(initial=0.0) <= _NARROW * np.abs(mean).max()
@@ -82,23 +77,6 @@ def _all(unit: Array, columns: Array) -> Array:
     return result
 
 
-def _ridged(unit: Array) -> Array:
-    ridged = unit.copy()
-    ridged.flat[:: len(unit) + 1] += RIDGE
-    return ridged
-
-
-def _support(ridged: Array, target: Array) -> Bools:
-    """Support of the minimum for one b."""
-    free, _, ended = pivot(ridged, target[None])
-    if ended[0]:
-        one: Bools = free[0]
-        return one
-    transform = Transform(ridged, free[0])
-    q = transform.offset(target)
-    return transform.walk(transform.start(q), q)
-
-
 def _minima(unit: Array, ridged: Array, free: Bools, target: Array, solve: Solve | None = None) -> Array:
     """The minima whose supports with the ridge are `free`; `solve` is for these a cheaper `H_FF⁻¹ b`."""
     x, optimal = _without_ridge(unit, solve or Support(ridged, free).solve, free, target)
@@ -107,15 +85,14 @@ def _minima(unit: Array, ridged: Array, free: Bools, target: Array, solve: Solve
         x[rest] = _minima(unit, ridged, free[rest], target[rest])
         return x
     for row in rest:
-        start = lawson_hanson(unit, target[row], np.maximum(x[row], 0.0), RIDGE)
-        x[row] = lawson_hanson(unit, target[row], start, 4 * len(unit) * EPS)
+        x[row] = from_ridge(unit, target[row], x[row])
     return x
 
 
 def _without_ridge(unit: Array, solve: Solve, free: Bools, target: Array) -> tuple[Array, Bools]:
     """The minima with the ridge taken back, or with it where that changes the support; and where not."""
     x = exact = solve(target)
-    for _ in range(_REFINEMENTS):
+    for _ in range(REFINEMENTS):
         exact = exact + solve(target - exact @ unit)
     slope = exact @ unit - target
     error = np.where(free, np.abs(slope), -slope) - rounding_of(exact, target)

@@ -23,9 +23,9 @@ def pivot(matrix: Array, target: Array) -> tuple[Bools, Array | None, Bools]:
         `[k, n]` supports, the inverse of H where it is of use, and `[k]` whether the support is right.
     """
     size = matrix.size * len(target)
-    free = _guess(matrix, target) if size > _GUESS and len(target) > 1 else target > 0
+    free = _guess(matrix, target) if size > _GUESS else target > 0
     inverse: Array | None = None
-    if size > SMALL and len(target) > 1:
+    if size > SMALL:
         inverse = np.linalg.inv(matrix).astype(np.float64, copy=False)
     ended: Bools
     ended, todo = np.zeros(len(target), dtype=bool), np.arange(len(target))
@@ -58,17 +58,15 @@ class Support:
     """
 
     def __init__(self, matrix: Array, free: Bools, inverse: Array | None = None) -> None:
-        self._free, self._inverse = free, None
-        self._one, self._small = len(free) == 1, matrix.size * len(free) <= SMALL
-        if self._one:
-            self._rows = free[0].nonzero()[0]
-            self._blocks = matrix[self._rows[:, None], self._rows]
-            return
+        self._free = free
+        self._inverse: Array | None = None
+        self._small = matrix.size * len(free) <= SMALL
         if self._small:
             self._blocks = np.where(free[:, :, None] & free[:, None, :], matrix, np.eye(len(matrix)))
             return
         if inverse is not None and free.sum(1).max() > (~free).sum(1).max():
-            matrix, free, self._inverse = inverse, ~free, inverse
+            self._inverse = inverse
+            matrix, free = inverse, ~free
         # these rows first, padded with the identity to the largest number of them
         size = int(free.sum(1).max())
         self._order = np.argsort(~free, axis=1, kind="stable")[:, :size]
@@ -80,19 +78,15 @@ class Support:
 
     def solve(self, target: Array) -> Array:
         """`x_F = H_FF⁻¹ b_F`, `x = 0` elsewhere, `[k, n]`."""
-        if self._one:
-            x = np.zeros_like(target)
-            x[0, self._rows] = np.linalg.solve(self._blocks, target[0, self._rows])
-            return x
         if self._small:
-            small: Array = np.linalg.solve(self._blocks, (target * self._free)[:, :, None])[:, :, 0]
-            return small
+            x = np.linalg.solve(self._blocks, (target * self._free)[:, :, None])[:, :, 0]
+            return x.astype(np.float64, copy=False)
         if self._inverse is None:
             return self._on_rows(target)
         # with K the inverse and N the rows at their bound: x = K(b + w), w = -K_NN⁻¹ (Kb)_N on N
-        x = target @ self._inverse
-        x -= self._on_rows(x) @ self._inverse
-        return x * self._free
+        guess = target @ self._inverse
+        result: Array = (guess - self._on_rows(guess) @ self._inverse) * self._free
+        return result
 
     def _on_rows(self, target: Array) -> Array:
         inside = np.take_along_axis(target, self._order, 1) * self._inside

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State, per_task
+from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present, per_task
 from mtl_dist.weighting._checks import check_positive
 
 
@@ -37,7 +38,14 @@ class PreferenceRule(Rule):
             return {}
         return {"preference": per_task(self.preference, tasks, device, f"{type(self).__name__}: preference")}
 
-    def preferred(self, stats: TaskStats, state: State, *, mean: bool) -> Tensor:
-        """`[n]`, the preference given, else `1/n` over the tasks present (`mean`), or 1."""
-        default = torch.ones_like(stats.losses)
-        return state.get("preference", default / stats.num_present if mean else default)
+    def on_preferred(
+        self, solver: Callable[[Array, Array], Array], stats: TaskStats, state: State, *, mean: bool
+    ) -> Tensor:
+        """`on_present` of a solver that takes the preference too: that given, else `1/n` (`mean`) or 1."""
+        if "preference" in state:
+            return on_present(solver, stats, state["preference"])
+
+        def solve(gram: Array) -> Array:
+            return solver(gram, np.full(len(gram), 1 / len(gram) if mean else 1.0))
+
+        return on_present(solve, stats)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import EPS, Array
+from mtl_dist.weighting._base import EPS, RIDGE, Array
 from mtl_dist.weighting._cone import project_on_dual_cone, project_on_progress
 from mtl_dist.weighting._cosines import cosines
-from mtl_dist.weighting._nonnegative import RIDGE
 from mtl_dist.weighting._simplex import min_norm_weights
 
 _ROUNDS = 100  # a guard; 1 to 5 are taken, and bisection alone would need about 60

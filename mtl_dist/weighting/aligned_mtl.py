@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, State, on_present
+from mtl_dist.weighting._base import EPS, Array, State
 from mtl_dist.weighting._cosines import among_nonzero
 from mtl_dist.weighting._preference import PreferenceRule
 
@@ -46,8 +46,7 @@ class AlignedMTL(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = √s VΛ^(-1/2)Vᵀw`."""
-        preference = self.preferred(stats, state, mean=True)
-        return on_present(among_nonzero(self._solve), stats, preference), state
+        return self.on_preferred(among_nonzero(self._solve), stats, state, mean=True), state
 
     def _solve(self, gram: Array, preference: Array) -> Array:
         # G = V Λ Vᵀ, without the null space

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, State, on_present
+from mtl_dist.weighting._base import Array, State
 from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
 from mtl_dist.weighting._preference import PreferenceRule
 
@@ -32,7 +32,7 @@ class ConFIG(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = (1ᵀGa / aᵀGa) a`."""
-        return on_present(among_nonzero(_solve), stats, self.preferred(stats, state, mean=False)), state
+        return self.on_preferred(among_nonzero(_solve), stats, state, mean=False), state
 
 
 def _solve(gram: Array, preference: Array) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import State, on_present
+from mtl_dist.weighting._base import State
 from mtl_dist.weighting._cone import project_on_dual_cone
 from mtl_dist.weighting._preference import PreferenceRule
 
@@ -28,5 +28,4 @@ class DualProj(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Weights of the projection."""
-        preference = self.preferred(stats, state, mean=True)
-        return on_present(project_on_dual_cone, stats, preference), state
+        return self.on_preferred(project_on_dual_cone, stats, state, mean=True), state

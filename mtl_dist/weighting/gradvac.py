@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, constant
+from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, constant, to_host
 from mtl_dist.weighting._checks import check_count
 from mtl_dist.weighting._orders import random_orders
 
@@ -52,13 +52,12 @@ class GradVac(Rule):
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Weights for this step's orders, and the cosines' averages."""
         gram, target = stats.require_gram(), state["target"]
-        host = torch.cat([gram, target, stats.present.to(gram.dtype)[None]]).double().cpu().numpy()
-        n = len(gram)
-        index = np.flatnonzero(host[-1])
-        block, after = np.ix_(index, index), host[n : 2 * n].copy()
-        weights = np.zeros(n)
+        matrix, present, (before,) = to_host(gram, stats.present, target)
+        index = present.nonzero()[0]
+        block, after = (index[:, None], index), before.copy()
+        weights = np.zeros(len(matrix))
         weights[index], after[block] = vaccinate(
-            host[:n][block], after[block], random_orders(len(index), self.seed, stats.step), self.beta
+            matrix[block], after[block], random_orders(len(index), self.seed, stats.step), self.beta
         )
         return torch.from_numpy(weights).to(gram), {"target": torch.from_numpy(after).to(target)}
 

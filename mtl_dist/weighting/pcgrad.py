@@ -44,6 +44,8 @@ class PCGrad(Rule):
 
 def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
     """Weights after task i has met the tasks in the order `orders[i]`, all i at once."""
+    if len(gram) == 2:
+        return _of_two(gram)
     rows = np.arange(len(gram))
     squares = gram.diagonal()
     c = np.eye(len(gram))
@@ -56,3 +58,9 @@ def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
         dots += step[:, None] * gram[j]
     result: Array = c.sum(0)
     return result
+
+
+def _of_two(gram: Array) -> Array:
+    """`αⱼ = 1 - min(⟨gᵢ, gⱼ⟩, 0)/‖gⱼ‖²`."""
+    (first, cross), (_, second) = gram.tolist()
+    return np.array([1 - min(cross, 0.0) / square if square > 0 else 1.0 for square in (first, second)])

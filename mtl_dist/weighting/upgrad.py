@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, State, on_present
+from mtl_dist.weighting._base import Array, State
 from mtl_dist.weighting._cone import project_on_dual_cone
 from mtl_dist.weighting._preference import PreferenceRule
 
@@ -31,8 +31,7 @@ class UPGrad(PreferenceRule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Sum of the projections' weights."""
-        preference = self.preferred(stats, state, mean=True)
-        return on_present(_sum_of_projections, stats, preference), state
+        return self.on_preferred(_sum_of_projections, stats, state, mean=True), state
 
 
 def _sum_of_projections(gram: Array, preference: Array) -> Array:
