@@ -2,9 +2,12 @@
 # usage: bash launch/debug.sh CONFIG [key=value ...]
 #
 # Trains in one plain Python process, without a launcher, on the first visible GPU or on the CPU: breakpoint(), pdb
-# and profilers work, and a crash of native code prints the Python stack.
+# and profilers work, and a crash of native code prints the Python stack. Every step is measured a second time by
+# plain autograd, printed as a table, and looked over: what makes weights worthless is told in words, with task,
+# rank, step and what to do (check=false turns it off). Operations are deterministic where torch has them so.
 #
 #   bash launch/debug.sh configs/recipe/multi_digits.yaml steps=20
+#   bash launch/debug.sh configs/recipe/multi_digits.yaml steps=20 virtual_ranks=4     the course of 4 processes
 #   bash launch/debug.sh configs/recipe/multi_digits.yaml steps=20 on_nonfinite=raise weighting=mgda
 #   CUDA_VISIBLE_DEVICES= bash launch/debug.sh configs/recipe/multi_digits.yaml     on the CPU
 #
@@ -27,4 +30,5 @@ elif [ "$NUM_GPUS" != 1 ]; then
 fi
 export MTL_DIST_NUM_PROCESSES=1
 if [ -n "${MIXED_PRECISION:-}" ]; then export ACCELERATE_MIXED_PRECISION="$MIXED_PRECISION"; fi
-exec "$VENV/bin/python" -X faulthandler -m mtl_dist.train "$@"
+export CUBLAS_WORKSPACE_CONFIG="${CUBLAS_WORKSPACE_CONFIG:-:4096:8}" # what deterministic matrix products need
+exec "$VENV/bin/python" -X faulthandler -m mtl_dist.train "$1" check=true "${@:2}"

@@ -23,7 +23,7 @@ from pydantic import (
 
 from mtl_dist._components import build, hint
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureProbe, FeatureTap, SharedLayerProbe
+from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
@@ -35,6 +35,7 @@ PROBES: dict[str, type[Any]] = {
     "feature": FeatureProbe,
     "tap": FeatureTap,
     "shared_layer": SharedLayerProbe,
+    "parameter": ParameterProbe,
 }
 
 
@@ -59,6 +60,8 @@ class Settings(BaseModel):
     num_processes: int | None = Field(None, gt=0)
     output_dir: Path
     overwrite: bool = False
+    check: bool = False
+    virtual_ranks: int = Field(1, gt=0)
     resume_from: str | None = None
 
     @field_validator("recipe")
@@ -133,7 +136,7 @@ def build_balancer(settings: Settings) -> Balancer:
     """
     rule, probe = build_rule(settings.weighting), build_probe(settings.probe)
     tasks = build_recipe(settings.recipe).tasks
-    return Balancer(tasks, rule, probe=probe, on_nonfinite=settings.on_nonfinite)
+    return Balancer(tasks, rule, probe=probe, on_nonfinite=settings.on_nonfinite, check=settings.check)
 
 
 def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:

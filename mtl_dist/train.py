@@ -16,6 +16,7 @@ from mtl_dist.config import Settings, load_settings
 from mtl_dist.tracking import Row, RunLog
 from mtl_dist.tracking.report import write_report
 from mtl_dist.training.checkpoints import find_checkpoint, save_checkpoint
+from mtl_dist.training.debug import findings_text, forward_backward, make_deterministic, step_table
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
@@ -78,6 +79,8 @@ def train(settings: Settings) -> dict[str, Any]:
 def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
     checkpoint, done = find_checkpoint(settings)
     check_output(settings)
+    if settings.check:
+        make_deterministic()
     run = build_run(settings, done)
     claim_output(settings, run.accelerator)
     if checkpoint is not None:
@@ -88,6 +91,8 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
         row = _loop(run, done, log)
         summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
         summary["engine"] = describe_engine(run.accelerator, run.model)
+        if settings.check:
+            summary["findings"] = [str(finding) for finding in run.balancer.findings]
         views = log.close(summary)
     if run.accelerator.is_main_process:
         _close(run, summary, views)
@@ -100,14 +105,16 @@ def _loop(run: Run, done: int, log: RunLog) -> Row:
     hidden = not accelerator.is_main_process
     clock = StepClock()
     with tqdm(
-        total=settings.steps, initial=done, disable=hidden, unit="step", dynamic_ncols=True
+        total=settings.steps, initial=done, disable=hidden or settings.check, unit="step", dynamic_ncols=True
     ) as progress:
         for step, batch in enumerate(run.loader, start=done + 1):
-            loss = run.model(**batch)
-            accelerator.backward(loss)
+            forward_backward(run, batch)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            log.add(run.balancer.report)
+            report = run.balancer.report
+            log.add(report)
+            if settings.check and not hidden and report is not None:
+                progress.write(step_table(report, step))
             clock.tick()
             evaluated = _due(settings.eval_every, step) or step == settings.steps
             extra = {"perf/step_ms": clock.lap()} if evaluated or log.is_due(step) else {}
@@ -133,6 +140,8 @@ def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
     processes = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}"
     print(f"\n{run.settings.steps} steps, {processes}, weighting {run.balancer.weighting}\n")
     print(table(summary, run.recipe), end="\n\n")
+    if run.settings.check:
+        print(findings_text(run), end="\n\n")
     for path in (
         folder / METRICS,
         folder / SUMMARY,

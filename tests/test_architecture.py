@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": CORE | {"priors"},
     "_components": CORE | {"recipes"},
     "config": CORE | {"recipes", "tracking", "_components"},
-    "training": CORE | {"integrations", "recipes", "tracking", "config"},
+    "training": CORE | {"virtual", "integrations", "recipes", "tracking", "config"},
     "train": {"config", "tracking", "training"},
     "commands": {"tracking", "weighting"},
     "cli": {"commands", "train", "weighting"},

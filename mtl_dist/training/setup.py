@@ -22,6 +22,7 @@ from mtl_dist.tracking import METRICS_FILE
 from mtl_dist.tracking.report import REPORT
 from mtl_dist.training.batches import StepBatches, train_loader
 from mtl_dist.training.engine import take_inputs_as_parameters
+from mtl_dist.virtual import VirtualRanks
 
 METRICS, SUMMARY = METRICS_FILE, "summary.json"
 TRACKING = "tracking.json"  # how the trackers call the run; a copy is in every checkpoint
@@ -40,6 +41,7 @@ class Run:
         optimizer: as the engine wrapped it.
         loader: this rank's part of the global batches that are left to train.
         eval_data: all validation samples.
+        ranks: that this process plays; None for real ranks.
     """
 
     settings: Settings
@@ -50,6 +52,7 @@ class Run:
     optimizer: Any
     loader: DataLoader[Batch]
     eval_data: BatchData
+    ranks: VirtualRanks | None = None
 
 
 def build_run(settings: Settings, done: int) -> Run:
@@ -76,7 +79,8 @@ def build_run(settings: Settings, done: int) -> Run:
     sampler = StepBatches(len(train_data), settings.batch_size, settings.seed, done, settings.steps)
     model, prepared, loader = accelerator.prepare(model, optimizer, train_loader(train_data, sampler))
     attach(balancer, accelerator)
-    return Run(settings, recipe, accelerator, balancer, model, prepared, loader, eval_data)
+    ranks = VirtualRanks(settings.virtual_ranks, balancer, model) if settings.virtual_ranks > 1 else None
+    return Run(settings, recipe, accelerator, balancer, model, prepared, loader, eval_data, ranks)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -102,6 +106,15 @@ def make_accelerator(settings: Settings) -> Accelerator:
     started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if settings.batch_size % started:
         raise ValueError(f"batch_size={settings.batch_size} is global and must divide by {started} processes")
+    if settings.virtual_ranks > 1 and started > 1:
+        raise ValueError(
+            f"virtual_ranks={settings.virtual_ranks} is for one process, and {started} were started: "
+            "drop it, or start one (launch/debug.sh)"
+        )
+    if settings.batch_size % settings.virtual_ranks:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must divide by virtual_ranks={settings.virtual_ranks}"
+        )
     if accumulation != 1:
         raise ValueError(
             f"the launcher asks for {accumulation} gradient accumulation steps, which this program does not "
