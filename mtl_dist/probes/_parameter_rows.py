@@ -31,13 +31,15 @@ class Trunk:
     plan: Plan
 
     @classmethod
-    def below(cls, leaves: tuple[Tensor, ...], wanted: Callable[[Tensor], bool], bucket: int) -> Trunk:
-        """The trunk that made `leaves`.
+    def below(
+        cls, leaves: tuple[Tensor, ...], wanted: Callable[[Tensor], bool], bucket: int, *, once: bool = False
+    ) -> Trunk:
+        """The trunk that made `leaves`, with a `plan` of these arguments.
 
         Raises:
             ValueError: no wanted parameter is there, or a part of the graph is hidden.
         """
-        trunk = cls(leaves, plan(leaves, wanted, bucket))
+        trunk = cls(leaves, plan(leaves, wanted, bucket, once=once))
         if not trunk.plan.segments:
             raise ValueError(
                 "ParameterProbe: no shared parameter is behind the features. Give it features that a "

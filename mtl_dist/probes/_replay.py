@@ -33,7 +33,7 @@ def replayed(devices: Iterable[torch.device]) -> Iterator[None]:
         with torch.no_grad():
             for (module, name), (buffer, before) in saved.items():
                 module._buffers[name] = buffer  # a module may have replaced the tensor
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # the data: a graph made inside may have saved the buffer
 
 
 @contextmanager

@@ -85,7 +85,9 @@ def shape_of(leaf: Node) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed's name for the whole one's
 
 
-def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int) -> Plan:
+def plan(
+    features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int, *, once: bool = False
+) -> Plan:
     """Segments of the graph below `features` that leads to `wanted` leaves, in the order of a backward.
 
     A function of the graph's structure alone: ranks with the same graph have the same plan.
@@ -94,6 +96,7 @@ def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: i
         features: where gradients start.
         wanted: which leaf tensors are meant.
         bucket: elements of parameters that a group should hold at most; one parameter may be larger.
+        once: never traverse a node twice, and rather have larger groups.
 
     Raises:
         ValueError: a part of the graph is hidden (reentrant activation checkpointing).
@@ -112,7 +115,8 @@ def plan(features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: i
         leaving = (edge for node in piece.nodes for edge in _children(node, heights))
         exits = list(dict.fromkeys(edge for edge in leaving if edge[0] not in inside))
         pending = list(dict.fromkeys([*(edge for edge in pending if edge[0] not in inside), *exits]))
-        segments.append(Segment(tuple(entries), tuple(exits), tuple(_groups(piece.leaves, bucket))))
+        groups = [tuple(piece.leaves)] if once else _groups(piece.leaves, bucket)
+        segments.append(Segment(tuple(entries), tuple(exits), tuple(groups)))
     return Plan(tuple(segments), units, parameters)
 
 

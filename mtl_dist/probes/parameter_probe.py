@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mtl_dist.probes._base import Exchange, Probe, Reduced
 from mtl_dist.probes._features import anchored, split
@@ -118,7 +117,8 @@ class ParameterProbe(Probe):
         while True:
             with replayed(_devices()):
                 made = split(make(), detach=False)
-                trunks.append(Trunk.below(made.leaves, self._wanted(), self.bucket))
+                # once: the engine gathers a layer's parameters as often as its forward ran
+                trunks.append(Trunk.below(made.leaves, self._wanted(), self.bucket, once=True))
                 if len(trunks) == len(exchange.tasks):  # the heads go on from the trunk's random state
                     probe = split(made.rebuild(made.leaves), detach=True)
                     losses = losses_at(probe, heads, exchange)
@@ -142,7 +142,7 @@ class ParameterProbe(Probe):
         if self.parameters is None:
             return lambda tensor: isinstance(tensor, nn.Parameter)
         given = list(self.parameters())
-        if any(isinstance(tensor, DTensor) for tensor in given):
+        if any(hasattr(tensor, "full_tensor") for tensor in given):  # a DTensor, without importing it
             raise ValueError(
                 "ParameterProbe: `parameters` returned sharded tensors, which are not in the graph; leave it "
                 "None to take all parameters that the features depend on"
