@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from mtl_dist._engine import Engine
@@ -58,6 +59,30 @@ def attach(
     balancer.set_group(data_parallel_group(accelerator))
     register(balancer, accelerator, name)
     return balancer
+
+
+def start(num_processes: int | None = None, data: DataLoaderConfiguration | None = None) -> Accelerator:
+    """An Accelerator that runs the launcher's engine, on a CPU too, on as many processes as were asked for.
+
+    Args:
+        num_processes: to insist on; None: what the launcher was asked for.
+        data: how it deals batches to ranks.
+
+    Raises:
+        RuntimeError: the launch fell back silently (`check_launch`).
+    """
+    has_engine = any(_flag(variable) for variable in _ENGINES)
+    has_device = torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
+    handlers = []
+    if has_engine and not has_device:
+        # without a named backend Accelerate sees one process; with cpu=True it turns the engine into DDP
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=not has_device and not has_engine, dataloader_config=data, kwargs_handlers=handlers
+    )
+    expected = {} if num_processes is None else {EXPECTED_PROCESSES: str(num_processes)}
+    check_launch(accelerator, {**os.environ, **expected})
+    return accelerator
 
 
 def engine_of(accelerator: Accelerator) -> Engine:
@@ -130,11 +155,10 @@ def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.e
             "`accelerate launch --multi_gpu --num_processes N`"
         )
     for variable, wanted in _ENGINES.items():
-        if environment.get(variable, "").lower() in ("1", "true") and kind != wanted:
+        if _flag(variable, environment) and kind != wanted:
             raise RuntimeError(
-                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. Do not pass cpu=True "
-                "to Accelerator; on a CPU give DeepSpeed its backend: "
-                'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
+                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. "
+                + _WITHOUT_DEVICE[wanted]
             )
 
 
@@ -142,6 +166,21 @@ _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
 }
+
+_WITHOUT_DEVICE = {
+    DistributedType.DEEPSPEED: (
+        "Do not pass cpu=True to Accelerator and do not set ACCELERATE_USE_CPU; on a CPU give DeepSpeed its "
+        'backend: Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
+    ),
+    DistributedType.FSDP: (
+        "Accelerate runs FSDP on accelerators only, and with cpu=True on none; on a CPU use DeepSpeed "
+        "ZeRO-3, or torch's fully_shard without Accelerate"
+    ),
+}
+
+
+def _flag(variable: str, environment: Mapping[str, str] = os.environ) -> bool:
+    return environment.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _asked_processes(environment: Mapping[str, str]) -> int | None:
