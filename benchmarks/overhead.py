@@ -28,6 +28,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
 from mtl_dist.probes import Probe
+from mtl_dist.tracking import JsonlTracker, RunInfo, RunLog
 from mtl_dist.weighting import (
     FAMO,
     MGDA,
@@ -55,6 +57,7 @@ from mtl_dist.weighting import (
     UPGrad,
 )
 
+LOGGING: list[float] = []  # milliseconds of the host in the logging of each logged step
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
 
@@ -106,6 +109,7 @@ class Balanced:
 
     rule: Rule
     probe: Probe | None = None
+    logged: bool = False
 
 
 BALANCED: dict[str, Balanced] = {
@@ -117,6 +121,7 @@ BALANCED: dict[str, Balanced] = {
     "FeatureTap, MGDA": Balanced(MGDA(), FeatureTap()),
     "FeatureTap, InverseGradNorm": Balanced(InverseGradNorm(), FeatureTap()),
     "FeatureProbe, MGDA": Balanced(MGDA(), FeatureProbe()),
+    "FeatureProbe, MGDA, logged": Balanced(MGDA(), FeatureProbe(), logged=True),
     "FeatureProbe, InverseGradNorm": Balanced(InverseGradNorm(), FeatureProbe()),
     "FeatureProbe, UPGrad": Balanced(UPGrad(), FeatureProbe()),
     "FeatureProbe, Every(10, MGDA)": Balanced(Every(MGDA(), 10), FeatureProbe()),
@@ -145,7 +150,23 @@ def make_step(name: str, shape: Shape, device: torch.device) -> Callable[[Tensor
         model(x, labels).backward()
         optimizer.step()
 
-    return step
+    return step if balancer is None or not variant.logged else _logged(step, balancer)
+
+
+def _logged(step: Callable[[Tensor, Tensor], None], balancer: Balancer) -> Callable[[Tensor, Tensor], None]:
+    """The step, and its row as the training program makes it: written by rank 0 into a file."""
+    trackers = [JsonlTracker()] if not dist.is_initialized() or dist.get_rank() == 0 else []
+    log = RunLog(trackers, RunInfo(Path(tempfile.mkdtemp()), balancer.tasks, {})).__enter__()
+    numbers = itertools.count(1)
+
+    def logged(x: Tensor, labels: Tensor) -> None:
+        step(x, labels)
+        start = time.perf_counter()
+        log.add(balancer.report)
+        log.step(next(numbers), {"perf/step_ms": 1.0})
+        LOGGING.append(1e3 * (time.perf_counter() - start))
+
+    return logged
 
 
 def _bare(net: Net, optimizer: torch.optim.Optimizer, backward: Callable) -> Callable[[Tensor, Tensor], None]:
@@ -228,7 +249,7 @@ def times(arguments: argparse.Namespace, shape: Shape, device: torch.device) -> 
             _wait(device)
             if number >= arguments.warmup:
                 taken[name].append(1e3 * (time.perf_counter() - start))
-    return taken
+    return taken | ({"logging": LOGGING[-arguments.rounds :]} if LOGGING else {})
 
 
 def memory(name: str, shape: Shape, device: torch.device) -> float:
@@ -333,7 +354,14 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     about = ", ".join(f"{key} {value}" for key, value in results["facts"].items())
     plain = ", ".join(f"{results['ranks'][w]['plain_ms']:.1f} ms on {w}" for w in sizes)
-    return f"Ratios to the plain step ({plain} rank(s)). {about}.\n\n" + "\n".join(lines) + "\n"
+    logging = ""
+    for w in sizes:
+        ms, step = results["ranks"][w]["logging_ms"], results["ranks"][w]["plain_ms"]
+        if ms is not None:
+            logging += (
+                f" Logging a row takes {ms:.2f} ms of rank 0, {ms / step:.2%} of the plain step on {w}."
+            )
+    return f"Ratios to the plain step ({plain} rank(s)). {about}.{logging}\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -358,7 +386,9 @@ def main() -> None:
     for world_size in arguments.world_sizes:
         taken = launch(world_size, arguments, variants=arguments.variants, memory=False)
         peaks = {v: launch(world_size, arguments, variants=[v], memory=True) for v in arguments.variants}
+        logging = taken.pop("logging", [])
         results["ranks"][str(world_size)] = {
+            "logging_ms": statistics.median(logging) if logging else None,
             "plain_ms": statistics.median(taken["plain"]),
             "time": ratios(taken),
             "memory": {name: peak / peaks["plain"] for name, peak in peaks.items()},
