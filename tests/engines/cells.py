@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 RULES = ("geometric_mean", "inverse_grad_norm", "mgda", "upgrad")
-PROBES = ("losses", "FeatureProbe", "FeatureTap")
+PROBES = ("losses", "FeatureProbe", "FeatureTap")  # and FeatureProbe(reevaluate=False), for its refusal
 CHECKPOINTS = ("none", "reentrant", "non-reentrant")
 COMPILED = ("none", "trunk", "model")
 
@@ -38,7 +38,7 @@ class Cell:
         accumulation: micro-batches an optimizer step; each has its own weights.
         held: the weights are held for the window of micro-batches instead.
         checkpoint: activation checkpointing of the trunk.
-        compiled: what `torch.compile` sees.
+        compiled: what `torch.compile` sees, with the backend aot_eager unless named.
         data: "even": equal shards; "ragged": shards of other sizes, and a task that one rank has no sample
             of (it evaluates the head on no row, and says so by its count).
     """
@@ -102,10 +102,13 @@ def cells_of(engine: str) -> Iterator[Cell]:
             yield Cell(engine, rule=rule, probe=probe)
     for probe in PROBES[1:]:
         base = Cell(engine, probe=probe)
-        for one in _axes(base):
-            yield one
+        yield from _axes(base)
         yield from _pairs(base)
     yield from _axes(Cell(engine, rule="geometric_mean", probe="losses"), brief=True)
+    if engine.endswith("zero-3"):
+        yield Cell(engine, probe="FeatureProbe(reevaluate=False)")
+    if engine in ("plain", "ddp", "fsdp2", "zero-2"):
+        yield Cell(engine, compiled="model, inductor")
 
 
 def _axes(base: Cell, *, brief: bool = False) -> Iterator[Cell]:
@@ -134,14 +137,30 @@ def _pairs(base: Cell) -> Iterator[Cell]:
 
 
 def whole_matrix() -> list[Cell]:
-    """Every cell of every engine."""
-    return [cell for engine in ENGINES for cell in cells_of(engine)]
+    """Every cell of every engine, and the control of each that is refused for the engine's sake."""
+    cells = [cell for engine in ENGINES for cell in cells_of(engine)]
+    refused = ((cell, refusal(cell)) for cell in cells)
+    controls = (cell.control() for cell, expected in refused if expected and expected.engines_own)
+    return list(dict.fromkeys([*cells, *controls]))
 
 
 def ci_matrix() -> list[Cell]:
-    """All engines in float32 with both probes, and one each of the rest."""
-    cells = [Cell(engine, probe=probe) for engine in ENGINES for probe in PROBES[1:]]
-    return cells
+    """All engines in float32 with both probes, and each other option on the engines that treat it apart."""
+    basic = [Cell(engine, probe=probe) for engine in ENGINES for probe in PROBES[1:]]
+    refused = Cell("zero-3", probe="FeatureProbe(reevaluate=False)")
+    return [*basic, refused, *(cell for engine in CI_ENGINES for cell in _options(engine))]
+
+
+# one of each kind: hooks on parameters, freed parameters, partitioned gradients, partitioned parameters, glue
+CI_ENGINES = ("ddp", "fsdp2", "zero-2", "zero-3", "accelerate zero-2")
+
+
+def _options(engine: str) -> Iterator[Cell]:
+    tap = "FeatureTap" if CI_ENGINES.index(engine) % 2 else "FeatureProbe"
+    yield Cell(engine, rule="geometric_mean", probe="losses")
+    yield Cell(engine, rule="inverse_grad_norm")
+    yield Cell(engine, rule="upgrad", probe="FeatureTap")
+    yield from _axes(Cell(engine, probe=tap))
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,34 @@ class Refusal:
     engines_own: bool
 
 
+STATIC_GRAPH = Refusal(
+    re.compile("expect_autograd_hooks_ INTERNAL ASSERT FAILED"),
+    "DDP's static_graph and no_sync, and so gradient accumulation, do not go together in torch 2.13 (pytorch "
+    "PR 187732); a plain sum of the losses fails likewise",
+    engines_own=True,
+)
+READY_TWICE = Refusal(
+    re.compile("Expected to mark a variable ready only once"),
+    "DDP's find_unused_parameters and reentrant checkpoints do not go together; a plain sum of the losses "
+    "fails likewise: checkpoint with use_reentrant=False",
+    engines_own=True,
+)
+
+
+PARTITIONED = Refusal(
+    re.compile(r"FeatureProbe\(reevaluate=False\): the parameters are partitioned .* Use FeatureProbe\(\)"),
+    "ZeRO-3 frees parameters after their first use: FeatureProbe() evaluates the heads again by itself, and "
+    "refuses when told not to, naming FeatureProbe() and FeatureTap()",
+    engines_own=False,
+)
+
+
 def refusal(cell: Cell) -> Refusal | None:
     """Why `cell` cannot work; None where it must pass."""
+    if cell.engine.endswith("zero-3") and cell.probe == "FeatureProbe(reevaluate=False)":
+        return PARTITIONED
+    if cell.engine == "ddp static_graph" and cell.accumulation > 1:
+        return STATIC_GRAPH
+    if cell.engine == "ddp find_unused_parameters" and cell.checkpoint == "reentrant":
+        return READY_TWICE
     return None

@@ -11,10 +11,10 @@ from torch import Tensor
 
 # float32: rounding of sums in another order, through 10 steps
 FLOAT32 = 1e-6
-# bf16 has 8 bits: unit roundoff u = 2^-8. One process rounds the gradient of the whole batch once, W ranks round
-# one gradient each, and some engines round their sum again: u to 2u of a gradient's length in every step, which
-# need not cancel. Momentum and the weights' reaction to it are smooth, so parameters are compared relative to
-# the way they went, and weights absolutely (they are at most 1), with a bound of 4u.
+# bf16 has 8 significant bits: unit roundoff u = 2^-8. One process rounds the gradient of the whole batch, W
+# ranks round one gradient each, and some engines round their sum again: an error of u to 2u of a gradient's
+# length in every step, which the steps need not cancel. So parameters are compared together, relative to the
+# way they went, and weights relative to the largest, with a bound of 4u.
 BFLOAT16 = 4 * 2.0**-8
 
 

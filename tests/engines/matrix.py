@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch  # noqa: E402
 from cells import FAMILIES, Cell, whole_matrix  # noqa: E402
 from compare import Verdict, judge  # noqa: E402
-from program import ROOT, run  # noqa: E402
+from program import BIN, ROOT, run  # noqa: E402
 
 START_LIMIT, CELL_LIMIT = 120.0, 30.0  # seconds: they end a hang, not a slow machine
 
@@ -42,16 +43,12 @@ def train_all(cells: Sequence[Cell], num_processes: int) -> list[list[dict[str, 
 
 def launch(cells: Sequence[Cell], num_processes: int) -> tuple[list[list[dict[str, Any]]], str]:
     """One launch of run_cells.py: what it finished, and the end of what it printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "distributed", ROOT))
-    environment = {"EXPECTED_WORLD_SIZE": str(num_processes), "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "cells.json").write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
-        command = [sys.executable, *(launcher if num_processes > 1 else []), HERE / "run_cells.py"]
+        limit = START_LIMIT + CELL_LIMIT * len(cells)
         try:
-            limit = START_LIMIT + CELL_LIMIT * len(cells)
-            done = run(*command, folder / "cells.json", folder, timeout=limit, env=environment)
+            done = run_script("run_cells.py", num_processes, folder / "cells.json", folder, timeout=limit)
             trouble = f"the launch ended with {done.returncode}: ...{done.stderr[-2000:]}"
         except AssertionError as hung:
             trouble = str(hung)[-2000:]
@@ -60,6 +57,24 @@ def launch(cells: Sequence[Cell], num_processes: int) -> tuple[list[list[dict[st
             ([folder / f"{i}.{rank}.pt" for rank in range(num_processes)] for i in range(len(cells))),
         )
         return [[torch.load(rank) for rank in ranks] for ranks in finished], trouble
+
+
+def run_script(
+    script: str, num_processes: int, *arguments: object, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script of this folder with torchrun (plain Python for one process)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "distributed", ROOT))
+    environment = {
+        "EXPECTED_WORLD_SIZE": str(num_processes),
+        "PYTHONPATH": path,
+        "DS_ACCELERATOR": "cpu",
+        # DeepSpeed builds an extension at first use: two versions of ninja would build it in turns for ever
+        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    }
+    command = [sys.executable, *(launcher if num_processes > 1 else []), HERE / script, *arguments]
+    return run(*command, timeout=timeout, env=environment)
 
 
 def judge_all(cells: Iterable[Cell], *, report: bool = False) -> dict[Cell, Verdict]:

@@ -24,10 +24,11 @@ from ranks import start, stop
 from torch import Tensor
 from toy import TASKS, Net, global_batch, shard
 
-from mtl_dist import RULES, Balancer, FeatureTap
+from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap
 from mtl_dist.weighting import Normalize
 
 STEPS = 10
+PROBES = {"FeatureTap": FeatureTap(), "FeatureProbe(reevaluate=False)": FeatureProbe(reevaluate=False)}
 
 
 def make_balancer(cell: Cell) -> Balancer | None:
@@ -37,7 +38,7 @@ def make_balancer(cell: Cell) -> Balancer | None:
     return Balancer(
         TASKS,
         Normalize(rule) if cell.rule == "inverse_grad_norm" else rule,  # of size 1, or its steps are too long
-        probe=FeatureTap() if cell.probe == "FeatureTap" else None,
+        probe=PROBES.get(cell.probe),
         window=cell.accumulation if cell.held else None,
     )
 

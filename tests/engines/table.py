@@ -21,7 +21,7 @@ COLUMNS: dict[str, Callable[[Cell], bool]] = {
     "checkpoint": lambda c: c.checkpoint == "non-reentrant",
     "reentrant checkpoint": lambda c: c.checkpoint == "reentrant",
     "compiled trunk": lambda c: c.compiled == "trunk",
-    "compiled model": lambda c: c.compiled == "model",
+    "compiled model": lambda c: c.compiled.startswith("model"),
     "ragged": lambda c: c.data == "ragged",
 }
 MARKS = {"passed": "✓", "failed": "**FAILED**"}
@@ -33,13 +33,14 @@ def markdown(verdicts: Mapping[Cell, Verdict]) -> str:
         kind: sum(v.outcome == kind for v in verdicts.values()) for kind in ("passed", "refused", "failed")
     }
     reasons = list(dict.fromkeys(v.reason for v in verdicts.values() if v.outcome == "refused"))
+    counted = ", ".join(f"{number} {kind}" for kind, number in count.items())
     parts = [
         "# The engine matrix",
-        f"{len(verdicts)} cells: {count['passed']} passed, {count['refused']} refused, {count['failed']} failed. "
-        f"torch {torch.__version__}, {platform.machine()}, CPU and gloo, 2 processes. Each cell is 10 steps of "
-        "SGD with momentum; world size and engine are asserted, and weights and parameters compared with one "
-        f"process on the concatenated batch (float32: {FLOAT32:.0e} relative; bf16: {BFLOAT16:.1e} of the way "
-        "the parameters went, see tests/engines/compare.py). Made by launch/matrix.sh.",
+        f"{len(verdicts)} cells: {counted}. torch {torch.__version__}, {platform.machine()}, CPU and gloo, 2 "
+        "processes. Each cell is 10 steps of SGD with momentum; world size and engine are asserted, and "
+        "weights and parameters compared with one process on the concatenated batch (float32: "
+        f"{FLOAT32:.0e} relative; bf16: {BFLOAT16:.1e} of the way the parameters went, see "
+        "tests/engines/compare.py). Made by launch/matrix.sh.",
         summary(verdicts, reasons),
         *([footnotes(reasons)] if reasons else []),
         *([failures(verdicts)] if count["failed"] else []),

@@ -55,7 +55,7 @@ class Net(nn.Module):
         self.trunk = Trunk()
         self.heads = nn.ModuleList(
             [
-                nn.Linear(WIDTH, 1),
+                nn.Linear(WIDTH, 1, bias=False),
                 nn.Linear(WIDTH, 4),
                 nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 5)),
             ]
