@@ -44,6 +44,7 @@ class RunLog:
         self._run = run
         self._log_every = log_every
         self._reports: list[StepReport] = []
+        self._latest: StepReport | None = None
         self._pending: list[tuple[Snapshot, int, Row]] = []
 
     def __enter__(self) -> Self:
@@ -62,9 +63,14 @@ class RunLog:
         return {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id is not None}
 
     def add(self, report: StepReport | None) -> None:
-        """Takes what the balancer reports of a micro-batch."""
-        if report is not None and (not self._reports or self._reports[-1] is not report):
+        """Takes what the balancer reports of a micro-batch.
+
+        A balancer whose weights hold over a window of micro-batches reports the window when it closes; until
+        then it shows the report before, which is not taken again.
+        """
+        if report is not None and report is not self._latest:
             self._reports.append(report)
+            self._latest = report
 
     def is_due(self, global_step: int) -> bool:
         """Whether `global_step` has a row even if nothing else is known of it."""
@@ -79,6 +85,8 @@ class RunLog:
             due: make a row whatever `log_every` says.
         """
         reports, self._reports = self._reports, []
+        if not reports and self._latest is not None:
+            reports = [self._latest]  # its weights still hold
         self.flush()
         if due or self.is_due(global_step):
             snapshot = Snapshot(reports)
