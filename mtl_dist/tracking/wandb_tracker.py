@@ -100,10 +100,10 @@ class WandbTracker(Tracker):
         if summary is not None and self._latest:
             self._run.log({STEP_KEY: self._latest[STEP_KEY], **self._tables()})
             self._run.summary.update({"num_processes": summary.get("num_processes")})
-        self._run.finish(exit_code=0 if summary is not None else 1)
-        offline = self._run.settings._offline
         folder = os.path.dirname(self._run.dir)
-        self.where = f"wandb sync {folder}" if offline else self._run.url
+        where = f"wandb sync {folder}" if self._run.offline else self._run.url
+        self._run.finish(exit_code=0 if summary is not None else 1)
+        self.where = where
 
     def _tables(self) -> dict[str, Any]:
         import wandb

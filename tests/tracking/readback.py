@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from program import BIN, run
@@ -13,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 STEP = "train/global_step"
 
 
+@cache
 def wandb_records(folder: Path) -> list[dict[str, list[dict]]]:
-    """Of every offline run in `folder`, oldest first: its records by type."""
+    """Of every offline run in `folder`, oldest first: its records by type. Read once, so of finished runs."""
     runs = []
     for path in sorted((folder / "wandb").glob("offline-run-*")):
         done = run(BIN / "wandb", "leet", "inspect", "--json", path)
