@@ -21,6 +21,7 @@ TITLES = [
     *("Weighted total loss", "Step time, ms", "Validation losses", "accuracy"),
 ]
 STEPS = 60
+LONG = "a_very_long_name_for_the_segmentation_head_of_cityscapes"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def several(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("several")
     folders = [
         write_run(root / "a", TASKS, STEPS, settings={"seed": 0, "weighting": "mgda"}),
-        write_run(root / "b", ("sum", "extra"), 40, phase=1.0, settings={"seed": 1, "weighting": "mgda"}),
+        write_run(root / "b", ("sum", LONG), 40, phase=1.0, settings={"seed": 1, "weighting": "mgda"}),
         root / "empty",
     ]
     folders[2].mkdir()

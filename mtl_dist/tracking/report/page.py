@@ -46,7 +46,7 @@ def render(runs: Sequence[RunData]) -> str:
         "csp": _policy([uplot, script], style),
         "title": escape(title),
         "heading": escape(title if len(title) < 120 else f"{len(runs)} runs"),
-        "meta": escape(f"{len(tasks)} tasks · {_steps(runs)} · made by mtl_dist"),
+        "meta": escape(f"{_count(len(tasks), 'task')} · {_steps(runs)} · made by mtl_dist"),
         "runs": runs_table(runs, tasks),
         "notes": notes,
         "final": final_table(runs, tasks) if tasks else "<p>No run has a task's values.</p>",
@@ -126,7 +126,11 @@ def _notes(runs: Sequence[RunData], thinned: dict[str, int], left_out: Sequence[
 
 def _steps(runs: Sequence[RunData]) -> str:
     last = {int(run.steps[-1]) if len(run.steps) else 0 for run in runs}
-    return f"{min(last)} steps" if len(last) == 1 else f"{min(last)} to {max(last)} steps"
+    return _count(min(last), "step") if len(last) == 1 else f"{min(last)} to {max(last)} steps"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:

@@ -1,6 +1,7 @@
 // One figure per panel: a uPlot chart, its log switch, and the values at the cursor.
 
 const MAX_ITEMS = 8; // names in a readout, and at the ends of lines
+const WHOLE_STEPS = Array.from({ length: 40 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3));
 const figures = [];
 
 function makeFigure(panel) {
@@ -64,7 +65,7 @@ function options(figure, numRaw) {
       y: { range: (chart, low, high) => padded(low, high, panel.zero && !log) },
     },
     axes: [
-      { ...axis, size: 26, gap: 3, values: (chart, ticks) => ticks.map(shortNumber) },
+      { ...axis, size: 26, gap: 3, incrs: WHOLE_STEPS, values: (chart, ticks) => ticks.map(shortNumber) },
       { ...axis, size: (chart, texts) => 12 + 6.4 * Math.max(2, ...(texts ?? []).map((text) => text.length)), gap: 4,
         splits: log ? (chart, i, low, high) => logTicks(low, high) : undefined,
         values: (chart, ticks) => ticks.map((tick) => shortNumber(log ? Math.pow(10, tick) : tick)) },
