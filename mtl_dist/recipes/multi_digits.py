@@ -55,6 +55,25 @@ class ComposedDigits:
         return {"image": self.images[index], "left": left, "right": right}
 
 
+def source_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's digits `[1797, 8, 8]` in [0, 1], their labels, which to train on, which to validate on.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits  # an extra: the library itself does not need it
+    except ImportError as error:
+        raise ImportError('recipes of digits need scikit-learn: pip install "mtl-dist[recipes]"') from error
+
+    digits = load_digits()
+    scans = torch.from_numpy(digits.images).float() / 16
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(scans), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    num_held_out = len(scans) // 5
+    return scans, labels, order[num_held_out:], order[:num_held_out]
+
+
 def compose(
     scans: Tensor, labels: Tensor, sources: Tensor, size: int, generator: torch.Generator
 ) -> ComposedDigits:
@@ -178,21 +197,10 @@ class MultiDigits(Recipe):
         Raises:
             ImportError: scikit-learn is not installed.
         """
-        try:
-            from sklearn.datasets import load_digits  # an extra: the library itself does not need it
-        except ImportError as error:
-            raise ImportError(
-                'the recipe multi_digits needs scikit-learn: pip install "mtl-dist[recipes]"'
-            ) from error
-
-        digits = load_digits()
-        scans = torch.from_numpy(digits.images).float() / 16
-        labels = torch.from_numpy(digits.target).long()
-        order = torch.randperm(len(scans), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-        num_held_out = len(scans) // 5
+        scans, labels, training, held_out = source_digits()
         generator = torch.Generator().manual_seed(seed)
-        validation = compose(scans, labels, order[:num_held_out], self.num_validation, generator)
-        train = compose(scans, labels, order[num_held_out:], self.num_train, generator)
+        validation = compose(scans, labels, held_out, self.num_validation, generator)
+        train = compose(scans, labels, training, self.num_train, generator)
         return train, validation
 
     def model(self, balancer: nn.Module) -> nn.Module:
