@@ -241,7 +241,7 @@ class Balancer(nn.Module):
         `mtl_dist.virtual.VirtualRanks` calls it.
 
         Raises:
-            RuntimeError: a step was already taken, or this is one process of several.
+            RuntimeError: a step was already taken.
         """
         self._twins = ()
         twins = [copy.deepcopy(self) for _ in wires[1:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from mtl_dist import train
+from mtl_dist import doctor, train
 from mtl_dist.commands import dashboard, report, rules
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -15,6 +15,7 @@ RunCommand = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[str, AddArguments, RunCommand]] = {
     "train": ("train a recipe", train.add_arguments, train.run_command),
     "dashboard": ("make the W&B workspace for our rows", dashboard.add_arguments, dashboard.run_command),
+    "doctor": ("find out whether a launch trains what it should", doctor.add_arguments, doctor.run_command),
     "report": ("write one HTML file of one or several runs", report.add_arguments, report.run_command),
     "rules": ("list the weighting rules", rules.add_arguments, rules.run_command),
 }

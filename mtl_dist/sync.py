@@ -179,10 +179,10 @@ class Synchronizer:
         """Sums over this wire instead of a process group.
 
         Raises:
-            RuntimeError: `connect` was already called, or this is one process of several.
+            RuntimeError: `connect` was already called.
         """
-        if self._connected or is_distributed():
-            raise RuntimeError("mtl_dist: virtual ranks take one process, and are set before its first step")
+        if self._connected:
+            raise RuntimeError("mtl_dist: virtual ranks must be set before the balancer's first step")
         self._wire = wire
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:

@@ -35,7 +35,7 @@ class VirtualRanks:
     shared. A rank's backward must be of its loss divided by R: the sum over ranks in `.grad` is then the mean
     that an engine computes. After `run`, buffers are those of rank 0, which engines broadcast or save.
 
-    Memory is that of all shards together.
+    Memory is that of all shards together. Nothing is shared with other processes, if there are any.
 
     Args:
         number: R.
@@ -44,7 +44,7 @@ class VirtualRanks:
 
     Raises:
         ValueError: R is no positive number.
-        RuntimeError: this process is one of several already.
+        RuntimeError: the balancer has taken a step already.
     """
 
     def __init__(self, number: int, balancer: Balancer, model: nn.Module) -> None:

@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": CORE | {"virtual", "integrations", "recipes", "tracking", "config"},
     "train": {"config", "tracking", "training"},
     "commands": {"tracking", "weighting"},
-    "cli": {"commands", "train", "weighting"},
+    "doctor": CORE | {"virtual", "integrations"},
+    "cli": {"commands", "doctor", "train", "weighting"},
     "__init__": CORE,
 }
 COLLECTIVES = {

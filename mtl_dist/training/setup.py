@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.config import Settings, build_balancer, build_recipe
-from mtl_dist.integrations.accelerate import EXPECTED_PROCESSES, attach, check_launch
+from mtl_dist.integrations.accelerate import attach, start
 from mtl_dist.recipes import Batch, BatchData, Recipe
 from mtl_dist.tracking import METRICS_FILE
 from mtl_dist.tracking.report import REPORT
@@ -90,19 +89,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         RuntimeError: another number of processes was started.
         ValueError: the global batch does not divide over the processes, or the launcher accumulates.
     """
-    has_engine = _flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP")
-    has_device = torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
-    handlers = []
-    if has_engine and not has_device:
-        # without a named backend Accelerate sees one process; with cpu=True it turns the engine into DDP
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    accelerator = Accelerator(
-        cpu=not has_device and not has_engine,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=handlers,
-    )
-    expected = {} if settings.num_processes is None else {EXPECTED_PROCESSES: str(settings.num_processes)}
-    check_launch(accelerator, {**os.environ, **expected})
+    accelerator = start(settings.num_processes, DataLoaderConfiguration(split_batches=True))
     started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if settings.batch_size % started:
         raise ValueError(f"batch_size={settings.batch_size} is global and must divide by {started} processes")
@@ -161,7 +148,3 @@ def _continues(settings: Settings) -> bool:
         return False
     own = settings.output_dir.resolve() in Path(settings.resume_from).resolve().parents
     return settings.resume_from == "latest" or own
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in {"1", "true", "yes"}

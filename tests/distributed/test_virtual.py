@@ -128,7 +128,7 @@ def test_bad_numbers(number: object) -> None:
 def test_virtual_ranks_come_before_the_first_step() -> None:
     net = Net(Balancer(TASKS, Equal()))
     net(torch.randn(2, 3))
-    with pytest.raises(RuntimeError, match="before its first step"):
+    with pytest.raises(RuntimeError, match="before the balancer's first step"):
         VirtualRanks(2, net.balancer, net)
 
 

@@ -1,0 +1,50 @@
+"""Installed packages against what mtl_dist asks for."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+_ENGINES = ("deepspeed", "transformers")  # shown where they are installed, required where they are used
+
+
+def versions_text() -> str:
+    """Python and the packages that matter, in one line."""
+    names = ["mtl-dist", "torch", "accelerate", "numpy", *_ENGINES]
+    found = [f"{name} {installed}" for name in names if (installed := _installed(name)) is not None]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def version_problems() -> list[str]:
+    """What is missing or out of bounds; empty where all is well."""
+    try:
+        wanted = [Requirement(line) for line in requires("mtl-dist") or []]
+    except PackageNotFoundError:
+        return ["mtl-dist is imported without being installed: pip install -c constraints.txt -e ."]
+    problems = []
+    for requirement in wanted:
+        optional = "extra" in str(requirement.marker or "")
+        installed = _installed(requirement.name)
+        if installed is None and not optional:
+            problems.append(
+                f"{requirement.name} is missing: pip install '{requirement.name}{requirement.specifier}'"
+            )
+        elif installed is not None and not requirement.specifier.contains(
+            _public(installed), prereleases=True
+        ):
+            problems.append(f"{requirement.name} is {installed}, and {requirement.specifier} is needed")
+    return problems
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _public(installed: str) -> str:
+    return re.sub(r"\+.*", "", installed)  # 2.13.0+cpu is 2.13.0
