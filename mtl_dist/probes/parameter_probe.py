@@ -37,7 +37,8 @@ class ParameterProbe(Probe):
       without narrow places (see `_segments`) take more, about half the trunk more for every further bucket.
     * Memory: n gradients of one bucket, or of the largest parameter, and n gradients of the activations at
       a cut; never n·P.
-    * Communication: n·P numbers in reduce-scatters (exact), or n·sketch; and n² + O(n) numbers.
+    * Communication: n·P numbers in reduce-scatters (exact), or n·sketch; and n² + O(n) numbers. Ranks compare
+      their lists of parameters first, where the host waits.
 
     Features may be given as a function, `balancer(lambda: self.trunk(x), heads)`. It is needed where the
     engine frees parameters after use (ZeRO-3): the trunk is then evaluated once a task more, on the same
@@ -54,7 +55,7 @@ class ParameterProbe(Probe):
         parameters: a function that returns the parameters that count (such as those of the last shared
             layer, which then costs less); None: all that the features depend on, found in their graph.
         reevaluate: evaluate the trunk again for each task; None: where the engine needs it.
-        seed: which draw of the sketch.
+        seed: of the sketches; every step draws anew.
 
     Raises:
         ValueError: no shared parameter behind the features, different ones on different ranks, or partitioned
@@ -102,7 +103,7 @@ class ParameterProbe(Probe):
         """The second reduction of a step: the Gram of gradients that the first kind of collective summed."""
         counts = at.losses.counts
         check_same_parameters(at.trunks[0], exchange, counts.device)
-        sketch = None if self.sketch is None else CountSketch(self.sketch, self.seed)
+        sketch = None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + exchange.step)
         blocks = parameter_rows(at.trunks, _at_present(at), counts)
         gram, faulty = reduced_gram(blocks, exchange, len(counts), counts.device, sketch)
         scale = exchange.loss_scale(counts.device)

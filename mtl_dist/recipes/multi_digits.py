@@ -112,7 +112,7 @@ class MultiDigitsNet(nn.Module):
     def __init__(self, balancer: nn.Module, channels: int, features: int) -> None:
         super().__init__()
         self.balancer = balancer
-        self.trunk = nn.Sequential(
+        self.trunk: nn.Module = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), nn.Flatten(),
             nn.Linear(2 * channels * (HEIGHT // 2) * (WIDTH // 2), features), nn.ReLU(),

@@ -109,6 +109,7 @@ def pretrain(trunk: nn.Module, features: int, steps: int) -> None:
         start = step * _PRETRAIN_BATCH % _PRETRAIN_SAMPLES
         rows = slice(start, start + _PRETRAIN_BATCH)
         optimizer.zero_grad()
-        F.cross_entropy(net(samples.images[rows]), samples.digits[rows, 0]).backward()
+        loss = F.cross_entropy(net(samples.images[rows]), samples.digits[rows, 0])
+        loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it unannotated
         optimizer.step()
     net.zero_grad()
