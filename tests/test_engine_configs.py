@@ -161,6 +161,7 @@ def test_the_stages_are_what_their_names_say():
         assert values["gradient_clipping"] >= 1e6  # 0.0 would become 1.0
 
 
+@pytest.mark.long
 def test_fsdp2_on_a_cpu_is_refused_rather_than_something_else_run(tmp_path):
     command = documented("fsdp2.yaml").replace("--num_processes 8", "--num_processes 2")
     done = launch(command, tmp_path, "steps=3")

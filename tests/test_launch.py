@@ -302,13 +302,22 @@ def test_debug_trains_in_one_plain_process(clone, tmp_path):
     assert engine["model"] == "MultiDigitsNet"
 
 
-def test_node_trains_with_the_engine_it_was_asked_for(clone, tmp_path):
-    installed(clone, "recipes,deepspeed")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("ddp", ("MULTI_CPU", None, 2)),
+        # the commands that it makes are compared above, and tests/test_engine_configs.py runs them
+        pytest.param("zero2", ("DEEPSPEED", 2, 2), marks=pytest.mark.long),
+    ],
+)
+def test_node_trains_with_the_engine_it_was_asked_for(clone, tmp_path, name, found):
+    installed(clone, "recipes")
+    mark(clone, "recipes,deepspeed")
     settings = ["steps=2", f"output_dir={tmp_path / 'out'}"]
-    done = run("bash", clone / "launch/node.sh", "zero2", RECIPE, *settings, timeout=200)
+    done = run("bash", clone / "launch/node.sh", name, RECIPE, *settings, timeout=200)
     assert done.returncode == 0, done.stderr
     engine = summary(tmp_path / "out")["engine"]
-    assert (engine["distributed_type"], engine["zero_stage"], engine["num_processes"]) == ("DEEPSPEED", 2, 2)
+    assert (engine["distributed_type"], engine["zero_stage"], engine["num_processes"]) == found
 
 
 def test_a_slurm_job_trains_on_all_its_nodes(clone, tmp_path):
