@@ -2,7 +2,7 @@
 
     python docs/screenshots.py            # trains first where there is nothing yet, minutes on two cores
 
-Trains into runs/screenshots, serves both trackers on this machine alone, and takes the pictures with Chromium.
+Trains into runs/screenshots, serves both trackers on this machine alone, and photographs them in Chromium.
 Needs Chromium (apt install chromium), and what `pip install -e .[test]` brings.
 """
 
@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TRACKIO_DIR": str(FOLDER / "trackio"),
     "HF_HUB_OFFLINE": "1",
+    "BROWSER": "true",  # trackio show opens one
 }
 
 
@@ -49,9 +50,17 @@ def train(steps: int) -> None:
         output = FOLDER / "runs" / rule
         if (output / "summary.json").exists():
             continue
-        settings = [f"output_dir={output}", f"steps={steps}", "eval_every=25", f"weighting.name={rule}", trackers]
+        settings = [
+            f"output_dir={output}",
+            f"steps={steps}",
+            "eval_every=25",
+            f"weighting.name={rule}",
+            trackers,
+        ]
         program = ["-m", "mtl_dist.train", "configs/recipe/multi_digits.yaml", *settings, "overwrite=true"]
-        environment = ENVIRONMENT if shutil.which("nvidia-smi") else {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+        environment = (
+            ENVIRONMENT if shutil.which("nvidia-smi") else {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+        )
         subprocess.run([sys.executable, *program], cwd=ROOT, env=environment, check=True)
 
 
@@ -82,13 +91,17 @@ def free_port() -> int:
 
 def tensorboard(page: Page, url: str) -> None:
     """The tab CUSTOM SCALARS: all tasks of all runs in one chart."""
+    page.set_viewport_size({"width": 1500, "height": 730})
     page.goto(f"{url}/#custom_scalars")
     page.wait_for_timeout(15000)
 
 
 def trackio(page: Page, url: str) -> None:
-    """The metrics of the project, one chart each, runs beside each other."""
+    """Contributions and losses, one chart each, runs beside each other."""
+    page.set_viewport_size({"width": 1850, "height": 1000})
     page.goto(f"{url}/?project={PROJECT}")
+    page.wait_for_timeout(10000)
+    page.get_by_placeholder("e.g., loss").fill("mtl/(contribution|loss)/")
     page.wait_for_timeout(15000)
 
 
@@ -111,7 +124,7 @@ def main() -> int:
     shown = [str(bin_folder / "trackio"), "show", "--project", PROJECT, "--no-footer"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
         page.set_default_timeout(PATIENCE)
         with served(board, port) as url:
             tensorboard(page, url)
