@@ -20,7 +20,7 @@ def test_a_head_that_raises_on_one_rank_raises_on_all(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"raised.{rank}").read_text()) for rank in range(2)]
     for name in HEALED:
         assert ranks[1][name] == ["KeyError", "'no such label'"]
-        assert ranks[0][name][0] == "RuntimeError", ranks[0][name]
+        assert ranks[0][name][0] == "PeerFailed", ranks[0][name]
         assert "rank 1 failed before it had its statistics" in ranks[0][name][1]
 
 
