@@ -1,7 +1,9 @@
 """What a balanced step costs beside a plain one: time and peak memory, paired in one run.
 
-    python benchmarks/overhead.py                         # 1 and 2 ranks, all variants
-    python benchmarks/overhead.py --world-sizes 2 --rounds 40 --variants plain FeatureProbe torchjd
+    python benchmarks/overhead.py                            # all columns, all variants
+    python benchmarks/overhead.py --columns 1:torch 2:ddp --rounds 40 --variants plain "FeatureProbe, MGDA"
+
+A column is a number of ranks and an engine: plain torch on one, DDP, FSDP2 and DeepSpeed's ZeRO-2 on two.
 
 Every round takes one step of each variant, in an order that changes from round to round, and the table shows
 the median over rounds of time / (time of the plain step in the same round). Peak memory is that of a process
@@ -9,8 +11,8 @@ that runs one variant alone, less what it held before the model was made. Writes
 into benchmarks/results/.
 
 The plain step is the same model under the same engine with a plain sum of its losses. TorchJD and "one
-backward a task" have no engine that is right with them, so they run on the bare model and average gradients
-over ranks in one all-reduce afterwards.
+backward a task" have no engine that is right with them, so they run on the bare model, beside plain torch and
+DDP only, and average gradients over ranks in one all-reduce afterwards.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from engines import ENGINES, LEARNING_RATE, Step, engine_step, start
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
 from mtl_dist.probes import Probe
@@ -129,31 +131,25 @@ BALANCED: dict[str, Balanced] = {
 }
 BASELINES = ("plain", "torchjd mtl_backward, MGDA", "one backward a task")
 VARIANTS = (BASELINES[0], *BALANCED, *BASELINES[1:])
+COLUMNS = ("1:torch", "2:ddp", "2:fsdp2", "2:zero-2")
 
 
-def make_step(name: str, shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+def make_step(name: str, shape: Shape, device: torch.device, engine: str) -> Step:
     """One training step of a variant, optimizer included."""
     torch.manual_seed(0)
     variant = BALANCED.get(name)
     tasks = [str(i) for i in range(shape.tasks)]
     balancer = None if variant is None else Balancer(tasks, variant.rule, probe=variant.probe)
     net = Net(shape, balancer).to(device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     if name == "torchjd mtl_backward, MGDA":
-        return _bare(net, optimizer, _torchjd(net))
+        return _bare(net, _torchjd(net))
     if name == "one backward a task":
-        return _bare(net, optimizer, _one_backward_a_task)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-
-    def step(x: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        model(x, labels).backward()
-        optimizer.step()
-
+        return _bare(net, _one_backward_a_task)
+    step = engine_step(engine, net, balancer)
     return step if balancer is None or not variant.logged else _logged(step, balancer)
 
 
-def _logged(step: Callable[[Tensor, Tensor], None], balancer: Balancer) -> Callable[[Tensor, Tensor], None]:
+def _logged(step: Step, balancer: Balancer) -> Step:
     """The step, and its row as the training program makes it: written by rank 0 into a file."""
     trackers = [JsonlTracker()] if not dist.is_initialized() or dist.get_rank() == 0 else []
     log = RunLog(trackers, RunInfo(Path(tempfile.mkdtemp()), balancer.tasks, {})).__enter__()
@@ -169,7 +165,9 @@ def _logged(step: Callable[[Tensor, Tensor], None], balancer: Balancer) -> Calla
     return logged
 
 
-def _bare(net: Net, optimizer: torch.optim.Optimizer, backward: Callable) -> Callable[[Tensor, Tensor], None]:
+def _bare(net: Net, backward: Callable[[Tensor, list[Tensor]], None]) -> Step:
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+
     def step(x: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         z, losses = net.losses(x, labels)
@@ -212,12 +210,13 @@ def worker(arguments: argparse.Namespace) -> None:
     """Measures on every rank; rank 0 prints one JSON line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        assert dist.get_world_size() == arguments.world_sizes[0]
+    num_ranks, engine = arguments.columns[0]
+    start(engine, num_ranks, device)
     shape = Shape(tasks=arguments.tasks, batch=arguments.batch)
     result = (
-        memory(arguments.variants[0], shape, device) if arguments.memory else times(arguments, shape, device)
+        memory(arguments.variants[0], shape, device, engine)
+        if arguments.memory
+        else times(arguments, shape, device, engine)
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
         sys.stdout.write("RESULT " + json.dumps(result) + "\n")
@@ -232,10 +231,12 @@ def batch(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return x, torch.randint(CLASSES, (shape.batch, shape.tasks), device=device)
 
 
-def times(arguments: argparse.Namespace, shape: Shape, device: torch.device) -> dict[str, list[float]]:
+def times(
+    arguments: argparse.Namespace, shape: Shape, device: torch.device, engine: str
+) -> dict[str, list[float]]:
     """Milliseconds of every step of every variant, round by round."""
     names = arguments.variants
-    steps = {name: make_step(name, shape, device) for name in names}
+    steps = {name: make_step(name, shape, device, engine) for name in names}
     order = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(arguments.rounds + arguments.warmup):
@@ -252,21 +253,21 @@ def times(arguments: argparse.Namespace, shape: Shape, device: torch.device) -> 
     return taken | ({"logging": LOGGING[-arguments.rounds :]} if LOGGING else {})
 
 
-def memory(name: str, shape: Shape, device: torch.device) -> float:
+def memory(name: str, shape: Shape, device: torch.device, engine: str) -> float:
     """Peak MB of a few steps of one variant, above what the process held before.
 
     A tiny step comes first, so that what is imported or initialised once is not counted.
     """
     tiny = Shape(tasks=2, batch=2, width=4, depth=1, features=4)
-    make_step("FeatureProbe, MGDA", tiny, device)(*batch(tiny, device))
-    make_step(name, tiny, device)(*batch(tiny, device))
+    make_step("FeatureProbe, MGDA", tiny, device, engine)(*batch(tiny, device))
+    make_step(name, tiny, device, engine)(*batch(tiny, device))
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = make_step(name, shape, device)
+    step = make_step(name, shape, device, engine)
     for _ in range(4):
         step(*batch(shape, device))
     if device.type == "cuda":
@@ -282,9 +283,12 @@ def _wait(device: torch.device) -> None:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def launch(world_size: int, arguments: argparse.Namespace, *, variants: list[str], memory: bool) -> Any:
+def launch(
+    column: tuple[int, str], arguments: argparse.Namespace, *, variants: list[str], memory: bool
+) -> Any:
+    world_size, engine = column
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    options = ["--worker", "--world-sizes", str(world_size), "--tasks", str(arguments.tasks)]
+    options = ["--worker", "--columns", f"{world_size}:{engine}", "--tasks", str(arguments.tasks)]
     options += [
         "--batch",
         str(arguments.batch),
@@ -343,32 +347,61 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    sizes = list(results["ranks"])
-    header = "| variant | " + " | ".join(f"time, {w} rank(s) | memory, {w} rank(s)" for w in sizes) + " |"
-    lines = [header, "|---|" + "---:|---:|" * len(sizes)]
-    for name in results["ranks"][sizes[0]]["time"]:
+    columns = results["columns"]
+    header = "| variant | " + " | ".join(f"time, {name} | memory, {name}" for name in columns) + " |"
+    lines = [header, "|---|" + "---:|---:|" * len(columns)]
+    for name in dict.fromkeys(name for column in columns.values() for name in column["time"]):
         cells = (
-            f"{results['ranks'][w]['time'][name]:.3f} | {results['ranks'][w]['memory'][name]:.3f}"
-            for w in sizes
+            f"{column['time'][name]:.3f} | {column['memory'][name]:.3f}"
+            if name in column["time"]
+            else "- | -"
+            for column in columns.values()
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     about = ", ".join(f"{key} {value}" for key, value in results["facts"].items())
-    plain = ", ".join(f"{results['ranks'][w]['plain_ms']:.1f} ms on {w}" for w in sizes)
-    logging = ""
-    for w in sizes:
-        ms, step = results["ranks"][w]["logging_ms"], results["ranks"][w]["plain_ms"]
-        if ms is not None:
-            logging += (
-                f" Logging a row takes {ms:.2f} ms of rank 0, {ms / step:.2%} of the plain step on {w}."
-            )
-    return f"Ratios to the plain step ({plain} rank(s)). {about}.{logging}\n\n" + "\n".join(lines) + "\n"
+    plain = ", ".join(f"{column['plain_ms']:.1f} ms on {name}" for name, column in columns.items())
+    return f"Ratios to the plain step ({plain}). {about}.\n\n" + "\n".join(lines) + "\n"
+
+
+def parsed_column(text: str) -> tuple[int, str]:
+    """`2:ddp` is two ranks under DDP."""
+    ranks, _, engine = text.partition(":")
+    if not ranks.isdigit() or engine not in ENGINES or (engine == "torch") != (ranks == "1"):
+        raise argparse.ArgumentTypeError(f"must be RANKS:ENGINE, as {', '.join(COLUMNS)}; got {text!r}")
+    return int(ranks), engine
+
+
+def measured(column: tuple[int, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time and memory of every variant that the engine runs, beside its own plain step."""
+    bare = column[1] in ("torch", "ddp")
+    variants = [v for v in arguments.variants if bare or v in BALANCED or v == "plain"]
+    taken = launch(column, arguments, variants=variants, memory=False)
+    peaks = {v: launch(column, arguments, variants=[v], memory=True) for v in variants}
+    return {
+        "plain_ms": statistics.median(taken["plain"]),
+        "time": ratios(taken),
+        "memory": {name: peak / peaks["plain"] for name, peak in peaks.items()},
+        "milliseconds": taken,
+    }
+
+
+def column_name(column: tuple[int, str]) -> str:
+    return f"{column[0]} rank(s), {column[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
+    columns = [parsed_column(text) for text in COLUMNS]
+    parser.add_argument(
+        "--columns",
+        type=parsed_column,
+        nargs="+",
+        default=columns,
+        metavar="RANKS:ENGINE",
+        help=f"default: {' '.join(COLUMNS)}",
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("--tasks", type=int, default=Shape.tasks)
     parser.add_argument("--batch", type=int, default=Shape.batch, help="samples a rank")
@@ -382,18 +415,10 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
-    results: dict[str, Any] = {"facts": facts(arguments), "ranks": {}}
-    for world_size in arguments.world_sizes:
-        taken = launch(world_size, arguments, variants=arguments.variants, memory=False)
-        peaks = {v: launch(world_size, arguments, variants=[v], memory=True) for v in arguments.variants}
-        logging = taken.pop("logging", [])
-        results["ranks"][str(world_size)] = {
-            "logging_ms": statistics.median(logging) if logging else None,
-            "plain_ms": statistics.median(taken["plain"]),
-            "time": ratios(taken),
-            "memory": {name: peak / peaks["plain"] for name, peak in peaks.items()},
-            "milliseconds": taken,
-        }
+    results: dict[str, Any] = {
+        "facts": facts(arguments),
+        "columns": {column_name(column): measured(column, arguments) for column in arguments.columns},
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "overhead.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "overhead.md").write_text(table(results), encoding="utf-8")

@@ -1,0 +1,79 @@
+"""The engines that overhead.py measures under: how one training step is taken, and what is asserted of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_dist import Balancer
+
+Step = Callable[[Tensor, Tensor], None]
+ENGINES = ("torch", "ddp", "fsdp2", "zero-2")
+LEARNING_RATE = 1e-3
+
+
+def start(engine: str, num_ranks: int, device: torch.device) -> None:
+    """Joins the job that `engine` needs."""
+    if engine == "torch":
+        assert num_ranks == 1, "plain torch runs on one rank"
+        return
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    assert dist.get_world_size() == num_ranks
+
+
+def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
+    """One training step of `net` under `engine`, optimizer included."""
+    if engine == "zero-2":
+        return _zero_step(net, balancer)
+    model = _sharded(net) if engine == "fsdp2" else DistributedDataParallel(net) if engine == "ddp" else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+
+    def step(x: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _sharded(net: Any) -> nn.Module:
+    """FSDP2 with the trunk, each head, and the rest as units."""
+    mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
+    for unit in (net.trunk, *net.heads, net):
+        fully_shard(unit, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in net.parameters())
+    return net
+
+
+def _zero_step(net: nn.Module, balancer: Balancer | None) -> Step:
+    import deepspeed
+
+    from mtl_dist.integrations.deepspeed import attach
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # read by DeepSpeed's bookkeeping only
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
+    assert engine.zero_optimization_stage() == 2
+    if balancer is not None:
+        attach(balancer, engine)
+
+    def step(x: Tensor, labels: Tensor) -> None:
+        engine.backward(engine(x, labels))
+        engine.step()
+
+    return step
