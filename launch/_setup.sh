@@ -88,13 +88,17 @@ install_pinned() { # extra
   rm "$UNFINISHED"
 }
 
-# Makes the environment ready; takes no time where it is.
+# Makes the environment ready and puts it first on PATH; takes no time where it is.
 setup() { # extra
-  is_done "$1" && return
-  mkdir -p "$ROOT/runs/setup"
-  (
-    # two scripts started at once set up one after the other, where the system can lock
-    if command -v flock >/dev/null 2>&1; then flock 9; fi
-    is_done "$1" || install_pinned "$1"
-  ) 9>"$ROOT/runs/setup/lock"
+  if ! is_done "$1"; then
+    mkdir -p "$ROOT/runs/setup"
+    (
+      # two scripts started at once set up one after the other, where the system can lock
+      if command -v flock >/dev/null 2>&1; then flock 9; fi
+      is_done "$1" || install_pinned "$1"
+    ) 9>"$ROOT/runs/setup/lock"
+  fi
+  # DeepSpeed compiles at first use, with the ninja it finds. Environments that share the result, or find another
+  # ninja, each take the other's for stale, and every launch waits while one compiles anew
+  export PATH="$VENV/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
 }

@@ -11,10 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "recipe" / "multi_digits.yaml"
 BIN = Path(sys.executable).parent
+_OWN = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    # DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take the
+    # other's for stale, and every launch waits while one compiles anew
+    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
+}
 
 
 def run(
-    *command: object, timeout: float = 120, cwd: Path = ROOT, env: dict[str, str] | None = None
+    *command: object, timeout: float = 240, cwd: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Output of a command; on the time limit its whole process group is killed and the test fails."""
     inherited = {
@@ -23,7 +31,7 @@ def run(
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
-        env={**inherited, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
+        env={**inherited, **_OWN, **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
