@@ -65,7 +65,7 @@ def test_probes_by_name():
     assert build_probe(None) is None
     assert build_probe("tap") == FeatureTap()
     assert build_probe({"name": "shared_layer", "sketch": 4096}) == SharedLayerProbe(sketch=4096)
-    assert set(PROBES) == {"feature", "tap", "shared_layer"}
+    assert set(PROBES) == {"feature", "tap", "shared_layer", "parameter"}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_what_is_refused(tmp_path):
 
 def test_the_same_run_may_be_written_in_another_way(tmp_path):
     checkpoint(tmp_path, 20)
-    same = ("weighting=inverse_grad_norm", "probe={name: feature, reevaluate: false}")
+    same = ("weighting=inverse_grad_norm", "probe={name: feature}")
     assert find_checkpoint(settings(tmp_path, "resume_from=latest", *same))[1] == 20
 
 
