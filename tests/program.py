@@ -14,8 +14,8 @@ BIN = Path(sys.executable).parent
 _OWN = {
     "OMP_NUM_THREADS": "1",
     "ACCELERATE_USE_CPU": "true",
-    # DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take the
-    # other's for stale, and every launch waits while one compiles anew
+    # DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take
+    # the other's for stale, and every launch waits while one compiles anew
     "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
 }
