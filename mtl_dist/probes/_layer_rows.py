@@ -20,7 +20,7 @@ class Products:
 
     Attributes:
         inputs: `[R, groups, d_in]`.
-        gradients: `[R, q, groups, d_out]`: q = n where every row has a gradient of each task, else 1.
+        gradients: `[q, R, groups, d_out]`: q = n where every row has a gradient of each task, else 1.
         tasks: `[R]` int64, the task of each row where q is 1; None where every row has all.
         num_tasks: n.
     """
@@ -40,11 +40,20 @@ class Products:
                 columns = self.gradients[..., start : start + step]
                 yield self._sums(columns).reshape(self.num_tasks, -1)
 
+    @property
+    def faulty(self) -> Tensor:
+        """`[n]` bool, tasks whose rows are not finite. A sum shows it, and is cheap."""
+        bad = ~(self.gradients.sum((2, 3)) + self.inputs.sum((1, 2))).isfinite()
+        if self.tasks is None:
+            return bad.any(1)
+        counts = torch.zeros(self.num_tasks, dtype=torch.int64, device=bad.device)
+        return counts.index_add_(0, self.tasks, bad[0].long()) > 0
+
     def _sums(self, columns: Tensor) -> Tensor:
         """`[n, groups, o, d_in]` of some columns o."""
         if self.tasks is None:
-            return torch.einsum("rngo,rgd->ngod", columns, self.inputs)
-        return grouped_products(columns[:, 0], self.inputs, self.tasks, self.num_tasks)
+            return torch.einsum("nrgo,rgd->ngod", columns, self.inputs)
+        return grouped_products(columns[0], self.inputs, self.tasks, self.num_tasks)
 
 
 def grouped_products(left: Tensor, right: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:
@@ -95,14 +104,14 @@ def compressed(products: Products, exchange: Exchange, world_size: int) -> Produ
     """
     inputs, gradients, tasks = products.inputs, products.gradients, products.tasks
     if world_size > 1:
-        num_rows, q, _, width = gradients.shape
-        ids = inputs.new_zeros(num_rows) if tasks is None else tasks.to(inputs.dtype)  # exact below 2^24
-        packed = torch.cat([inputs.flatten(1), gradients.flatten(1), ids[:, None]], dim=1)
+        width = gradients.shape[-1]
+        ids = inputs.new_zeros(len(inputs)) if tasks is None else tasks.to(inputs.dtype)  # exact below 2^24
+        packed = torch.cat([inputs[:, 0], *gradients[:, :, 0], ids[:, None]], dim=1)
         everyone = exchange.gather_rows(packed)
         depth = inputs.shape[-1]
         inputs = everyone[:, None, :depth]
-        gradients = everyone[:, depth:-1].reshape(-1, q, 1, width)
-        gradients = gradients[..., exchange.rank :: world_size]
+        gathered = everyone[:, depth:-1].reshape(len(everyone), len(gradients), 1, width)
+        gradients = gathered.transpose(0, 1)[..., exchange.rank :: world_size]
         tasks = None if tasks is None else everyone[:, -1].long()
     triangle = torch.linalg.qr(inputs[:, 0].T, mode="r").R
     return Products(triangle.T[:, None].contiguous(), gradients, tasks, products.num_tasks)

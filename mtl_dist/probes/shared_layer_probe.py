@@ -135,7 +135,7 @@ class SharedLayerProbe(Probe):
     def _reduced(self, products: Products, world_size: int, exchange: Exchange) -> Reduced:
         """The second reduction of a step: the Gram of what the first kind of collective summed."""
         n, device = products.num_tasks, products.inputs.device
-        faulty = _faulty(products)
+        faulty = products.faulty
         if self._takes_kernel(products, exchange):
             small = compressed(products, exchange, world_size)
             gram = sum((_gram(block) for block in small.blocks()), start=_no_gram(n, device))
@@ -162,7 +162,7 @@ class SharedLayerProbe(Probe):
             return False
         if self.form == "kernel":
             return True
-        q, width = products.gradients.shape[1], products.gradients.shape[-1]
+        q, width = products.gradients.shape[0], products.gradients.shape[-1]
 
         def cheaper() -> bool:
             mine = torch.tensor([[len(products.inputs)]], device=products.inputs.device)
@@ -180,24 +180,15 @@ def _products(shared: Features, rows: Rows, losses: TaskOrSampleLosses, exchange
     if isinstance(losses, SampleLosses):
         (gradient,) = losses.gradients(shared.leaves, exchange.loss_scale(z.device))
         g = rows.outputs(torch.zeros_like(z) if gradient is None else gradient).to(dtype)
-        return Products(inputs, g[:, None], rows.of_samples(losses.rows), n)
-    gradients = inputs.new_zeros(len(inputs), n, rows.groups, rows.width)
-    for i, (gradient,) in enumerate(head_gradients(shared, losses, exchange)):
+        return Products(inputs, g[None], rows.of_samples(losses.rows), n)
+    gradients = inputs.new_zeros(n, len(inputs), rows.groups, rows.width)
+    for row, count, (gradient,) in zip(
+        gradients, losses.counts.to(dtype), head_gradients(shared, losses, exchange), strict=True
+    ):
         if gradient is not None:
-            count = losses.counts[i].to(dtype)
-            g = rows.outputs(gradient).to(dtype) * count
-            gradients[:, i] = torch.where(count > 0, g, torch.zeros_like(g))
+            row.copy_(rows.outputs(gradient)).mul_(count)
+            row.masked_fill_(count == 0, 0)  # the mean over no sample is NaN
     return Products(inputs, gradients, None, n)
-
-
-def _faulty(products: Products) -> Tensor:
-    """`[n]` bool, tasks whose rows are not finite here."""
-    bad = ~products.gradients.isfinite().flatten(2).all(2)
-    bad = bad | ~products.inputs.isfinite().flatten(1).all(1, keepdim=True)
-    if products.tasks is None:
-        return bad.any(0)
-    counts = torch.zeros(products.num_tasks, dtype=torch.int64, device=bad.device)
-    return counts.index_add_(0, products.tasks, bad[:, 0].long()) > 0
 
 
 def _gram(block: Tensor) -> Tensor:

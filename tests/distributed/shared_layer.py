@@ -25,7 +25,7 @@ from mtl_dist.probes._sketch import CountSketch
 from mtl_dist.weighting import MGDA
 
 TOLERANCE = 1e-6
-STEPS = 3
+STEPS = 2
 SKETCH = 50
 LAYER_PROBES = (
     SharedLayerProbe(form="exact"),
