@@ -35,6 +35,9 @@ class Ladder(nn.Module):
         self.stages = nn.ModuleList([trunk[:3], trunk[3:5], trunk[5:]])
         self.stages.requires_grad_(False)
         first, second, last = trunk[0], trunk[3], trunk[6]
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
+        assert isinstance(last, nn.Linear)
         rungs = (nn.Conv2d(layer.out_channels, channels, 1) for layer in (first, second))
         self.rungs = nn.ModuleList(rungs)
         self.gates = nn.Parameter(torch.zeros(2))
@@ -55,7 +58,8 @@ class Ladder(nn.Module):
         assert side is not None
         with torch.no_grad():
             h = self.stages[2](h)
-        return h + self.side(side.flatten(1))
+        features: Tensor = h + self.side(side.flatten(1))
+        return features
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class SideTuning(MultiDigits):
         net = MultiDigitsNet(balancer, self.channels, self.features)
         pretrain(net.trunk, self.features, self.pretrain_steps)
         if self.tune == "side":
+            assert isinstance(net.trunk, nn.Sequential)
             net.trunk = Ladder(net.trunk, self.side_channels)
         return net
 
