@@ -17,13 +17,14 @@ from ranks import start, stop
 from subjects import build
 from torch.nn.parallel import DistributedDataParallel
 
-from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap, SharedLayerProbe
+from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 
 PROBES = {
     "FeatureProbe": FeatureProbe(),
     "FeatureProbe(reevaluate)": FeatureProbe(reevaluate=True),
     "FeatureTap": FeatureTap(),
     "SharedLayerProbe": SharedLayerProbe(),
+    "ParameterProbe": ParameterProbe(bucket=50),
 }
 # nothing, losses, losses with memory, norms, Gram
 KINDS = ("equal", "geometric_mean", "initial_loss", "inverse_grad_norm", "mgda")

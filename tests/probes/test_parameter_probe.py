@@ -277,15 +277,15 @@ def test_sketch_is_unbiased_and_within_its_bound() -> None:
     expected = explicit(model(), x)
     norms = expected.diagonal().sqrt()
     found = []
-    for seed in range(200):
+    for seed in range(60):
         net = model(probe=ParameterProbe(sketch=size, seed=seed, bucket=700), rule=Equal())
         net(x)
         found.append(net.balancer.report.stats.gram / torch.outer(norms, norms))
     errors = torch.stack(found) - expected / torch.outer(norms, norms)
     deviation = errors.square().mean(0).sqrt()
-    assert float(deviation.max()) < (2 / size) ** 0.5 * 1.15
+    assert float(deviation.max()) < (2 / size) ** 0.5 * 1.25
     assert float(deviation.max()) > 0.01  # it is a sketch
-    assert float(errors.mean(0).abs().max()) < 4 * float(deviation.max()) / 200**0.5
+    assert float(errors.mean(0).abs().max()) < 4 * float(deviation.max()) / 60**0.5
 
 
 def test_only_the_parameters_asked_for() -> None:
