@@ -69,6 +69,7 @@ def run_script(
         "EXPECTED_WORLD_SIZE": str(num_processes),
         "PYTHONPATH": path,
         "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_CPU": "false",  # with it Accelerate turns DeepSpeed into DDP; cells ask for the CPU
         # DeepSpeed builds an extension at first use: two versions of ninja would build it in turns for ever
         "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
