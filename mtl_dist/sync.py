@@ -202,8 +202,8 @@ class Synchronizer:
 
         Args:
             local: this rank's statistics.
-            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: those that `local` shows.
-                (A Gram of summed gradients shows those of other ranks too.)
+            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: those that `local` shows
+                (a Gram of summed gradients shows those of other ranks too).
             failed: scalar bool, whether this rank refuses its own input: the others then raise too.
         """
         buffer = self._pack(local, faulty)
