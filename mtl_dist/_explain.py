@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtl_dist._layout import Faults
 from mtl_dist.stats import TaskStats
-from mtl_dist.sync import Faults
 from mtl_dist.weighting import Rule
 
 

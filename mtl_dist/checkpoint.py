@@ -134,7 +134,7 @@ def unpack(balancer: Balancer, packed: Packed, source: str) -> None:
         balancer.load_state_dict(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    balancer._course.report = report
+    balancer.report = report
 
 
 def write(packed: Packed, folder: str | Path, name: str = "balancer") -> None:

@@ -1,11 +1,7 @@
 """The only file that names a collective: pack, one all-reduce, unpack.
 
-Every step reduces one buffer whose layout depends on the number of tasks alone:
-
-    loss sums n | counts n | upper triangle of the Gram n(n+1)/2 | fault counts n | fault ranks n | failure 2
-
-so no collective's shape or presence depends on a batch, and ranks that disagree about their data still agree
-about the bytes. The buffer is summed (SUM), because everything in it adds.
+No collective's shape or presence depends on a batch (`_layout.py`), but for the rows that `gather_rows`
+gathers, whose numbers are exchanged first.
 """
 
 from __future__ import annotations
@@ -13,13 +9,13 @@ from __future__ import annotations
 import datetime
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtl_dist._layout import Faults, Layout
 from mtl_dist._stopwatch import Stopwatch
 from mtl_dist.stats import LocalStats
 
@@ -29,31 +25,6 @@ virtual_rank: ContextVar[int | None] = ContextVar("mtl_dist_virtual_rank", defau
 _FAREWELL_SECONDS = 30  # how long a failing rank waits for the others to hear of it
 # renamed in torch 2.13, where the old name warns
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass(frozen=True)
-class Faults:
-    """Which ranks sent a value that is not finite, or failed before they had any.
-
-    Attributes:
-        counts: `[n]`, number of ranks whose loss or gradient of the task was NaN or infinite.
-        rank_sums: `[n]`, sum of those ranks' indices: the rank itself where there is only one.
-        failure: `[2]`, number of ranks that failed before this step's statistics, and the sum of their
-            indices (see `Synchronizer.announce_failure`).
-    """
-
-    counts: Tensor
-    rank_sums: Tensor
-    failure: Tensor
-
-    def first(self, later: Faults) -> Faults:
-        """These faults, and those of `later` for tasks that had none yet: a cause, not its consequences."""
-        had = self.counts > 0
-        return Faults(
-            torch.where(had, self.counts, later.counts),
-            torch.where(had, self.rank_sums, later.rank_sums),
-            self.failure,
-        )
 
 
 class Wire(Protocol):
@@ -147,9 +118,9 @@ class Synchronizer:
         self.num_tasks = num_tasks
         self.group = group
         self.stopwatch = Stopwatch()
+        self._layout = Layout(num_tasks)
         self._wire: Wire | None = None
         self._connected = False
-        self._indices: Tensor | None = None
 
     def connect(self, fingerprint: str) -> None:
         """Makes the group and compares `fingerprint` (tasks, rule, probe) over its ranks, once.
@@ -206,13 +177,11 @@ class Synchronizer:
                 (a Gram of summed gradients shows those of other ranks too).
             failed: scalar bool, whether this rank refuses its own input: the others then raise too.
         """
-        buffer = self._pack(local, faulty)
-        if failed is not None:
-            buffer[-2:] = failed.to(buffer.dtype) * self._farewell(buffer)
+        buffer = self._layout.pack(local, self.rank, faulty, failed)
         if self._wire is not None:
             with self.stopwatch.running(buffer.device):
                 self._wire.all_reduce(buffer)
-        return self._unpack(buffer)
+        return self._layout.unpack(buffer)
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """This rank's piece of the sum of `rows` over all ranks, by one reduce-scatter.
@@ -271,39 +240,9 @@ class Synchronizer:
         """
         if self._wire is None:
             return
-        buffer = self._pack(LocalStats.zeros(self.num_tasks, wire_device(self.group)))
-        buffer[-2:] = self._farewell(buffer)
-        self._wire.farewell(buffer)
-
-    def _farewell(self, buffer: Tensor) -> Tensor:
-        """`[2]`, what a failing rank sends."""
-        message = buffer.new_ones(2)
-        message[1] = self.rank
-        return message
-
-    def _pack(self, local: LocalStats, seen: Tensor | None = None) -> Tensor:
-        finite = local.loss_sums.isfinite() & local.gram.diagonal().isfinite()
-        faulty = (~finite if seen is None else seen).to(local.loss_sums.dtype)
-        row, column = self._triangle(local.gram.device)
-        failure = faulty.new_zeros(2)
-        return torch.cat(
-            [local.loss_sums, local.counts, local.gram[row, column], faulty, faulty * self.rank, failure]
-        )
-
-    def _unpack(self, buffer: Tensor) -> tuple[LocalStats, Faults]:
-        n = self.num_tasks
-        sizes = [n, n, n * (n + 1) // 2, n, n, 2]
-        loss_sums, counts, triangle, fault_counts, rank_sums, failure = torch.split(buffer, sizes)
-        row, column = self._triangle(buffer.device)
-        gram = buffer.new_zeros(n, n)
-        gram[row, column] = triangle
-        gram[column, row] = triangle
-        return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure)
-
-    def _triangle(self, device: torch.device) -> Tensor:
-        if self._indices is None or self._indices.device != device:
-            self._indices = torch.triu_indices(self.num_tasks, self.num_tasks, device=device)
-        return self._indices
+        nothing = LocalStats.zeros(self.num_tasks, wire_device(self.group))
+        failed = torch.ones((), dtype=torch.bool, device=nothing.counts.device)
+        self._wire.farewell(self._layout.pack(nothing, self.rank, None, failed))
 
     def _check_agreement(self, wire: Wire, fingerprint: str) -> None:
         everyone = wire.gather_text(fingerprint)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mtl_dist._layout import Faults
 from mtl_dist.probes._losses import Heads, Losses, TaskLosses
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Faults
 
 T = TypeVar("T")
 

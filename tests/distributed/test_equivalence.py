@@ -14,6 +14,9 @@ from launcher import succeed
 from torch import Tensor
 
 STEPS = 20
+# PCD magnifies the rounding of a float32 G where two gradients are nearly parallel: 1.2e-6 at one step on ragged
+# shards, 1.4e-6 at one step under ParameterProbe. In float64 nothing is left of it (below 1e-12).
+FLOAT32 = {"pcd": 2e-6}
 LIMIT = 800.0  # seconds, far above the minute needed on free cores: it ends a hang, not a slow machine
 
 
@@ -49,15 +52,7 @@ def test_to_the_last_digits_in_float64(folder: Path, num_processes: int) -> None
 
 @pytest.mark.long
 @pytest.mark.timeout(6 * LIMIT)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        ("float64", 1e-9),
-        # PCD magnifies the rounding of G about tenfold where two gradients are nearly parallel: 1.2e-6
-        # at one step on ragged shards, all else is within 1e-6. In float64 nothing is left of it.
-        ("float32", 1.5e-6),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-6)])
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_every_rule_in_every_scenario(folder: Path, num_processes: int, dtype: str, tolerance: float) -> None:
     expected = trajectories(folder, 1, dtype, "all", 3 * LIMIT)
@@ -70,7 +65,13 @@ def compare(expected: dict, got: dict, tolerance: float, *, per_parameter: bool)
     problems = [
         problem
         for cell in expected
-        for problem in differences(expected[cell], got[cell], cell, tolerance, per_parameter=per_parameter)
+        for problem in differences(
+            expected[cell],
+            got[cell],
+            cell,
+            tolerance if per_parameter else FLOAT32.get(cell[0], tolerance),
+            per_parameter=per_parameter,
+        )
     ]
     assert not problems, "\n".join(problems)
 
