@@ -14,8 +14,8 @@ from launcher import succeed
 from torch import Tensor
 
 STEPS = 20
-# PCD magnifies the rounding of a float32 G where two gradients are nearly parallel: 1.2e-6 at a step on ragged
-# shards, 1.4e-6 at one step under ParameterProbe. In float64 nothing is left of it (below 1e-12).
+# PCD magnifies the rounding of a float32 G where two gradients are nearly parallel: 1.2e-6 at one step of
+# ragged shards, 1.4e-6 at one step under ParameterProbe. In float64 nothing is left of it (below 1e-12).
 FLOAT32 = {"pcd": 2e-6}
 LIMIT = 800.0  # seconds, far above the minute needed on free cores: it ends a hang, not a slow machine
 
