@@ -2,8 +2,8 @@
 
     equivalence.py OUT NUM_STEPS DTYPE CELLS
 
-CELLS is `kinds` (one rule of each kind, every probe, every scenario), `rules` (every rule, every probe, even
-shards), or `all`.
+CELLS is `kinds` (one rule of each kind, every probe, every scenario), `rules` (every rule, before and in the
+backward, even shards), or `all`.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def check_agreement(results: dict) -> None:
 
 def cells(which: str) -> list[tuple[str, str, str]]:
     """(rule, probe, scenario) of every training."""
-    rules = KINDS if which == "kinds" else sorted(RULES)
-    scenarios = SCENARIOS[:1] if which == "rules" else SCENARIOS
-    return list(itertools.product(rules, PROBES, scenarios))
+    if which == "rules":  # what a rule is given does not depend on the probe, but for where it decides
+        return list(itertools.product(sorted(RULES), ("FeatureProbe", "FeatureTap"), SCENARIOS[:1]))
+    return list(itertools.product(KINDS if which == "kinds" else sorted(RULES), PROBES, SCENARIOS))
 
 
 def main() -> None:
