@@ -153,7 +153,7 @@ def test_quickstart_trains_on_two_processes_and_shows_the_table(clone):
     for column in ("loss", "metric", "final weight", "grad norm"):
         assert column in header
     paths = [line.removeprefix("wrote ") for line in done.stdout.splitlines() if line.startswith("wrote ")]
-    assert len(paths) == 2
+    assert [Path(path).name for path in paths] == ["metrics.jsonl", "summary.json", "report.html"]
     summary = json.loads((clone / paths[1]).read_text())
     assert summary["num_processes"] == 2
     assert summary["settings"]["steps"] == 12
