@@ -10,6 +10,8 @@ usage: bash launch/test.sh [--long] [pytest arguments ...]
 Makes .venv, installs mtl_dist with its test dependencies, runs the tests that take less than a minute each.
 
   --long  the long ones too
+
+MTL_DIST_TEST_WORKERS  how many test files run at a time (default 2; 0: in one process, for pdb)
 TEXT
 }
 
@@ -28,4 +30,5 @@ esac
 setup test
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+workers=(-n "${MTL_DIST_TEST_WORKERS:-2}" --dist loadfile)
+exec "$VENV/bin/python" -m pytest "${workers[@]}" ${selection[@]+"${selection[@]}"} "$@"
