@@ -222,7 +222,8 @@ def test_dark_and_light(browser, one):
         assert BLUE in colours(figure(page, "Weights"))
         page.emulate_media(color_scheme="light")
         page.emulate_media(color_scheme="dark")
-        assert page.evaluate(background) == "rgb(20, 23, 27)", "and follows it"
+        # and follows it, when the page has heard of it
+        page.wait_for_function(f"{background} === 'rgb(20, 23, 27)'")
 
 
 def test_the_final_table_is_sorted_by_its_headings(browser, one):
