@@ -222,8 +222,11 @@ def test_dark_and_light(browser, one):
         assert BLUE in colours(figure(page, "Weights"))
         page.emulate_media(color_scheme="light")
         page.emulate_media(color_scheme="dark")
-        # and follows it, when the page has heard of it
-        page.wait_for_function(f"{background} === 'rgb(20, 23, 27)'")
+        for _ in range(100):  # the page hears of it a moment later; its policy forbids wait_for_function
+            if page.evaluate(background) == "rgb(20, 23, 27)":
+                break
+            page.wait_for_timeout(20)
+        assert page.evaluate(background) == "rgb(20, 23, 27)", "and follows it"
 
 
 def test_the_final_table_is_sorted_by_its_headings(browser, one):
