@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mtl_dist import Balancer
 
 Step = Callable[[Tensor, Tensor], None]
-ENGINES = ("torch", "ddp", "fsdp2", "zero-2")
+ENGINES = ("torch", "ddp", "fsdp2", "fsdp2-reshard", "zero-2")
 LEARNING_RATE = 1e-3
 
 
@@ -35,7 +35,11 @@ def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
     """One training step of `net` under `engine`, optimizer included."""
     if engine == "zero-2":
         return _zero_step(net, balancer)
-    model = _sharded(net) if engine == "fsdp2" else DistributedDataParallel(net) if engine == "ddp" else net
+    model: nn.Module = net
+    if engine.startswith("fsdp2"):
+        model = _sharded(net, keep_heads=engine == "fsdp2")
+    elif engine == "ddp":
+        model = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
 
     def step(x: Tensor, labels: Tensor) -> None:
@@ -46,11 +50,17 @@ def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
     return step
 
 
-def _sharded(net: Any) -> nn.Module:
-    """FSDP2 with the trunk, each head, and the rest as units."""
+def _sharded(net: Any, *, keep_heads: bool) -> nn.Module:
+    """FSDP2 with the trunk, each head, and the rest as units.
+
+    What the backward needs first, the heads, is kept between forward and backward, as last layers usually are;
+    resharded, their parameters are gathered again for each task's gradient.
+    """
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
-    for unit in (net.trunk, *net.heads, net):
-        fully_shard(unit, mesh=mesh)
+    fully_shard(net.trunk, mesh=mesh)
+    for head in net.heads:
+        fully_shard(head, mesh=mesh, reshard_after_forward=not keep_heads)
+    fully_shard(net, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in net.parameters())
     return net
 

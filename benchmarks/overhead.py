@@ -352,15 +352,17 @@ def table(results: dict[str, Any]) -> str:
     lines = [header, "|---|" + "---:|---:|" * len(columns)]
     for name in dict.fromkeys(name for column in columns.values() for name in column["time"]):
         cells = (
-            f"{column['time'][name]:.3f} | {column['memory'][name]:.3f}"
-            if name in column["time"]
-            else "- | -"
+            f"{_number(column['time'].get(name))} | {_number(column['memory'].get(name))}"
             for column in columns.values()
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     about = ", ".join(f"{key} {value}" for key, value in results["facts"].items())
     plain = ", ".join(f"{column['plain_ms']:.1f} ms on {name}" for name, column in columns.items())
     return f"Ratios to the plain step ({plain}). {about}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def parsed_column(text: str) -> tuple[int, str]:
