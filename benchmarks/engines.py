@@ -53,7 +53,7 @@ def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
 def _sharded(net: Any, *, keep_heads: bool) -> nn.Module:
     """FSDP2 with the trunk, each head, and the rest as units.
 
-    The heads, which the backward needs first, may be kept between forward and backward, as last layers usually
+    The heads, which the backward needs first, may be kept between forward and backward, as last layers mostly
     are; resharded, their parameters are gathered again for each task's gradient.
     """
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
