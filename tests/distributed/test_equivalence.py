@@ -34,14 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # every rule in every scenario, on 4 ranks too, is the long test below
 @pytest.mark.timeout(2 * LIMIT)
-@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds"), (4, "kinds")])
+@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds")])
 def test_ranks_equal_one_process(folder: Path, num_processes: int, cells: str) -> None:
     expected = trajectories(folder, 1, "float32", cells, LIMIT)
     compare(expected, trajectories(folder, num_processes, "float32", cells, LIMIT), 1e-6, per_parameter=False)
 
 
 @pytest.mark.timeout(2 * LIMIT)
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_to_the_last_digits_in_float64(folder: Path, num_processes: int) -> None:
     """What float32 leaves open: each parameter's own gradient, biases whose terms cancel included."""
     expected = trajectories(folder, 1, "float64", "kinds", LIMIT)
