@@ -17,6 +17,7 @@ class Engine:
     Attributes:
         partitioned: whether parameters are freed after each use (ZeRO-3), so that heads must be evaluated
             again. None: found out at the first step.
+        accumulation: micro-batches of an optimizer step. None: not known.
         closes_window: whether an optimizer step follows the micro-batch whose forward is running. None: one
             follows every call, or every `window`-th call where the balancer holds its weights for a window.
         skipped: whether the last optimizer step was skipped, because its gradients overflowed. None: never.
@@ -24,6 +25,7 @@ class Engine:
     """
 
     partitioned: bool | None = None
+    accumulation: int | None = None
     closes_window: Callable[[], bool] | None = None
     skipped: Callable[[], bool] | None = None
     scaled: Callable[[Tensor], Tensor] | None = None

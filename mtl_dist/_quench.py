@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+
+from mtl_dist._graph import accumulators
 
 
 class Quench:
@@ -24,7 +24,7 @@ class Quench:
 
     def __call__(self, total: Tensor, features: Any) -> Tensor:
         """A zero with the graph of `total`, all of whose gradients will be zero."""
-        for node in _accumulators(total):
+        for node in accumulators(total):
             self._handles.append(node.register_prehook(_zeros))
         for leaf in pytree.tree_leaves(features):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -40,17 +40,3 @@ class Quench:
 
 def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
-
-
-def _accumulators(total: Tensor) -> Iterator[Node]:
-    """The graph's nodes that add into a leaf's gradient."""
-    pending = [total.grad_fn]
-    seen: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node
-        pending.extend(following for following, _ in node.next_functions)

@@ -278,7 +278,15 @@ class Balancer(nn.Module):
         """Tells the balancer about the engine: loss scale, skipped steps, accumulation, partitioning.
 
         The integrations' `attach` calls it; call it before the first step.
+
+        Raises:
+            ValueError: the weights hold for another number of micro-batches than the engine accumulates.
         """
+        if self.window is not None and engine.accumulation not in (None, self.window):
+            raise ValueError(
+                f"the balancer holds its weights for window={self.window} micro-batches, and the engine "
+                f"accumulates {engine.accumulation}: give both the same number"
+            )
         self._course.engine = engine
         self._session.partitioned = None
 

@@ -16,7 +16,7 @@ from mtl_dist.doctor.trial import run_trial, time_all_reduce
 from mtl_dist.doctor.versions import version_problems, versions_text
 from mtl_dist.integrations.accelerate import data_parallel_group, start
 
-_SLOW_MS = 5.0  # a small all-reduce within a node takes 0.05 (NCCL) to 0.5 ms (Gloo)
+_SLOW_MS = 5.0  # Gloo within an idle node takes 0.4 ms
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class _Net(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(8, 2) for _ in TASKS])
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The balancer's scalar: each head predicts two of the inputs."""
+
         def losses(z: Tensor) -> dict[str, Tensor]:
             outputs = [head(z) for head in self.heads]
             # small: clipping at a norm of 1, which configurations turn on, must not bite

@@ -49,13 +49,7 @@ def attach(
         ValueError: a combination that cannot work, with what to change.
     """
     check_launch(accelerator)
-    steps = accelerator.gradient_accumulation_steps if accumulation is None else accumulation
-    if balancer.window is not None and balancer.window != steps:
-        raise ValueError(
-            f"the balancer holds its weights for windows of {balancer.window} micro-batches, and the "
-            f"accelerator accumulates {steps}: give both the same number"
-        )
-    balancer.set_engine(engine_of(accelerator))
+    balancer.set_engine(engine_of(accelerator, accumulation))
     balancer.set_group(data_parallel_group(accelerator))
     register(balancer, accelerator, name)
     return balancer
@@ -85,11 +79,17 @@ def start(num_processes: int | None = None, data: DataLoaderConfiguration | None
     return accelerator
 
 
-def engine_of(accelerator: Accelerator) -> Engine:
-    """What a balancer must know of the engine: accumulation, skipped steps, loss scale, partitioning."""
+def engine_of(accelerator: Accelerator, accumulation: int | None = None) -> Engine:
+    """What a balancer must know of the engine: accumulation, skipped steps, loss scale, partitioning.
+
+    Args:
+        accelerator: of this process.
+        accumulation: micro-batches of an optimizer step, where the accelerator does not know.
+    """
     plugin = accelerator.state.deepspeed_plugin
     return Engine(
         partitioned=plugin is not None and plugin.zero_stage == 3,
+        accumulation=accumulation or accelerator.gradient_accumulation_steps,
         closes_window=lambda: accelerator.sync_gradients,
         skipped=lambda: accelerator.optimizer_step_was_skipped,
         scaled=_loss_scaler(accelerator),

@@ -38,12 +38,6 @@ def attach(balancer: Balancer, engine: Any) -> Balancer:
         ValueError: a combination that cannot work, with what to change.
     """
     check_engine(engine)
-    steps = engine.gradient_accumulation_steps()
-    if balancer.window is not None and balancer.window != steps:
-        raise ValueError(
-            f"the balancer holds its weights for window={balancer.window} micro-batches, and the engine "
-            f"accumulates gradient_accumulation_steps={steps}: give both the same number"
-        )
     balancer.set_engine(engine_of(engine))
     balancer.set_group(data_parallel_group(engine))
     return balancer
@@ -128,6 +122,7 @@ def engine_of(engine: Any) -> Engine:
         )
     managed = engine.managed_gradient_accumulation()
     return Engine(
+        accumulation=engine.gradient_accumulation_steps(),
         partitioned=engine.zero_optimization_partition_weights(),
         # an engine whose accumulation is managed by the caller knows of the boundary at step() only
         closes_window=engine.is_gradient_accumulation_boundary if managed else None,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from mtl_dist._graph import accumulators
 from mtl_dist.probes._features import Features
 from mtl_dist.probes._losses import Heads, Mixture, evaluate
 from mtl_dist.probes._replay import replayed
@@ -34,7 +34,11 @@ def find_partitioned(shared: Features, heads: Heads, tasks: Sequence[str]) -> bo
 
 def in_graph(shared: Features) -> bool:
     """Whether a partitioned parameter made the features."""
-    return any(_in_graph(leaf) for leaf in shared.leaves)
+    return any(
+        _is_partitioned(getattr(node, "variable", None))
+        for leaf in shared.leaves
+        for node in accumulators(leaf)
+    )
 
 
 class _Seen(BaseException):  # not an Exception: heads may catch those
@@ -61,20 +65,6 @@ def _in_heads(shared: Features, heads: Heads, tasks: Sequence[str]) -> bool:
     finally:
         handle.remove()
     return found
-
-
-def _in_graph(leaf: Tensor) -> bool:
-    pending: list[Node | None] = [leaf.grad_fn]
-    seen: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if _is_partitioned(getattr(node, "variable", None)):
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def _is_partitioned(parameter: Any) -> bool:

@@ -43,7 +43,7 @@ class FeatureProbe(Probe):
 
     def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:
         """`Σ α_i s_i l_i`, one collective."""
-        reevaluate = exchange.measure and self._reevaluates(features, heads, exchange)
+        reevaluate = exchange.measure and reevaluates(self, self.reevaluate, features, heads, exchange)
         measured = self._measured_apart(features, heads, exchange) if reevaluate else None
         shared = split(features, detach=False)
         losses = losses_at(shared, heads, exchange)
@@ -58,19 +58,6 @@ class FeatureProbe(Probe):
         total = losses.total(weights * reduced.shares)
         return total if losses.any_present else anchored(total, shared.leaves)
 
-    def _reevaluates(self, features: Any, heads: Heads, exchange: Exchange) -> bool:
-        if self.reevaluate:
-            return True
-        partitioned = exchange.partitioned(
-            lambda: find_partitioned(split(features, detach=False), heads, exchange.tasks)
-        )
-        if partitioned and self.reevaluate is False:
-            raise ValueError(
-                f"FeatureProbe(reevaluate=False): {ZERO_3}. Use FeatureProbe(), which then evaluates the "
-                "heads a second time, or FeatureTap()"
-            )
-        return partitioned
-
     def _measured_apart(
         self, features: Any, heads: Heads, exchange: Exchange
     ) -> tuple[TaskLosses | SampleLosses, Tensor]:
@@ -79,6 +66,26 @@ class FeatureProbe(Probe):
         with replayed(leaf.device for leaf in probe.leaves):
             losses = losses_at(probe, heads, exchange)
             return losses, _gram(probe, losses, exchange)
+
+
+def reevaluates(probe: Probe, wanted: bool | None, features: Any, heads: Heads, exchange: Exchange) -> bool:
+    """Whether the heads are evaluated a second time: as wanted, else where the engine needs it.
+
+    Raises:
+        ValueError: not wanted, and needed.
+    """
+    if wanted:
+        return True
+    partitioned = exchange.partitioned(
+        lambda: find_partitioned(split(features, detach=False), heads, exchange.tasks)
+    )
+    if partitioned and wanted is False:
+        name = type(probe).__name__
+        raise ValueError(
+            f"{name}(reevaluate=False): {ZERO_3}. Use {name}(), which then evaluates the heads a second "
+            "time, or FeatureTap()"
+        )
+    return partitioned
 
 
 def losses_at(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses | SampleLosses:

@@ -15,10 +15,9 @@ from mtl_dist.probes._layer_rows import Products, compressed
 from mtl_dist.probes._losses import Heads, TaskLosses
 from mtl_dist.probes._mixture import SampleLosses
 from mtl_dist.probes._parameter_rows import reduced_gram
-from mtl_dist.probes._partitioned import ZERO_3, find_partitioned
 from mtl_dist.probes._replay import replayed
 from mtl_dist.probes._sketch import CountSketch
-from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at
+from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at, reevaluates
 from mtl_dist.stats import LocalStats
 
 Form = Literal["auto", "exact", "kernel"]
@@ -85,7 +84,7 @@ class SharedLayerProbe(Probe):
             )
         z = features.layer(features.input)
         rows = self._rows(features, z) if exchange.measure else None
-        again = rows is not None and self._reevaluates(z, heads, exchange)
+        again = rows is not None and reevaluates(self, self.reevaluate, z, heads, exchange)
         measured = self._apart(z, rows, heads, exchange) if again and rows is not None else None
         shared = split(z, detach=False)
         losses = losses_at(shared, heads, exchange)
@@ -109,19 +108,6 @@ class SharedLayerProbe(Probe):
                 f"{type(features.input).__name__} and {type(z).__name__}"
             )
         return rows_of(features.layer, features.input, z, bias=self.bias)
-
-    def _reevaluates(self, z: Tensor, heads: Heads, exchange: Exchange) -> bool:
-        if self.reevaluate:
-            return True
-        partitioned = exchange.partitioned(
-            lambda: find_partitioned(split(z, detach=False), heads, exchange.tasks)
-        )
-        if partitioned and self.reevaluate is False:
-            raise ValueError(
-                f"SharedLayerProbe(reevaluate=False): {ZERO_3}. Use SharedLayerProbe(), which then evaluates "
-                "the heads a second time"
-            )
-        return partitioned
 
     def _apart(
         self, z: Tensor, rows: Rows, heads: Heads, exchange: Exchange

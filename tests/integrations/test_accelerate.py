@@ -200,7 +200,7 @@ def test_deepspeed_keeps_its_scale_in_the_optimizer(stage: int) -> None:
 
 
 def test_a_held_window_is_the_accumulation_of_the_accelerator() -> None:
-    with pytest.raises(ValueError, match="windows of 2 micro-batches, and the accelerator accumulates 4"):
+    with pytest.raises(ValueError, match="window=2 micro-batches, and the engine accumulates 4"):
         attach(Balancer(["a"], MGDA(), window=2), scaled())
 
 

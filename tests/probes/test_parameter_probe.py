@@ -283,6 +283,7 @@ def test_sketch_is_unbiased_and_within_its_bound() -> None:
         found.append(net.balancer.report.stats.gram / torch.outer(norms, norms))
     errors = torch.stack(found) - expected / torch.outer(norms, norms)
     deviation = errors.square().mean(0).sqrt()
+    # a deviation estimated from 60 draws is itself off by 9 %, and this is the largest of several
     assert float(deviation.max()) < (2 / size) ** 0.5 * 1.25
     assert float(deviation.max()) > 0.01  # it is a sketch
     assert float(errors.mean(0).abs().max()) < 4 * float(deviation.max()) / 60**0.5
