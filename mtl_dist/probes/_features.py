@@ -35,6 +35,16 @@ class Features:
     flat: tuple[Any, ...]
     positions: tuple[int, ...]
 
+    @property
+    def originals(self) -> tuple[Tensor, ...]:
+        """The tensors that were given, one for each of `leaves`."""
+        return tuple(self.flat[position] for position in self.positions)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often each leaf's memory was written to."""
+        return tuple(leaf._version for leaf in self.leaves)
+
     def rebuild(self, leaves: Sequence[Tensor]) -> Any:
         """The pytree with `leaves` in place of its floating-point tensors."""
         flat = list(self.flat)

@@ -47,10 +47,13 @@ class TaskLosses:
     Attributes:
         values: n scalars; None where this rank has no sample of the task.
         counts: `[n]`, 0 where the task is absent.
+        views: n sets of views of the features, of which each loss depends on its own only; None where there
+            are none.
     """
 
     values: tuple[Tensor | None, ...]
     counts: Tensor
+    views: Sequence[Sequence[Tensor]] | None = None
 
     @property
     def any_present(self) -> bool:

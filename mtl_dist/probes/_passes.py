@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from mtl_dist.probes._segments import Edge, Plan, Segment, edge_of
+from mtl_dist._graph import Edge, edge_of
+from mtl_dist.probes._segments import Plan, Segment
 from mtl_dist.probes._storage import kept
 
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
+from mtl_dist._graph import Edge, edge_of
 from mtl_dist.probes._storage import is_there
 
 _LEAF = "torch::autograd::AccumulateGrad"
 _UNIT = "RegisterPostBackwardFunctionBackward"  # FSDP2 puts it at the inputs of what it shards as a unit
-Edge = tuple[Node, int]  # a node and which of its inputs a gradient arrives at
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,6 @@ def plan(
         groups = [tuple(piece.leaves)] if once else _groups(piece.leaves, bucket)
         segments.append(Segment(tuple(entries), tuple(exits), tuple(groups)))
     return Plan(tuple(segments), units, parameters)
-
-
-def edge_of(tensor: Tensor) -> Edge:
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
 
 
 def _children(node: Node, kept: dict[Node, int]) -> list[Edge]:

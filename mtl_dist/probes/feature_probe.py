@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,21 +12,26 @@ import torch
 from torch import Tensor
 
 from mtl_dist.probes._base import Exchange, Probe
+from mtl_dist.probes._branches import branch, entangled, gradients_in_one_pass, losses_of_branches
 from mtl_dist.probes._features import Features, anchored, gradient_gram, split
 from mtl_dist.probes._losses import Heads, Mixture, TaskLosses, evaluate
 from mtl_dist.probes._mixture import SampleLosses, sample_losses
 from mtl_dist.probes._partitioned import ZERO_3, find_partitioned
 from mtl_dist.probes._replay import replayed
+from mtl_dist.probes._units import Fsdp
 
 
 @dataclass(frozen=True)
 class FeatureProbe(Probe):
-    """Measures `g_i = ∂l_i/∂z` inside the forward, by n activation-only passes back through the heads.
+    """Measures `g_i = ∂l_i/∂z` inside the forward, by one activation-only pass back through the heads.
 
     The weights are known before the backward and reach heads and trunk alike: the engine differentiates
     `Σ α_i s_i l_i`. Gradients are taken of the unscaled local losses, so loss scale and gradient
     accumulation never enter. The Gram at z is that of the representation (the "UB" of Sener and Koltun,
     NeurIPS 2018), not of the parameters: it leaves out the trunk's Jacobian.
+
+    One function for all tasks takes a pass a task instead of one; so do heads that share what one of them
+    computed from the features, which is noticed.
 
     Attributes:
         reevaluate: evaluate the heads a second time for the backward, on the same random state, instead of
@@ -36,7 +42,8 @@ class FeatureProbe(Probe):
 
     Raises:
         ValueError: `reevaluate=False`, and the engine partitions parameters (on every rank, before any
-            collective of the step).
+            collective of the step); a head that changes the features in place, or reads them past its
+            argument.
     """
 
     reevaluate: bool | None = None
@@ -89,19 +96,41 @@ def reevaluates(probe: Probe, wanted: bool | None, features: Any, heads: Heads, 
 
 
 def losses_at(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses | SampleLosses:
-    """The heads' losses on the features."""
+    """The heads' losses on the features.
+
+    Raises:
+        ValueError: a head changed the features in place.
+    """
+    exchange.once("fsdp", Fsdp).release()
+    before = shared.versions
+    losses = _evaluated(shared, heads, exchange)
+    if shared.versions != before:
+        raise ValueError(
+            "a head changed the features in place (nn.ReLU(inplace=True) first?): the other heads would read "
+            "what it left, and no gradient at the features is that of one task; use the form out of place"
+        )
+    return losses
+
+
+def _evaluated(shared: Features, heads: Heads, exchange: Exchange) -> TaskLosses | SampleLosses:
     if isinstance(heads, Mixture):
         losses_of_samples = heads(shared.rebuild(shared.leaves))
         return sample_losses(losses_of_samples, heads, exchange.tasks, exchange.refuse)
-    losses = evaluate(heads, shared.rebuild(shared.leaves), exchange.tasks)
-    return exchange.collect(losses, shared.leaves[0].device)
+    if isinstance(heads, Mapping) and exchange.measure:
+        views = branch(shared, len(exchange.tasks))
+        losses = losses_of_branches(shared, views, heads, exchange)
+        apart = entangled(losses, views, shared, exchange.tasks) is None
+        return replace(losses, views=views) if apart else losses
+    values = evaluate(heads, shared.rebuild(shared.leaves), exchange.tasks)
+    return exchange.collect(values, shared.leaves[0].device)
 
 
 def _gram(shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchange) -> Tensor:
     """`[n, n]`, the Gram that `losses.stats` takes; zero rows for tasks absent or apart from the features."""
     device = losses.counts.device
     if isinstance(losses, SampleLosses):
-        return losses.gram(shared.leaves, exchange.loss_scale(device))
+        with undisturbed(shared, losses, exchange):
+            return losses.gram(shared.leaves, exchange.loss_scale(device))
     gram = gradient_gram(head_gradients(shared, losses, exchange), device)
     scale = exchange.loss_scale(device)
     return gram if scale is None else gram / scale.to(gram.dtype).square()
@@ -113,18 +142,29 @@ def head_gradients(
     """`∂l_i/∂z` of each task, times the loss scale where there is one; None for a zero."""
     # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
     scale = exchange.loss_scale(losses.counts.device)
-    if isinstance(losses, SampleLosses):
-        return losses.gradients_by_task(shared.leaves, scale)
-    return [_gradients(value, shared, scale) for value in losses.values]
+    with undisturbed(shared, losses, exchange):
+        if isinstance(losses, SampleLosses):
+            return losses.gradients_by_task(shared.leaves, scale)
+        scaled = [_scaled(loss, scale) for loss in losses.values]
+        if losses.views is not None:
+            return gradients_in_one_pass(scaled, losses.views)
+        return [gradients_in_one_pass([loss], [shared.leaves])[0] for loss in scaled]
 
 
-def _gradients(loss: Tensor | None, shared: Features, scale: Tensor | None) -> Sequence[Tensor | None]:
-    if loss is None or not loss.requires_grad:
-        return [None] * len(shared.leaves)
+def undisturbed(
+    shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchange
+) -> AbstractContextManager[None]:
+    """For gradients of these losses at the features: FSDP2 is told that a backward is still to come."""
+    outputs = (losses.losses,) if isinstance(losses, SampleLosses) else losses.values
+    present = [output for output in outputs if output is not None and output.requires_grad]
+    return exchange.once("fsdp", Fsdp).undisturbed(present, shared.leaves)
+
+
+def _scaled(loss: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    if loss is None or scale is None:
+        return loss
     # the product, not a scaled gradient of the loss: a float16 loss takes scales up to 65504 only
-    scaled = loss if scale is None else scale.to(torch.float32) * loss.to(torch.float32)
-    # the graph is kept for the engine's backward, and ends at the features: the trunk is not entered
-    return torch.autograd.grad(scaled, shared.leaves, retain_graph=True, allow_unused=True)
+    return scale.to(torch.float32) * loss.to(torch.float32)
 
 
 def check_same(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtl_dist.probes._base import Exchange, Probe, Reduced
+from mtl_dist.probes._branches import Views, entangled, losses_of_branches
 from mtl_dist.probes._features import Features, gradient_gram, split
-from mtl_dist.probes._losses import Heads, check_names
+from mtl_dist.probes._losses import Heads, TaskLosses
 from mtl_dist.stats import LocalStats
 
 
@@ -38,21 +39,27 @@ class FeatureTap(Probe):
                 "FeatureTap needs heads as a mapping of one function a task, because one function for all "
                 "tasks gives one gradient for all; use FeatureProbe() for a shared function"
             )
-        check_names(heads, "heads", exchange.tasks)
         shared = split(features, detach=False)
         step = _TapStep(exchange, shared.leaves[0].device)
-        anchor, *branches = step.branch(shared)
-        losses = {
-            task: heads[task](branch)
-            for task, branch in zip(exchange.tasks, branches, strict=True)
-            if task in heads
-        }
-        collected = exchange.collect(losses, step.device)
-        step.begin(exchange.reduce(collected.stats()))
-        total = collected.total(step.forward.shares)
+        anchor, views = step.branch(shared)
+        losses = losses_of_branches(shared, views, heads, exchange)
+        if exchange.measure:
+            _check_apart(losses, views, shared, exchange.tasks)
+        step.begin(exchange.reduce(losses.stats()))
+        total = losses.total(step.forward.shares)
         # the anchor brings the backward, and its collective, to ranks where no task is present
         root: Tensor = _Root.apply(total + anchor.to(total.dtype), step)  # type: ignore[no-untyped-call]
         return root
+
+
+def _check_apart(losses: TaskLosses, views: Views, shared: Features, tasks: Sequence[str]) -> None:
+    pair = entangled(losses, views, shared, tasks)
+    if pair is not None:
+        raise ValueError(
+            f"FeatureTap: the loss of task {pair[0]!r} depends on what the head of task {pair[1]!r} made of "
+            "the features, and the gradients of the two arrive as one. Use FeatureProbe(), which takes them "
+            "apart"
+        )
 
 
 @dataclass
@@ -70,11 +77,11 @@ class _TapStep:
         assert self.reduced is not None
         return self.reduced
 
-    def branch(self, shared: Features) -> list[Any]:
-        """A scalar zero, and for each task the features with views of its own."""
+    def branch(self, shared: Features) -> tuple[Tensor, Views]:
+        """A scalar zero, and views of the features' leaves for each task."""
         n, m = len(self.exchange.tasks), len(shared.leaves)
         anchor, *views = _Tap.apply(self, n, *shared.leaves)  # type: ignore[no-untyped-call]
-        return [anchor, *(shared.rebuild(views[i * m : (i + 1) * m]) for i in range(n))]
+        return anchor, [views[i * m : (i + 1) * m] for i in range(n)]
 
     def begin(self, reduced: Reduced) -> None:
         """Takes the losses and counts of all ranks; without a measurement the rule decides here."""

@@ -17,7 +17,7 @@ from mtl_dist.probes._mixture import SampleLosses
 from mtl_dist.probes._parameter_rows import reduced_gram
 from mtl_dist.probes._replay import replayed
 from mtl_dist.probes._sketch import CountSketch
-from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at, reevaluates
+from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at, reevaluates, undisturbed
 from mtl_dist.stats import LocalStats
 
 Form = Literal["auto", "exact", "kernel"]
@@ -164,7 +164,8 @@ def _products(shared: Features, rows: Rows, losses: TaskOrSampleLosses, exchange
     dtype = torch.float64 if torch.float64 in (z.dtype, rows.inputs.dtype) else torch.float32
     inputs, n = rows.inputs.to(dtype), len(exchange.tasks)
     if isinstance(losses, SampleLosses):
-        (gradient,) = losses.gradients(shared.leaves, exchange.loss_scale(z.device))
+        with undisturbed(shared, losses, exchange):
+            (gradient,) = losses.gradients(shared.leaves, exchange.loss_scale(z.device))
         g = rows.outputs(torch.zeros_like(z) if gradient is None else gradient).to(dtype)
         return Products(inputs, g[None], rows.of_samples(losses.rows), n)
     gradients = inputs.new_zeros(n, len(inputs), rows.groups, rows.width)
