@@ -3,7 +3,8 @@
     python benchmarks/overhead.py                            # all columns, all variants
     python benchmarks/overhead.py --columns 1:torch 2:ddp --rounds 40 --variants plain "FeatureProbe, MGDA"
 
-A column is a number of ranks and an engine: plain torch on one, DDP, FSDP2 and DeepSpeed's ZeRO-2 on two.
+A column is a number of ranks and an engine: plain torch on one; DDP, FSDP2 (the heads' parameters kept
+between forward and backward, or resharded) and DeepSpeed's ZeRO-2 on two.
 
 Every round takes one step of each variant, in an order that changes from round to round, and the table shows
 the median over rounds of time / (time of the plain step in the same round). Peak memory is that of a process
@@ -23,6 +24,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -129,9 +131,10 @@ BALANCED: dict[str, Balanced] = {
     "FeatureProbe, Every(10, MGDA)": Balanced(Every(MGDA(), 10), FeatureProbe()),
     "FeatureProbe(reevaluate), MGDA": Balanced(MGDA(), FeatureProbe(reevaluate=True)),
 }
-BASELINES = ("plain", "torchjd mtl_backward, MGDA", "one backward a task")
-VARIANTS = (BASELINES[0], *BALANCED, *BASELINES[1:])
-COLUMNS = ("1:torch", "2:ddp", "2:fsdp2", "2:zero-2")
+CONTROL = "plain, again"  # shows the noise
+BASELINES = ("plain", CONTROL, "torchjd mtl_backward, MGDA", "one backward a task")
+VARIANTS = (*BASELINES[:2], *BALANCED, *BASELINES[2:])
+COLUMNS = ("1:torch", "2:ddp", "2:fsdp2", "2:fsdp2-reshard", "2:zero-2")
 
 
 def make_step(name: str, shape: Shape, device: torch.device, engine: str) -> Step:
@@ -317,10 +320,21 @@ def launch(
 
 def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
     """Median over rounds of each variant's time over the plain one's in the same round."""
-    plain = taken["plain"]
+    return {name: statistics.median(values) for name, values in by_round(taken).items()}
+
+
+def errors(taken: dict[str, list[float]]) -> dict[str, float]:
+    """Half the 95 % interval of these medians, `1.57 IQR / √rounds` (McGill, Tukey and Larsen 1978)."""
+    found = {}
+    for name, values in by_round(taken).items():
+        low, _, high = statistics.quantiles(values, n=4)
+        found[name] = 1.57 * (high - low) / math.sqrt(len(values))
+    return found
+
+
+def by_round(taken: dict[str, list[float]]) -> dict[str, list[float]]:
     return {
-        name: statistics.median(a / b for a, b in zip(values, plain, strict=True))
-        for name, values in taken.items()
+        name: [a / b for a, b in zip(values, taken["plain"], strict=True)] for name, values in taken.items()
     }
 
 
@@ -348,21 +362,22 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     columns = results["columns"]
-    header = "| variant | " + " | ".join(f"time, {name} | memory, {name}" for name in columns) + " |"
-    lines = [header, "|---|" + "---:|---:|" * len(columns)]
-    for name in dict.fromkeys(name for column in columns.values() for name in column["time"]):
-        cells = (
-            f"{_number(column['time'].get(name))} | {_number(column['memory'].get(name))}"
-            for column in columns.values()
-        )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     about = ", ".join(f"{key} {value}" for key, value in results["facts"].items())
     plain = ", ".join(f"{column['plain_ms']:.1f} ms on {name}" for name, column in columns.items())
-    return f"Ratios to the plain step ({plain}). {about}.\n\n" + "\n".join(lines) + "\n"
+    lines = [f"Ratios to the plain step ({plain}), ± half the 95 % interval. {about}."]
+    for kind in ("time", "memory"):
+        lines += ["", f"| {kind} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        for name in dict.fromkeys(name for column in columns.values() for name in column[kind]):
+            cells = " | ".join(_cell(column, kind, name) for column in columns.values())
+            lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _cell(column: dict[str, Any], kind: str, name: str) -> str:
+    if name not in column[kind]:
+        return "-"
+    error = column["error"][name] if kind == "time" else 0.0
+    return f"{column[kind][name]:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
 def parsed_column(text: str) -> tuple[int, str]:
@@ -376,12 +391,13 @@ def parsed_column(text: str) -> tuple[int, str]:
 def measured(column: tuple[int, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of every variant that the engine runs, beside its own plain step."""
     bare = column[1] in ("torch", "ddp")
-    variants = [v for v in arguments.variants if bare or v in BALANCED or v == "plain"]
+    variants = [v for v in arguments.variants if bare or v in BALANCED or v in ("plain", CONTROL)]
     taken = launch(column, arguments, variants=variants, memory=False)
     peaks = {v: launch(column, arguments, variants=[v], memory=True) for v in variants}
     return {
         "plain_ms": statistics.median(taken["plain"]),
         "time": ratios(taken),
+        "error": errors(taken),
         "memory": {name: peak / peaks["plain"] for name, peak in peaks.items()},
         "milliseconds": taken,
     }

@@ -1,7 +1,7 @@
 """What each probe costs beside a plain step: time, peak memory, and bytes between two ranks, in one run.
 
-    python benchmarks/probes.py                                   # all: under 5 minutes on 2 free cores
-    python benchmarks/probes.py --tasks 8 --samples shared --rounds 30
+    python benchmarks/probes.py                                   # all: 20 minutes on 2 free cores
+    python benchmarks/probes.py --tasks 8 --samples shared --rounds 30 --trunk 512x4
 
 Samples are `shared` (each has a label of every task, and every task a head) or `disjoint` (each belongs to
 one task, and one head serves all). As in overhead.py, every round takes a step of each variant, in an order
@@ -9,7 +9,9 @@ that changes, and the table shows the median over rounds of time / (time of the 
 A variant that measures each 10th step is timed over 10 steps. Memory is the peak of a process that runs one
 variant alone, above what it held before, over that of the plain step. Bytes are what a rank hands to this
 library's collectives in a measured step on 2 ranks. Weights are 1 / norm throughout, so that no solver is
-timed. A second table sets side-tuning beside tuning the whole trunk. Writes probes.md and probes.json.
+timed. The trunk is an MLP of 13 million parameters. What a probe does above the features does not depend
+on the trunk, so a second table shows the same ratios, at 8 tasks, for trunks and batches of several
+sizes. A third sets side-tuning beside tuning the whole trunk. Writes probes.md and probes.json.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ PROBES: dict[str, Probe] = {
     "ParameterProbe, each 10th step": ParameterProbe(bucket=1 << 19, every=10),
 }
 PLAIN, AUTOGRAM, BACKWARDS = "plain", "torchjd autogram", "one backward a task"
+LAYERS = [PLAIN, "FeatureProbe", *(name for name in PROBES if name.startswith("SharedLayerProbe"))]
+SCALES = [((512, 4), 128), ((1024, 5), 128), ((1024, 5), 256), ((1536, 6), 128), ((1536, 6), 256)]
 SIDE = [f"{tune}, {how}" for tune in ("full", "side") for how in ("plain sum", "ParameterProbe")]
 Step = Callable[[], None]
 
@@ -184,7 +188,16 @@ def make_side_step(name: str, channels: int = 32, features: int = 256) -> Step:
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
-    return Shape(batch=arguments.batch, width=512, depth=4)
+    width, depth = arguments.trunk
+    return Shape(batch=arguments.batch, width=width, depth=depth)
+
+
+def parsed_trunk(text: str) -> tuple[int, int]:
+    """`1024x5` is five layers of 1024 units, before the last linear layer."""
+    width, _, depth = text.partition("x")
+    if not (width.isdigit() and depth.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxDEPTH, as 1024x5; got {text!r}")
+    return int(width), int(depth)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -273,7 +286,8 @@ def worker(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.worker == "side":
         memory = peaks(make_side_step, partial(make_side_step, channels=1, features=4), SIDE)
         return {"milliseconds": times(make_side_step, SIDE, arguments.rounds), "memory": memory}
-    make, names = partial(make_step, shape=shape, num_tasks=n, samples=samples), variants(samples)
+    make = partial(make_step, shape=shape, num_tasks=n, samples=samples)
+    names = LAYERS if arguments.worker == "layers" else variants(samples)
     if arguments.worker == "memory":
         return {"memory": peaks(make, partial(make_step, shape=tiny, num_tasks=n, samples=samples), names)}
     return {"milliseconds": times(make, names, arguments.rounds)}
@@ -285,9 +299,11 @@ def worker(arguments: argparse.Namespace) -> dict[str, Any]:
 def launch(
     arguments: argparse.Namespace, kind: str, samples: str = "shared", tasks: int = 8
 ) -> dict[str, Any]:
+    """What a process of its own measures; two for bytes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *(launcher if kind == "bytes" else []), __file__, "--worker", kind]
     command += ["--samples", samples, "--tasks", str(tasks), "--batch", str(arguments.batch)]
+    command += ["--trunk", "x".join(map(str, arguments.trunk))]
     command += ["--rounds", str(arguments.rounds)]
     # freed blocks go back to the system at once, so that resident memory follows what is held
     trimmed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -310,31 +326,43 @@ def ratios(taken: dict[str, list[float]], base: str) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     parts = [
         "Ratios to the plain step of the same round. "
-        + ", ".join(f"{k} {v}" for k, v in results["facts"].items())
+        + ", ".join(f"{k} {v}" for k, v in results["facts"].items()),
+        *(_probe_table(samples, cells) for samples, cells in results["probes"].items()),
+        *(_scale_table(samples, cells) for samples, cells in results["scales"].items()),
+        _side_table(results["side"]),
     ]
-    for samples in results["probes"]:
-        counts = list(results["probes"][samples])
-        parts.append(f"## {samples.capitalize()} samples\n")
-        parts.append("| variant | " + " | ".join(f"time, n={n} | memory | kB reduced" for n in counts) + " |")
-        parts.append("|---|" + "---:|---:|---:|" * len(counts))
-        for name in variants(samples):
-            cells = []
-            for n in counts:
-                cell = results["probes"][samples][n]
-                sent = cell["bytes"].get(name)
-                reduced = "" if sent is None else f"{sent / 1e3:.1f}"
-                cells.append(f"{cell['time'][name]:.2f} | {cell['memory'][name]:.2f} | {reduced}")
-            parts.append(f"| {name} | " + " | ".join(cells) + " |")
-        plain = ", ".join(f"{results['probes'][samples][n]['plain_ms']:.1f} ms (n={n})" for n in counts)
-        parts.append(f"\nPlain step: {plain}.\n")
-    parts += [
-        "## Side-tuning, 4 tasks, beside tuning the whole trunk\n",
-        "| variant | time | memory, MB |",
-        "|---|---:|---:|",
-    ]
-    side = results["side"]
-    parts += [f"| {name} | {side['time'][name]:.2f} | {side['memory'][name]:.1f} |" for name in SIDE]
-    return "\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def _probe_table(samples: str, by_count: dict[str, Any]) -> str:
+    lines = ["| variant | " + " | ".join(f"time, n={n} | memory | kB reduced" for n in by_count) + " |"]
+    lines.append("|---|" + "---:|---:|---:|" * len(by_count))
+    for name in variants(samples):
+        cells = []
+        for cell in by_count.values():
+            sent = cell["bytes"].get(name)
+            reduced = "" if sent is None else f"{sent / 1e3:.1f}"
+            cells.append(f"{cell['time'][name]:.2f} | {cell['memory'][name]:.2f} | {reduced}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    plain = ", ".join(f"{cell['plain_ms']:.1f} ms (n={n})" for n, cell in by_count.items())
+    return f"## {samples.capitalize()} samples\n\n" + "\n".join(lines) + f"\n\nPlain step: {plain}."
+
+
+def _scale_table(samples: str, by_size: dict[str, Any]) -> str:
+    lines = ["| variant | " + " | ".join(by_size) + " |", "|---|" + "---:|" * len(by_size)]
+    for name in LAYERS:
+        cells = " | ".join(f"{cell['time'][name]:.3f}" for cell in by_size.values())
+        lines.append(f"| {name} | {cells} |")
+    plain = ", ".join(f"{cell['plain_ms']:.1f} ms" for cell in by_size.values())
+    title = f"## {samples.capitalize()} samples, 8 tasks, shared parameters and batches of several sizes"
+    return f"{title}\n\n" + "\n".join(lines) + f"\n\nPlain step: {plain}."
+
+
+def _side_table(side: dict[str, Any]) -> str:
+    lines = ["## Side-tuning, 4 tasks, beside tuning the whole trunk", ""]
+    lines += ["| variant | time | memory, MB |", "|---|---:|---:|"]
+    lines += [f"| {name} | {side['time'][name]:.2f} | {side['memory'][name]:.1f} |" for name in SIDE]
+    return "\n".join(lines)
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -364,6 +392,21 @@ def measured(arguments: argparse.Namespace, samples: str, tasks: int) -> dict[st
     }
 
 
+def scaled(arguments: argparse.Namespace, samples: str) -> dict[str, Any]:
+    """The probes at the features and at the last layer, 8 tasks, for trunks and batches of several sizes."""
+    found = {}
+    for trunk, batch in SCALES:
+        sized = argparse.Namespace(**{**vars(arguments), "trunk": trunk, "batch": batch})
+        taken = launch(sized, "layers", samples)["milliseconds"]
+        size = about(sized)["shared_parameters"] / 1e6
+        found[f"{size:.1f} million, batch {batch}"] = {
+            "plain_ms": statistics.median(taken[PLAIN]),
+            "time": ratios(taken, PLAIN),
+            "milliseconds": taken,
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -373,9 +416,12 @@ def main() -> None:
     )
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--batch", type=int, default=128, help="samples a rank")
+    parser.add_argument("--trunk", type=parsed_trunk, default=(1536, 6), metavar="WIDTHxDEPTH")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--worker", choices=["time", "memory", "bytes", "side"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", choices=["time", "memory", "bytes", "layers", "side"], help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.worker:
         result = worker(arguments)
@@ -389,6 +435,7 @@ def main() -> None:
             samples: {str(n): measured(arguments, samples, n) for n in arguments.tasks}
             for samples in arguments.samples
         },
+        "scales": {samples: scaled(arguments, samples) for samples in arguments.samples},
         "side": {"time": ratios(side["milliseconds"], SIDE[0]), **side},
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

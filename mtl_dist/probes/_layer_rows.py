@@ -1,4 +1,4 @@
-"""The tasks' gradients of a layer's weight, `A_i = Σ_s g_i,s^T x_s`, block of output columns by block."""
+"""The tasks' gradients of a layer's weight, `A_i = Σ_s x_s^T g_i,s`, block of output columns by block."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from mtl_dist.probes._base import Exchange
 
 _BLOCK = 1 << 22  # numbers of a block of the gradients, over all tasks
 _GROUPED = 32  # rows of one task that are multiplied together
@@ -50,10 +48,12 @@ class Products:
         return counts.index_add_(0, self.tasks, bad[0].long()) > 0
 
     def _sums(self, columns: Tensor) -> Tensor:
-        """`[n, groups, o, d_in]` of some columns o."""
-        if self.tasks is None:
-            return torch.einsum("nrgo,rgd->ngod", columns, self.inputs)
-        return grouped_products(columns[0], self.inputs, self.tasks, self.num_tasks)
+        """`[n, groups, d_in, o]` of some columns o."""
+        if self.tasks is not None:
+            return grouped_products(self.inputs, columns[0], self.tasks, self.num_tasks)
+        if columns.shape[2] == 1:
+            return torch.matmul(self.inputs[:, 0].T, columns[:, :, 0])
+        return torch.matmul(self.inputs.permute(1, 2, 0), columns.transpose(1, 2))
 
 
 def grouped_products(left: Tensor, right: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:
@@ -92,26 +92,3 @@ def grouped_products(left: Tensor, right: Tensor, tasks: Tensor, num_tasks: int)
     products = torch.einsum("bkgo,bkgd->bgod", placed(left), placed(right))
     sums = products.new_zeros(num_tasks, *products.shape[1:])
     return sums.index_add_(0, owner.clamp(max=num_tasks - 1), products)
-
-
-def compressed(products: Products, exchange: Exchange, world_size: int) -> Products:
-    """Other products with the same inner products between tasks: the sample-kernel form.
-
-    `⟨A_i, A_j⟩ = Σ_{s,t} (g_i,s · g_j,t)(x_s · x_t)` over the rows of all ranks sees the inputs through
-    `K = X X^T` alone, so any L with `L L^T = K` may take their place. L is `[R, R]`, from a QR decomposition,
-    which keeps single precision where K itself would square the error. For fewer rows than inputs. Each rank
-    takes the gradients' columns of its own, of the rows of all ranks: then sums over ranks are of Grams.
-    """
-    inputs, gradients, tasks = products.inputs, products.gradients, products.tasks
-    if world_size > 1:
-        width = gradients.shape[-1]
-        ids = inputs.new_zeros(len(inputs)) if tasks is None else tasks.to(inputs.dtype)  # exact below 2^24
-        packed = torch.cat([inputs[:, 0], *gradients[:, :, 0], ids[:, None]], dim=1)
-        everyone = exchange.gather_rows(packed)
-        depth = inputs.shape[-1]
-        inputs = everyone[:, None, :depth]
-        gathered = everyone[:, depth:-1].reshape(len(everyone), len(gradients), 1, width)
-        gradients = gathered.transpose(0, 1)[..., exchange.rank :: world_size]
-        tasks = None if tasks is None else everyone[:, -1].long()
-    triangle = torch.linalg.qr(inputs[:, 0].T, mode="r").R
-    return Products(triangle.T[:, None].contiguous(), gradients, tasks, products.num_tasks)

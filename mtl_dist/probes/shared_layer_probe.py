@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mtl_dist.probes._base import Exchange, Probe, Reduced
-from mtl_dist.probes._features import Features, anchored, gradient_gram, split
+from mtl_dist.probes._features import Features, anchored, split
 from mtl_dist.probes._layer import LayerInput, Rows, rows_of
-from mtl_dist.probes._layer_rows import Products, compressed
+from mtl_dist.probes._layer_kernel import kernel_gram
+from mtl_dist.probes._layer_rows import Products
 from mtl_dist.probes._losses import Heads, TaskLosses
 from mtl_dist.probes._mixture import SampleLosses
 from mtl_dist.probes._parameter_rows import reduced_gram
@@ -123,8 +124,7 @@ class SharedLayerProbe(Probe):
         n, device = products.num_tasks, products.inputs.device
         faulty = products.faulty
         if self._takes_kernel(products, exchange):
-            small = compressed(products, exchange, world_size)
-            gram = sum((_gram(block) for block in small.blocks()), start=_no_gram(n, device))
+            gram = kernel_gram(products, exchange, world_size)
         else:
             sketch = self._sketch(products, exchange.step)
             gram, _ = reduced_gram(products.blocks(), exchange, n, device, sketch)
@@ -174,13 +174,7 @@ def _products(shared: Features, rows: Rows, losses: TaskOrSampleLosses, exchange
     ):
         if gradient is not None:
             row.copy_(rows.outputs(gradient)).mul_(count)
-            row.masked_fill_(count == 0, 0)  # the mean over no sample is NaN
+    absent = losses.counts == 0
+    if absent.device.type != "cpu" or absent.any():  # no pass over all rows where the host may know
+        gradients.masked_fill_(absent[:, None, None, None], 0)  # the mean over no sample is NaN
     return Products(inputs, gradients, None, n)
-
-
-def _gram(block: Tensor) -> Tensor:
-    return gradient_gram([[row] for row in block], block.device)
-
-
-def _no_gram(num_tasks: int, device: torch.device) -> Tensor:
-    return LocalStats.zeros(num_tasks, device).gram

@@ -58,7 +58,7 @@ def explicit_gram(losses: list[Tensor | None], parameters: list[Tensor], probe: 
     for row, loss in zip(rows, losses, strict=True):
         if loss is not None:
             found = torch.autograd.grad(loss, parameters, retain_graph=True)
-            row += torch.cat([g.flatten() for g in found])
+            row += torch.cat([g.T.flatten() for g in found])  # inputs first, as the probe sketches them
     matrix = torch.stack(rows).double()
     if isinstance(probe, SharedLayerProbe) and probe.sketch is not None:
         sketch = CountSketch(probe.sketch, (probe.seed << 32) + step)

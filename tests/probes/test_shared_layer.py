@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, SharedLayerProbe
 from mtl_dist.probes import Probe
+from mtl_dist.probes._layer_kernel import _of_pairs
 from mtl_dist.probes._layer_rows import grouped_products
 from mtl_dist.weighting import MGDA, GeometricMean, InverseGradNorm, Rule
 
@@ -297,3 +298,22 @@ def test_a_bad_gradient_names_its_task(probe: SharedLayerProbe) -> None:
     heads = {**heads_for(layer(x)), "b": lambda z: (0 * z).sqrt().sum() + 1}
     with pytest.raises(ValueError, match="NaN or infinite: task 'b' on rank 0"):
         measured(probe, layer, x, heads)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 13])
+def test_the_triangle_in_steps_of_any_width(num_rows: int) -> None:
+    layer = nn.Linear(16, 3)
+    x = torch.randn(num_rows, 16)
+    heads = heads_for(layer(x))
+    close(measured(KERNEL, layer, x, heads).report.stats.gram, explicit(layer, x, heads))
+
+
+def test_a_bad_sample_of_one_task_leaves_the_products_of_the_others() -> None:
+    x, g = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    tasks = torch.arange(9) % 3
+    good = _of_pairs(x, g, tasks, 3, slice(None))
+    g[1, 2] = math.nan
+    bad = _of_pairs(x, g, tasks, 3, slice(None))
+    kept = torch.tensor([0, 2])
+    assert torch.equal(bad[kept][:, kept], good[kept][:, kept])
+    assert bad.isfinite().all(), "the task itself is known to be faulty"

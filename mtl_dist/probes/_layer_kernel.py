@@ -1,0 +1,78 @@
+"""The sample-kernel form of inner products of a layer's gradients, for fewer rows than inputs of the layer.
+
+    ⟨A_i, A_j⟩ = Σ_{s,t} (x_s · x_t) (g_i,s · g_j,t)
+
+over the rows s, t of all ranks, which are gathered; each rank then takes a part of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mtl_dist.probes._base import Exchange
+from mtl_dist.probes._features import gradient_gram
+from mtl_dist.probes._layer_rows import Products
+from mtl_dist.stats import stats_dtype
+
+_BLOCK = 1 << 22  # numbers of a block, over all tasks
+_STEPS = 4  # of the triangle: 5/8 of the products of the whole square, in matrices that are still large
+
+
+def kernel_gram(products: Products, exchange: Exchange, world_size: int) -> Tensor:
+    """`[n, n]`, this rank's part of the Gram of `products`, which have one group."""
+    inputs, gradients, tasks = _of_all_ranks(products, exchange, world_size)
+    with torch.autocast(inputs.device.type, enabled=False):
+        if tasks is not None:
+            own = slice(exchange.rank, None, world_size)
+            return _of_pairs(inputs, gradients[0], tasks, products.num_tasks, own)
+        n = products.num_tasks
+        gram = torch.zeros(n, n, dtype=stats_dtype(inputs.device), device=inputs.device)
+        for block in _blocks(inputs, gradients[..., exchange.rank :: world_size]):
+            gram += gradient_gram([[row] for row in block], inputs.device)
+        return gram
+
+
+def _of_all_ranks(
+    products: Products, exchange: Exchange, world_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`[R, d_in]`, `[q, R, d_out]` and `[R]` (tasks, where q is 1), packed into one collective."""
+    inputs, gradients, tasks = products.inputs[:, 0], products.gradients[:, :, 0], products.tasks
+    if world_size == 1:
+        return inputs, gradients, tasks
+    ids = inputs.new_zeros(len(inputs)) if tasks is None else tasks.to(inputs.dtype)  # exact below 2^24
+    everyone = exchange.gather_rows(torch.cat([inputs, *gradients, ids[:, None]], dim=1))
+    depth, width = inputs.shape[-1], gradients.shape[-1]
+    gathered = everyone[:, depth:-1].reshape(len(everyone), len(gradients), width)
+    tasks = None if tasks is None else everyone[:, -1].long()
+    return everyone[:, :depth], gathered.transpose(0, 1), tasks
+
+
+def _blocks(inputs: Tensor, gradients: Tensor) -> Iterator[Tensor]:
+    """`[n, r, d_out]`, block after block of the rows of `L^T g_i`, with `L L^T = X X^T`.
+
+    The inner products see the inputs through X X^T alone, so L may take the place of X. It is `[R, R]` and
+    triangular, from a QR decomposition, which keeps single precision where X X^T would square the error.
+    """
+    lower = torch.linalg.qr(inputs.T, mode="r").R.T
+    num_tasks, num_rows, width = gradients.shape
+    step = max(1, min(-(-num_rows // _STEPS), _BLOCK // max(1, num_tasks * width)))
+    for start in range(0, num_rows, step):
+        yield torch.matmul(lower[start:, start : start + step].T, gradients[:, start:])
+
+
+def _of_pairs(inputs: Tensor, gradients: Tensor, tasks: Tensor, num_tasks: int, own: slice) -> Tensor:
+    """The sum over pairs of the rows `own` with all rows, where each row has one task.
+
+    In float64, which squares no error that matters. A row that is not finite is left out: the other tasks'
+    products stay what they are, and its own task is known to be faulty.
+    """
+    sound = (inputs.sum(1) + gradients.sum(1)).isfinite()[:, None]
+    dtype = stats_dtype(inputs.device)
+    x, g = (torch.where(sound, rows, 0).to(dtype) for rows in (inputs, gradients))
+    of_task = (tasks[:, None] == torch.arange(num_tasks, device=tasks.device)).to(dtype)
+    pairs = (x[own] @ x.T) * (g[own] @ g.T)
+    gram = of_task[own].T @ pairs @ of_task
+    return (gram + gram.T) / 2
