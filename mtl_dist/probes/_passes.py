@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from mtl_dist._graph import Edge, edge_of
 from mtl_dist.probes._segments import Plan, Segment
-from mtl_dist.probes._storage import kept
+from mtl_dist.probes._storage import is_there, kept
 
 
 def stream(
@@ -26,6 +26,9 @@ def stream(
         features: for each task, the tensors that `plan` was given.
         gradients: for each task, the gradients there.
         plans: for each task, the plan of its graph; tasks may share one graph.
+
+    Raises:
+        RuntimeError: FSDP2 freed the parameters of a single unit that left no trace in the graph.
     """
     carried = [
         _added({}, ((edge_of(tensor), gradient) for tensor, gradient in zip(*pair, strict=True)))
@@ -34,10 +37,23 @@ def stream(
     with kept(plans[0].parameters if plans[0].units else ()) as restore:
         for segments in zip(*(plan.segments for plan in plans), strict=True):
             for number in range(len(segments[0].groups)):
+                _check_there(plans[0])
                 yield (
                     _of_group(held, segment, number, restore)
                     for held, segment in zip(carried, segments, strict=True)
                 )
+
+
+def _check_there(plan: Plan) -> None:
+    freed = (
+        not is_there(p) and not hasattr(p, "ds_shape") for p in plan.parameters
+    )  # ZeRO-3 gathers its own
+    if not plan.units and any(freed):
+        raise RuntimeError(
+            "ParameterProbe: FSDP2 freed the trunk's parameters after the first of several buckets, and "
+            "gathers them again at the trunk's output only. Shard the trunk's blocks as units of their own, "
+            "or take a bucket as large as the trunk, or leave reshard_after_forward=True"
+        )
 
 
 def _of_group(

@@ -129,7 +129,7 @@ def _gram(shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchang
     """`[n, n]`, the Gram that `losses.stats` takes; zero rows for tasks absent or apart from the features."""
     device = losses.counts.device
     if isinstance(losses, SampleLosses):
-        with undisturbed(shared, losses, exchange):
+        with undisturbed(shared.leaves, losses, exchange):
             return losses.gram(shared.leaves, exchange.loss_scale(device))
     gram = gradient_gram(head_gradients(shared, losses, exchange), device)
     scale = exchange.loss_scale(device)
@@ -142,7 +142,7 @@ def head_gradients(
     """`∂l_i/∂z` of each task, times the loss scale where there is one; None for a zero."""
     # gradients in float16 need the loss scale to be seen at all; it is divided out of the Gram in float64
     scale = exchange.loss_scale(losses.counts.device)
-    with undisturbed(shared, losses, exchange):
+    with undisturbed(shared.leaves, losses, exchange):
         if isinstance(losses, SampleLosses):
             return losses.gradients_by_task(shared.leaves, scale)
         scaled = [_scaled(loss, scale) for loss in losses.values]
@@ -152,12 +152,18 @@ def head_gradients(
 
 
 def undisturbed(
-    shared: Features, losses: TaskLosses | SampleLosses, exchange: Exchange
+    leaves: Sequence[Tensor], losses: TaskLosses | SampleLosses, exchange: Exchange
 ) -> AbstractContextManager[None]:
-    """For gradients of these losses at the features: FSDP2 is told that a backward is still to come."""
+    """For gradients of these losses before the backward: FSDP2 is told that it is still to come.
+
+    Args:
+        leaves: of the features.
+        losses: of the heads on these features.
+        exchange: of this step.
+    """
     outputs = (losses.losses,) if isinstance(losses, SampleLosses) else losses.values
     present = [output for output in outputs if output is not None and output.requires_grad]
-    return exchange.once("fsdp", Fsdp).undisturbed(present, shared.leaves)
+    return exchange.once("fsdp", Fsdp).undisturbed(present, leaves)
 
 
 def _scaled(loss: Tensor | None, scale: Tensor | None) -> Tensor | None:

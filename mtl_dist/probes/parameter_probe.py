@@ -17,7 +17,7 @@ from mtl_dist.probes._parameter_rows import Trunk, check_same_parameters, parame
 from mtl_dist.probes._partitioned import ZERO_3, in_graph
 from mtl_dist.probes._replay import replayed
 from mtl_dist.probes._sketch import CountSketch
-from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at
+from mtl_dist.probes.feature_probe import check_same, head_gradients, losses_at, undisturbed
 from mtl_dist.stats import LocalStats
 
 Parameters = Callable[[], Iterable[Tensor]]
@@ -105,7 +105,8 @@ class ParameterProbe(Probe):
         check_same_parameters(at.trunks[0], exchange, counts.device)
         sketch = None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + exchange.step)
         blocks = parameter_rows(at.trunks, _at_present(at), counts)
-        gram, faulty = reduced_gram(blocks, exchange, len(counts), counts.device, sketch)
+        with undisturbed(at.trunks[0].leaves, at.losses, exchange):
+            gram, faulty = reduced_gram(blocks, exchange, len(counts), counts.device, sketch)
         scale = exchange.loss_scale(counts.device)
         if scale is not None:
             gram = gram / scale.to(gram.dtype).square()

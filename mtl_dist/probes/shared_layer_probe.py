@@ -164,7 +164,7 @@ def _products(shared: Features, rows: Rows, losses: TaskOrSampleLosses, exchange
     dtype = torch.float64 if torch.float64 in (z.dtype, rows.inputs.dtype) else torch.float32
     inputs, n = rows.inputs.to(dtype), len(exchange.tasks)
     if isinstance(losses, SampleLosses):
-        with undisturbed(shared, losses, exchange):
+        with undisturbed(shared.leaves, losses, exchange):
             (gradient,) = losses.gradients(shared.leaves, exchange.loss_scale(z.device))
         g = rows.outputs(torch.zeros_like(z) if gradient is None else gradient).to(dtype)
         return Products(inputs, g[None], rows.of_samples(losses.rows), n)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -215,6 +216,10 @@ def torch_cells() -> None:
         run(f"fsdp2 {units}", EXACT, fsdp2(units))
         run(f"fsdp2 {units}, small buckets", SMALL, fsdp2(units))
     run("fsdp2 layers, kept", SMALL, fsdp2("layers", reshard_after_forward=False))
+    run("fsdp2 trunk, kept", SMALL, fsdp2("trunk", reshard_after_forward=False))
+    run("fsdp2 heads in the root, kept", EXACT, fsdp2("heads in the root", reshard_after_forward=False))
+    with pytest.raises(RuntimeError, match="Shard the trunk's blocks as units of their own"):
+        run("hidden unit", SMALL, fsdp2("heads in the root", reshard_after_forward=False))
     run("fsdp2 layers, checkpointed", SMALL, fsdp2("layers"), checkpointed=True)
 
 

@@ -19,6 +19,8 @@ UNITS = ("layers", "trunk", "heads in the root", "root only", "later layers in t
 FSDP2 = [
     *(f" {u}{b}" for u in UNITS for b in ("", ", small buckets")),
     " layers, kept",
+    " trunk, kept",
+    " heads in the root, kept",
     " layers, checkpointed",
 ]
 
