@@ -11,9 +11,11 @@ the median over rounds of time / (time of the plain step in the same round). Pea
 that runs one variant alone, less what it held before the model was made. Writes overhead.md and overhead.json
 into benchmarks/results/.
 
-The plain step is the same model under the same engine with a plain sum of its losses. TorchJD and "one
-backward a task" have no engine that is right with them, so they run on the bare model, beside plain torch and
-DDP only, and average gradients over ranks in one all-reduce afterwards.
+The plain step is the same model under the same engine with a plain sum of its losses. "And the ranks meet" is
+the plain step with one all-reduce of its losses after the heads, whose result nobody uses: the least that
+weights cost on which all ranks agree before the backward, most of it waiting for the slower rank. TorchJD and
+"one backward a task" have no engine that is right with them, so they run on the bare model, beside plain torch
+and DDP only, and average gradients over ranks in one all-reduce afterwards.
 """
 
 from __future__ import annotations
@@ -80,8 +82,9 @@ class Shape:
 class Net(nn.Module):
     """An MLP trunk and one linear head a task."""
 
-    def __init__(self, shape: Shape, balancer: Balancer | None) -> None:
+    def __init__(self, shape: Shape, balancer: Balancer | None, *, meets: bool = False) -> None:
         super().__init__()
+        self.meets = meets
         widths = [shape.features, *[shape.width] * shape.depth]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -102,7 +105,10 @@ class Net(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """The scalar to differentiate."""
         if self.balancer is None:
-            return sum(self.losses(x, labels)[1], torch.zeros((), device=x.device))
+            losses = self.losses(x, labels)[1]
+            if self.meets:
+                dist.all_reduce(torch.stack([loss.detach() for loss in losses]).double())
+            return sum(losses, torch.zeros((), device=x.device))
         heads = {str(i): (lambda z, i=i: self.loss(i, z, labels)) for i in range(len(self.heads))}
         return self.balancer(self.trunk(x), heads)
 
@@ -131,9 +137,10 @@ BALANCED: dict[str, Balanced] = {
     "FeatureProbe, Every(10, MGDA)": Balanced(Every(MGDA(), 10), FeatureProbe()),
     "FeatureProbe(reevaluate), MGDA": Balanced(MGDA(), FeatureProbe(reevaluate=True)),
 }
-CONTROL = "plain, again"  # shows the noise
-BASELINES = ("plain", CONTROL, "torchjd mtl_backward, MGDA", "one backward a task")
-VARIANTS = (*BASELINES[:2], *BALANCED, *BASELINES[2:])
+AGAIN = "plain, again"  # shows the noise
+MEETING = "plain, and the ranks meet"
+BASELINES = ("plain", AGAIN, MEETING, "torchjd mtl_backward, MGDA", "one backward a task")
+VARIANTS = (*BASELINES[:3], *BALANCED, *BASELINES[3:])
 COLUMNS = ("1:torch", "2:ddp", "2:fsdp2", "2:fsdp2-reshard", "2:zero-2")
 
 
@@ -143,7 +150,7 @@ def make_step(name: str, shape: Shape, device: torch.device, engine: str) -> Ste
     variant = BALANCED.get(name)
     tasks = [str(i) for i in range(shape.tasks)]
     balancer = None if variant is None else Balancer(tasks, variant.rule, probe=variant.probe)
-    net = Net(shape, balancer).to(device)
+    net = Net(shape, balancer, meets=name == MEETING).to(device)
     if name == "torchjd mtl_backward, MGDA":
         return _bare(net, _torchjd(net))
     if name == "one backward a task":
@@ -391,7 +398,8 @@ def parsed_column(text: str) -> tuple[int, str]:
 def measured(column: tuple[int, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of every variant that the engine runs, beside its own plain step."""
     bare = column[1] in ("torch", "ddp")
-    variants = [v for v in arguments.variants if bare or v in BALANCED or v in ("plain", CONTROL)]
+    variants = [v for v in arguments.variants if v != MEETING or column[0] > 1]
+    variants = [v for v in variants if bare or v in BALANCED or v in BASELINES[:3]]
     taken = launch(column, arguments, variants=variants, memory=False)
     peaks = {v: launch(column, arguments, variants=[v], memory=True) for v in variants}
     return {

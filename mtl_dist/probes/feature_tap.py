@@ -27,9 +27,14 @@ class FeatureTap(Probe):
       LibMTL and of TorchJD's `mtl_backward`), and the scalar's value is the unweighted sum of the losses.
     * The weights of a step are known after its backward; so is `balancer.report`.
     * Two collectives a step: losses and counts in the forward, the Gram in the backward.
-    * `heads` must be a mapping: one function for all tasks gives one gradient for all of them.
+    * `heads` must be a mapping: one function for all tasks gives one gradient for all of them. Heads that
+      share what one of them computed from the features are refused for the same reason.
 
     Loss scale and accumulation factors are read off the scalar's own gradient and divided out.
+
+    Raises:
+        TypeError: `heads` is no mapping.
+        ValueError: a loss depends on what another head computed, or on the features past its argument.
     """
 
     def __call__(self, features: Any, heads: Heads, exchange: Exchange) -> Tensor:

@@ -33,8 +33,9 @@ class ParameterProbe(Probe):
 
     Costs of a measured step, with n tasks and P shared parameters:
 
-    * Time: n passes through the heads (activations only) and n backward passes through the trunk. Trunks
-      without narrow places (see `_segments`) take more, about half the trunk more for every further bucket.
+    * Time: one pass through the heads (activations only; n for one function of all tasks) and n backward
+      passes through the trunk. Trunks without narrow places (see `_segments`) take more, about half the trunk
+      more for every further bucket.
     * Memory: n gradients of one bucket, or of the largest parameter, and n gradients of the activations at
       a cut; never n·P.
     * Communication: n·P numbers in reduce-scatters (exact), or n·sketch; and n² + O(n) numbers. Ranks compare
