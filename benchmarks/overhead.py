@@ -13,9 +13,9 @@ into benchmarks/results/.
 
 The plain step is the same model under the same engine with a plain sum of its losses. "And the ranks meet" is
 the plain step with one all-reduce of its losses after the heads, whose result nobody uses: the least that
-weights cost on which all ranks agree before the backward, most of it waiting for the slower rank. TorchJD and
-"one backward a task" have no engine that is right with them, so they run on the bare model, beside plain torch
-and DDP only, and average gradients over ranks in one all-reduce afterwards.
+weights cost on which all ranks agree before the backward, most of it waiting for the slower rank. TorchJD
+and "one backward a task" have no engine that is right with them, so they run on the bare model, beside plain
+torch and DDP only, and average gradients over ranks in one all-reduce afterwards.
 """
 
 from __future__ import annotations
