@@ -3,7 +3,7 @@
 #
 # Each cell is a real training of 10 steps on 2 processes, compared with one process on the concatenated batch:
 # weights and parameters must agree. A cell that cannot work must refuse, on every rank, with its reason. Takes
-# about 20 minutes on 2 cores. Ends with 1 where a cell fails.
+# about 15 minutes on 2 cores. Ends with 1 where a cell fails.
 #
 #   bash launch/matrix.sh                           all of it, table to benchmarks/results/engines.md
 #   bash launch/matrix.sh --only '^zero-3: .*bf16'  cells whose name matches, table to the terminal only
@@ -17,7 +17,7 @@ usage: bash launch/matrix.sh [--only PATTERN] [-o FILE] [--list]
 
 Makes .venv, installs mtl_dist with its test dependencies, and runs the engine matrix on the CPU: plain torch, DDP,
 FSDP2 and DeepSpeed ZeRO 0 to 3, directly and through Accelerate, against precision, accumulation, checkpointing,
-compilation, probes and rules. About 20 minutes on 2 cores. Ends with 1 where a cell fails.
+compilation, probes and rules. About 15 minutes on 2 cores. Ends with 1 where a cell fails.
 
   --only PATTERN  cells whose name matches the regular expression, such as '^fsdp2: .*bf16'
   -o FILE         where the table is written (default: benchmarks/results/engines.md for the whole matrix,
