@@ -1,6 +1,6 @@
 """What each probe costs beside a plain step: time, peak memory, and bytes between two ranks, in one run.
 
-    python benchmarks/probes.py                                   # all: 20 minutes on 2 free cores
+    python benchmarks/probes.py                                   # all: half an hour on 2 free cores
     python benchmarks/probes.py --tasks 8 --samples shared --rounds 30 --trunk 512x4
 
 Samples are `shared` (each has a label of every task, and every task a head) or `disjoint` (each belongs to

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mtl_dist.probes._base import Exchange
 from mtl_dist.probes._features import gradient_gram
-from mtl_dist.probes._layer_rows import Products
+from mtl_dist.probes._layer_rows import BLOCK, Products
 from mtl_dist.stats import stats_dtype
 
-_BLOCK = 1 << 22  # numbers of a block, over all tasks
 _STEPS = 4  # of the triangle: 5/8 of the products of the whole square, in matrices that are still large
 
 
@@ -58,7 +57,7 @@ def _blocks(inputs: Tensor, gradients: Tensor) -> Iterator[Tensor]:
     """
     lower = torch.linalg.qr(inputs.T, mode="r").R.T
     num_tasks, num_rows, width = gradients.shape
-    step = max(1, min(-(-num_rows // _STEPS), _BLOCK // max(1, num_tasks * width)))
+    step = max(1, min(-(-num_rows // _STEPS), BLOCK // max(1, num_tasks * width)))
     for start in range(0, num_rows, step):
         yield torch.matmul(lower[start:, start : start + step].T, gradients[:, start:])
 
@@ -66,13 +65,24 @@ def _blocks(inputs: Tensor, gradients: Tensor) -> Iterator[Tensor]:
 def _of_pairs(inputs: Tensor, gradients: Tensor, tasks: Tensor, num_tasks: int, own: slice) -> Tensor:
     """The sum over pairs of the rows `own` with all rows, where each row has one task.
 
-    In float64, which squares no error that matters. A row that is not finite is left out: the other tasks'
-    products stay what they are, and its own task is known to be faulty.
+    A row that is not finite is left out: the other tasks' products stay what they are, and its own task is
+    known to be faulty.
     """
     sound = (inputs.sum(1) + gradients.sum(1)).isfinite()[:, None]
-    dtype = stats_dtype(inputs.device)
-    x, g = (torch.where(sound, rows, 0).to(dtype) for rows in (inputs, gradients))
-    of_task = (tasks[:, None] == torch.arange(num_tasks, device=tasks.device)).to(dtype)
-    pairs = (x[own] @ x.T) * (g[own] @ g.T)
+    pairs = _inner(inputs, sound, own) * _inner(gradients, sound, own)
+    of_task = (tasks[:, None] == torch.arange(num_tasks, device=tasks.device)).to(pairs.dtype)
     gram = of_task[own].T @ pairs @ of_task
     return (gram + gram.T) / 2
+
+
+def _inner(rows: Tensor, sound: Tensor, own: slice) -> Tensor:
+    """Inner products of the rows `own` with all rows, zero for those that are not sound.
+
+    In float64, which squares no error that matters, some columns at a time: an output head may be wide.
+    """
+    total = torch.zeros(len(rows[own]), len(rows), dtype=stats_dtype(rows.device), device=rows.device)
+    step = max(1, BLOCK // max(1, len(rows)))
+    for start in range(0, rows.shape[1], step):
+        part = torch.where(sound, rows[:, start : start + step], 0).to(total.dtype)
+        total.addmm_(part[own], part.T)
+    return total

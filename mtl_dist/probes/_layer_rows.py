@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22  # numbers of a block of the gradients, over all tasks
+BLOCK = 1 << 22  # numbers of a block of the gradients, over all tasks
 _GROUPED = 32  # rows of one task that are multiplied together
 
 
@@ -32,7 +32,7 @@ class Products:
         """`[n, D_b]` columns of the gradients: their number and widths follow from n and the layer alone."""
         groups, depth = self.inputs.shape[1:]
         width = self.gradients.shape[-1]
-        step = max(1, min(width, _BLOCK // max(1, self.num_tasks * groups * depth)))
+        step = max(1, min(width, BLOCK // max(1, self.num_tasks * groups * depth)))
         with torch.autocast(self.inputs.device.type, enabled=False):
             for start in range(0, width, step):
                 columns = self.gradients[..., start : start + step]
@@ -51,7 +51,7 @@ class Products:
         """`[n, groups, d_in, o]` of some columns o."""
         if self.tasks is not None:
             return grouped_products(self.inputs, columns[0], self.tasks, self.num_tasks)
-        if columns.shape[2] == 1:
+        if columns.shape[2] == 1:  # a broadcast product would copy the inputs for every task
             return torch.matmul(self.inputs[:, 0].T, columns[:, :, 0])
         return torch.matmul(self.inputs.permute(1, 2, 0), columns.transpose(1, 2))
 

@@ -45,10 +45,10 @@ def stream(
 
 
 def _check_there(plan: Plan) -> None:
-    freed = (
-        not is_there(p) and not hasattr(p, "ds_shape") for p in plan.parameters
-    )  # ZeRO-3 gathers its own
-    if not plan.units and any(freed):
+    if plan.units:  # they are restored
+        return
+    # those with a ds_shape are gathered by ZeRO-3 itself
+    if any(not is_there(p) and not hasattr(p, "ds_shape") for p in plan.parameters):
         raise RuntimeError(
             "ParameterProbe: FSDP2 freed the trunk's parameters after the first of several buckets, and "
             "gathers them again at the trunk's output only. Shard the trunk's blocks as units of their own, "

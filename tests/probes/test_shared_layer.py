@@ -308,6 +308,15 @@ def test_the_triangle_in_steps_of_any_width(num_rows: int) -> None:
     close(measured(KERNEL, layer, x, heads).report.stats.gram, explicit(layer, x, heads))
 
 
+def test_pairs_some_columns_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    tasks = torch.arange(9) % 3
+    monkeypatch.setattr("mtl_dist.probes._layer_kernel.BLOCK", 9 * 4)  # 4 columns, then 2
+    rows = torch.stack([x[tasks == i].T @ g[tasks == i] for i in range(3)]).flatten(1)
+    halves = [_of_pairs(x, g, tasks, 3, slice(rank, None, 2)) for rank in range(2)]
+    torch.testing.assert_close(sum(halves), rows @ rows.T)
+
+
 def test_a_bad_sample_of_one_task_leaves_the_products_of_the_others() -> None:
     x, g = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     tasks = torch.arange(9) % 3
