@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
-from mtl_dist.balancer import Balancer
+from mtl_dist.balancer import Balancer, OnNonfinite
+from mtl_dist.checks import Finding
+from mtl_dist.engines import Engine
 from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
-from mtl_dist.stats import StepReport, TaskStats
+from mtl_dist.stats import Elapsed, StepReport, TaskStats
 from mtl_dist.weighting import COMBINATORS, RULES, Needs, Rule
 
 __version__ = "0.1.0"
@@ -17,9 +19,13 @@ __all__ = [
     "COMBINATORS",
     "RULES",
     "Balancer",
+    "Elapsed",
+    "Engine",
     "FeatureProbe",
     "FeatureTap",
+    "Finding",
     "Needs",
+    "OnNonfinite",
     "ParameterProbe",
     "Rule",
     "SharedLayerProbe",

@@ -1,18 +1,18 @@
-"""Task statistics: what one rank measures, what every rank then knows, what the user reads.
+"""Task statistics: what one rank measures, what every rank then knows, and what the user reads.
 
-The one idea of the library lives here. With `l_i` the local mean loss of task i over `c_i` samples and
-`g_i = ∂l_i/∂z` its gradient at the shared features, the three quantities of `LocalStats` *add*: over ranks,
-over micro-batches, over virtual ranks. One sum therefore gives every rank the exact global statistics,
+The central idea of the library is here. Let `l_i` be the local mean loss of task i over `c_i` samples, and
+`g_i = ∂l_i/∂z` its gradient at the shared features. Then the three quantities of `LocalStats` *add*: over
+ranks, over micro-batches, over virtual ranks. One sum gives every rank the exact global statistics,
 
     C_i  = Σ_r c_i^r
     L_i  = Σ_r c_i^r l_i^r / C_i
     G_ij = Σ_r c_i^r c_j^r ⟨g_i^r, g_j^r⟩ / (C_i C_j)
 
-which is what one process would have measured on the concatenated batch. Means of local Grams or norms are
-not offered, because they are wrong: a Gram does not commute with an average.
+which is what one process would measure on the concatenated batch. Averages of local Gram matrices or norms
+are not offered, because they are wrong: the Gram matrix of an average is not the average of Gram matrices.
 
-Statistics are float64 (float32 where the device has no float64): they are n² numbers, so precision is free,
-and gradient norms of 1e-20 neither underflow when squared nor change a rule's decision.
+Statistics are float64 (float32 where the device has no float64). They are only n² numbers, so precision costs
+nothing, and the square of a gradient norm of 1e-20 does not underflow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mtl_dist._stopwatch import Elapsed
+Lap = float | tuple[torch.Event, torch.Event]
 
 
 def stats_dtype(device: torch.device) -> torch.dtype:
@@ -33,7 +33,7 @@ def stats_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LocalStats:
-    """What one rank measured on its own samples. Instances add.
+    """What one rank measured on its own samples. Instances can be added.
 
     Attributes:
         loss_sums: `[n]`, `c_i l_i`; 0 where the task is absent.
@@ -52,7 +52,7 @@ class LocalStats:
 
     @classmethod
     def zeros(cls, num_tasks: int, device: torch.device) -> LocalStats:
-        """The neutral element: a rank that saw nothing."""
+        """The statistics of a rank that saw no sample: the neutral element of `+`."""
         n, dtype = num_tasks, stats_dtype(device)
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in ((n,), (n,), (n, n))))
 
@@ -104,9 +104,9 @@ class TaskStats:
         return self.gram
 
     def guarded(self, ok: Tensor) -> TaskStats:
-        """These statistics where `ok` (scalar bool) holds, else harmless ones (losses 1, Gram identity).
+        """These statistics where `ok` (scalar bool) holds, else harmless ones: losses 1, Gram identity.
 
-        A rule then never sees NaN or infinity, and the decision needs no host.
+        So a rule never sees NaN or infinity, and the host does not have to wait for the decision.
         """
         losses = torch.where(ok, self.losses, torch.ones_like(self.losses))
         if self.gram is None:
@@ -127,6 +127,22 @@ def global_stats(total: LocalStats, step: int, *, with_gram: bool) -> TaskStats:
 
 
 @dataclass(frozen=True)
+class Elapsed:
+    """A measured time.
+
+    Attributes:
+        laps: each lap is a number of seconds on the host, or the two events before and after it on an
+            accelerator's stream.
+    """
+
+    laps: tuple[Lap, ...] = ()
+
+    def seconds(self) -> float:
+        """The sum of all laps. It waits for their events, so read it long after the step."""
+        return sum(map(_seconds, self.laps))
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What happened in one step, for people and trackers. Tensors stay on the device until they are read.
 
@@ -135,7 +151,7 @@ class StepReport:
         stats: the global statistics the weights came from.
         weight_vector: `[n]`, the weights; 0 for tasks absent on all ranks.
         held: scalar bool, whether a non-finite statistic made the balancer keep the previous weights.
-        sync: time spent in collectives since the report before.
+        sync: time spent in collectives since the previous report.
     """
 
     tasks: tuple[str, ...]
@@ -146,7 +162,7 @@ class StepReport:
 
     @property
     def step(self) -> int:
-        """Index of the balancer call this report is of, from 0."""
+        """Number of updates of the rule before this one; 0 in the first report."""
         return self.stats.step
 
     @cached_property
@@ -179,3 +195,11 @@ class StepReport:
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip(self.tasks, values.tolist(), strict=True))
+
+
+def _seconds(lap: Lap) -> float:
+    if isinstance(lap, float):
+        return lap
+    before, after = lap
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3

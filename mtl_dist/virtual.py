@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # no public spelling yet in torch 2.13
 
-from mtl_dist._explain import PeerFailed
-from mtl_dist.balancer import Balancer
+from mtl_dist.balancer import Balancer, PeerFailed
 from mtl_dist.sync import virtual_rank
 
 _current: ContextVar[_Lockstep] = ContextVar("mtl_dist_lockstep")
@@ -54,7 +53,7 @@ class VirtualRanks:
         self._balancer = balancer
         self._model = model
         self._ranks: list[_Own] = []
-        balancer.become_virtual([_VirtualWire(rank, number) for rank in range(number)])
+        balancer.become_virtual([_VirtualCollectives(rank, number) for rank in range(number)])
 
     def split(self, batch: Any) -> list[Any]:
         """R parts of a batch (any pytree of tensors), along the first axis and in order.
@@ -177,8 +176,8 @@ class _Lockstep:
         self._back.release()
 
 
-class _VirtualWire:
-    """What `sync.Wire` asks for, among the threads of one process."""
+class _VirtualCollectives:
+    """The collectives (`sync.Collectives`) of threads in one process."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -200,7 +199,7 @@ class _VirtualWire:
     def gather_text(self, text: str) -> list[str]:
         return list(self._exchange(text))
 
-    def farewell(self, buffer: Tensor) -> None:
+    def all_reduce_and_leave(self, buffer: Tensor) -> None:
         self._add_up(buffer)
 
     def _exchange(self, offer: Any) -> Sequence[Any]:

@@ -252,7 +252,7 @@ def test_observe_refuses_rules_and_losses_that_it_cannot_use() -> None:
 def test_policy_is_checked() -> None:
     with pytest.raises(ValueError, match='"raise", "skip" or "hold", got'):
         Balancer(["a"], Equal(), on_nonfinite="ignore")
-    with pytest.raises(ValueError, match="FeatureTap learns of a bad gradient"):
+    with pytest.raises(ValueError, match="FeatureTap sees a bad gradient"):
         Balancer(["a"], MGDA(), probe=FeatureTap(), on_nonfinite="skip")
 
 

@@ -231,11 +231,11 @@ def test_names_are_safe(tmp_path: Path, name: str) -> None:
 def test_reduced_precision_is_stored_as_float64(tmp_path: Path) -> None:
     """MPS computes in float32; its state goes on elsewhere, and elsewhere's on MPS."""
     balancer = trained()
-    course = balancer._course
+    course = balancer._progress
     course.restart({k: v.float() for k, v in course.state.items()}, course.weights.float(), course.step)
     checkpoint.save(balancer, tmp_path)
     other = trained(0)
     checkpoint.load(other, tmp_path)
-    assert torch.equal(other._course.weights, course.weights.double())
+    assert torch.equal(other._progress.weights, course.weights.double())
     checkpoint.load(balancer, tmp_path)
     assert balancer.step == 3

@@ -440,12 +440,12 @@ def test_the_comparison_of_ranks_has_a_fixed_size(monkeypatch):
     ("config", "device"), [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo", "cpu")]
 )
 def test_sums_travel_on_a_device_that_the_backend_takes(monkeypatch, config, device):
-    monkeypatch.setattr(sync, "is_distributed", lambda: True)
+    monkeypatch.setattr(sync.collectives, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
-    assert sync.wire_device(None) == torch.device(device)
+    assert sync.collective_device(None) == torch.device(device)
 
 
 # real processes

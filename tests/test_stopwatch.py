@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from mtl_dist import Balancer, _stopwatch
-from mtl_dist._stopwatch import Elapsed, Stopwatch
+from mtl_dist import Balancer
+from mtl_dist.stats import Elapsed
+from mtl_dist.sync import Stopwatch, timing
 from mtl_dist.weighting import Equal
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ class Event:
 
 
 def test_an_accelerator_is_waited_for_when_the_time_is_read(monkeypatch):
-    monkeypatch.setattr(_stopwatch.torch, "Event", Event)
+    monkeypatch.setattr(timing.torch, "Event", Event)
     watch = Stopwatch()
     with watch.running(torch.device("cuda")):
         pass

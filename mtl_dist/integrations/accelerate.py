@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from mtl_dist._engine import Engine
 from mtl_dist.balancer import Balancer
+from mtl_dist.engines import Engine
 from mtl_dist.integrations._checkpoints import register
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # set by launch/ scripts; anyone may set it

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl_dist import checkpoint
-from mtl_dist._engine import Engine
 from mtl_dist.balancer import Balancer
+from mtl_dist.engines import Engine
 
 
 def attach(balancer: Balancer, engine: Any) -> Balancer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from mtl_dist.sync import all_reduce_sum, wire_device
+from mtl_dist.sync import all_reduce_sum, collective_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +32,7 @@ def synchronize(statistics: Mapping[str, S], group: ProcessGroup | None = None) 
     Raises:
         ValueError: on every rank, where ranks have different tasks or define different losses.
     """
-    device = wire_device(group)
+    device = collective_device(group)
     _check_agreement({task: repr(one) for task, one in statistics.items()}, device, group)
     local = [one._to(device) for one in statistics.values()]
     # T = Σ_r T_r

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist import Balancer, FeatureProbe, SharedLayerProbe
 from mtl_dist.probes import Probe
-from mtl_dist.probes._sketch import CountSketch
+from mtl_dist.probes.sketch import CountSketch
 from mtl_dist.weighting import MGDA
 
 TOLERANCE = 1e-6

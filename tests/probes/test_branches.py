@@ -108,7 +108,9 @@ def test_a_decoder_that_the_first_head_ran_for_all_is_taken_apart(probe: Probe, 
 
 def test_the_tap_refuses_such_a_decoder() -> None:
     net = Net()
-    with pytest.raises(ValueError, match=r"(?s)loss of task 'b' depends on what the head of task 'a' made"):
+    with pytest.raises(
+        ValueError, match=r"(?s)loss of task 'b' depends on what the head of task 'a' computed"
+    ):
         measured(net, torch.randn(9, 5), net.cached(), FeatureTap())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_dist.probes._features import gradient_gram
+from mtl_dist.losses import gradient_gram
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
+from mtl_dist.losses import GivenSampleLosses
 from mtl_dist.probes import Probe
-from mtl_dist.probes._layer_rows import grouped_products
-from mtl_dist.probes._losses import Mixture
-from mtl_dist.probes._mixture import sample_losses
+from mtl_dist.probes.shared_layer.products import grouped_products
 from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm, UPGrad
 
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select"}
@@ -87,10 +86,9 @@ def test_nothing_waits_for_the_device() -> None:
     z, ids, losses = problem(7)
     flags = []
     with Ops() as ops:
-        collected = sample_losses(
-            losses(z), Mixture(losses, ids), names(7), lambda flag, _: flags.append(flag)
-        )
-        collected.stats(collected.gram([z], torch.tensor(8.0)))
+        heads = GivenSampleLosses(ids, None, names(7), lambda flag, _: flags.append(flag))
+        collected = heads.at(losses(z))
+        collected.stats(collected.gradients([z], torch.tensor(8.0)).gram())
         collected.total(torch.rand(7))
         grouped_products(torch.randn(40, 1, 3), torch.randn(40, 1, 4), ids, 7)
     assert ops.waits == []
@@ -212,7 +210,7 @@ def test_unknown_ids_are_refused(wrong: int, training: bool) -> None:
     [
         (
             {"task_ids": torch.zeros(40)},
-            "task_ids must be an integer tensor, one id a sample; got torch.float32",
+            "task_ids must be an integer tensor, one id per sample; got torch.float32",
         ),
         ({"task_ids": [0, 1]}, "task_ids must be an integer tensor"),
         ({"task_ids": torch.zeros(39, dtype=torch.int64)}, r"must begin with the shape of task_ids, \(39,\)"),
@@ -239,7 +237,7 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         balancer(z, {"task0": losses}, task_ids=ids)
     with pytest.raises(ValueError, match="losses are one floating-point tensor with a loss for every sample"):
         balancer(z, lambda z: losses(z).mean(), task_ids=ids)
-    with pytest.raises(ValueError, match="features must have one row a task id"):
+    with pytest.raises(ValueError, match="features must have one row per task id"):
         balancer(z.T, lambda z: losses(z.T), task_ids=ids)
     with pytest.raises(TypeError, match="FeatureTap needs heads as a mapping"):
         Balancer(names(3), MGDA(), probe=FeatureTap())(z, losses, task_ids=ids)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
-from mtl_dist.probes._parameter_rows import Trunk, parameter_rows
-from mtl_dist.probes._segments import plan
+from mtl_dist.probes.parameter.rows import Trunk, parameter_rows
+from mtl_dist.probes.parameter.segments import plan
 from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm
 
 NAMES = ("a", "b", "c")

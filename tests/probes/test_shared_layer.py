@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, SharedLayerProbe
 from mtl_dist.probes import Probe
-from mtl_dist.probes._layer_kernel import _of_pairs
-from mtl_dist.probes._layer_rows import grouped_products
+from mtl_dist.probes.shared_layer.kernel import _of_pairs
+from mtl_dist.probes.shared_layer.products import grouped_products
 from mtl_dist.weighting import MGDA, GeometricMean, InverseGradNorm, Rule
 
 TASKS = ("a", "b", "c")
@@ -311,7 +311,7 @@ def test_the_triangle_in_steps_of_any_width(num_rows: int) -> None:
 def test_pairs_some_columns_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     x, g = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     tasks = torch.arange(9) % 3
-    monkeypatch.setattr("mtl_dist.probes._layer_kernel.BLOCK", 9 * 4)  # 4 columns, then 2
+    monkeypatch.setattr("mtl_dist.probes.shared_layer.kernel.BLOCK", 9 * 4)  # 4 columns, then 2
     rows = torch.stack([x[tasks == i].T @ g[tasks == i] for i in range(3)]).flatten(1)
     halves = [_of_pairs(x, g, tasks, 3, slice(rank, None, 2)) for rank in range(2)]
     torch.testing.assert_close(sum(halves), rows @ rows.T)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_dist.probes._sketch import CountSketch, size_for
+from mtl_dist.probes.sketch import CountSketch, size_for
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from mtl_dist._stopwatch import Elapsed
-from mtl_dist.stats import StepReport, TaskStats
+from mtl_dist.stats import Elapsed, StepReport, TaskStats
 from mtl_dist.tracking import Snapshot, step_row
 from mtl_dist.tracking.rows import entropy
 

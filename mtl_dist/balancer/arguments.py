@@ -1,0 +1,62 @@
+"""Checks what a balancer is given, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mtl_dist.probes import FeatureTap, Probe
+
+OnNonfinite = Literal["raise", "skip", "hold"]
+
+
+def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The task names as a tuple: unique and not empty."""
+    names = tuple(tasks)
+    if isinstance(tasks, str) or not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"tasks must be a sequence of names, got {tasks!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"task names must be unique, got {list(names)}")
+    return names
+
+
+def checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:
+    """A policy that exists and that the probe can follow."""
+    if on_nonfinite not in ("raise", "skip", "hold"):
+        raise ValueError(f'on_nonfinite must be "raise", "skip" or "hold", got {on_nonfinite!r}')
+    if on_nonfinite == "skip" and isinstance(probe, FeatureTap):
+        raise ValueError(
+            'FeatureTap sees a bad gradient only when the heads already have theirs, so on_nonfinite="skip" '
+            'cannot undo the step; use "hold" or "raise", or FeatureProbe()'
+        )
+    return on_nonfinite
+
+
+def checked_window(window: int | None, probe: Probe) -> int | None:
+    """A number of micro-batches over which the probe's statistics can be added, or None."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a number of micro-batches >= 1, or None, got {window!r}")
+    if window is not None and not probe.grams_add:
+        raise ValueError(
+            f"window={window} adds the Grams of micro-batches, and those of {type(probe).__name__} do not "
+            "add, because all samples share its coordinates: use window=None, or FeatureProbe()"
+        )
+    return window
+
+
+def check_same_state(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`."""
+    for key in ("tasks", "rule"):
+        if given.get(key) != expected[key]:
+            raise ValueError(
+                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
+            )
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
+            shape = getattr(given[key], "shape", type(given[key]).__name__)
+            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")

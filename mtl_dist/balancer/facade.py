@@ -1,0 +1,431 @@
+"""The balancer: heads -> gradients -> one all-reduce -> rule -> one scalar."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtl_dist.balancer.arguments import (
+    OnNonfinite,
+    check_same_state,
+    checked_policy,
+    checked_tasks,
+    checked_window,
+)
+from mtl_dist.balancer.deferred import DeferredErrors
+from mtl_dist.balancer.progress import RuleProgress
+from mtl_dist.balancer.step import Step
+from mtl_dist.balancer.zero_gradients import ZeroGradients
+from mtl_dist.checks import Check, DiagonalWatch, Finding
+from mtl_dist.engines import Engine, EngineView
+from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads
+from mtl_dist.probes import FeatureProbe, Probe
+from mtl_dist.stats import StepReport
+from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
+from mtl_dist.weighting import Every, Needs, Rule
+
+_STATE_PREFIX = "rule."
+
+
+class Balancer(nn.Module):
+    """Turns task losses into one scalar loss with weights that all ranks agree on.
+
+    Call it in the model's forward, on the shared features and the tasks' heads, or on losses alone:
+
+        loss = balancer(z, {"depth": lambda z: depth_loss(z, y), "normal": lambda z: normal_loss(z, y)})
+        loss = balancer(z, lambda z: decode(z, y))           # one function, a mapping of losses
+        loss = balancer({"depth": l1, "normal": l2})         # rules that read losses only
+
+    With local mean losses `l_i` over `c_i` samples, rank r of W returns `Σ α_i (W c_i / C_i) l_i`. An engine
+    that averages gradients over ranks then computes the gradient of `Σ α_i L_i` on the concatenated batch.
+
+    It has no parameters and no buffers. As a submodule it follows `model.train()` and `model.eval()`, and
+    adds nothing to `model.state_dict()`; `state_dict` reads its own state, and `load_state_dict` sets it.
+    In eval mode or under `torch.no_grad()` it measures nothing, updates nothing, and returns the local total
+    with the current weights.
+
+    Args:
+        tasks: names of the n tasks, unique, the same on every rank and in the same order.
+        weighting: the rule.
+        probe: how gradients are measured. None: `FeatureProbe()` for rules that read gradients, nothing for
+            the others. A probe that is given together with a losses-only rule measures for the report.
+        group: ranks that hold different samples. None: all ranks. Tensor-parallel ranks must not be counted
+            twice.
+        on_nonfinite: what all ranks do about a NaN or infinite loss or gradient. "raise": `ValueError` naming
+            task and rank (at the next call on an accelerator, so that the host never waits). "hold": keep the
+            rule's state, use the previous weights, return the total as it is (for engines that skip such
+            steps themselves, as loss scalers do). "skip": the same, and all gradients of this step are zero;
+            the host waits for the flag. Under a loss scale, infinite gradients are expected now and then and
+            are always held; losses are never scaled, so they follow the policy.
+        window: how weights and gradient accumulation work together. None: each micro-batch is a step of the
+            rule, with its own weights. k: the weights hold for windows of k micro-batches. The weights of a
+            window follow from the statistics of the whole window before it (uniform in the first window), so
+            k micro-batches of equal counts train like one batch that is k times as large.
+        check: for debugging: measure every step a second time by plain autograd, compare, and look for what
+            makes weights worthless (`findings`). It costs twice as much, and the host waits.
+
+    Raises:
+        ValueError: task names empty or repeated, or a combination that cannot work.
+
+    Attributes:
+        tasks: the task names.
+        weighting: the rule; wrapped in `Every` where the probe measures only every k steps.
+        probe: how gradients are measured.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        weighting: Rule,
+        *,
+        probe: Probe | None = None,
+        group: dist.ProcessGroup | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+        window: int | None = None,
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tasks = checked_tasks(tasks)
+        self._probe_given = probe is not None
+        self.probe = probe if probe is not None else FeatureProbe()
+        self.weighting = _spaced(weighting, self.probe)
+        self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
+        self._strict = on_nonfinite == "raise"
+        self._synchronizer = Synchronizer(len(self.tasks), group)
+        self._errors = DeferredErrors()
+        self._zero_gradients = ZeroGradients()
+        self._engine = EngineView()
+        self._progress = RuleProgress(
+            self.tasks,
+            self.weighting,
+            checked_window(window, self.probe),
+            self._engine,
+            self._synchronizer.stopwatch,
+            self._errors,
+            strict=self._strict,
+        )
+        self._check = Check(self.tasks, self.weighting, self.probe) if check else None
+        reads_gram = self.weighting.needs == Needs.GRAM
+        self._diagonal = DiagonalWatch(self.weighting, self.probe) if reads_gram else None
+        self._memory = self.probe.memory()
+        self._twins: tuple[Balancer, ...] = ()
+
+    if TYPE_CHECKING:  # the forms of a call, for type checkers
+
+        @overload
+        def __call__(self, losses: Losses, /, *, counts: Counts | None = None) -> Tensor: ...
+
+        @overload
+        def __call__(self, losses: Tensor, /, *, task_ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            features: Any,
+            heads: HeadFunctions,
+            *,
+            counts: Counts | None = None,
+            layer: nn.Module | None = None,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            features: Any,
+            heads: Callable[[Any], Tensor],
+            *,
+            layer: nn.Module | None = None,
+            task_ids: Tensor,
+            mask: Tensor | None = None,
+        ) -> Tensor: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """See `forward`."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
+    def forward(
+        self,
+        features: Any,
+        heads: Any = None,
+        *,
+        counts: Counts | None = None,
+        layer: nn.Module | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One scalar, ready for the backward of any engine.
+
+        Args:
+            features: shared representation, a tensor or pytree of tensors, or a function without arguments
+                that makes it (which `ParameterProbe` needs under ZeRO-3). Without `heads`, the losses stand
+                here: a mapping from task to scalar mean loss (None or missing: no sample on this rank).
+            heads: a mapping from task to a function of the features that returns the scalar mean loss (or
+                None), or one function that returns such a mapping.
+            counts: samples (or tokens) behind each mean, by task; numbers or scalar tensors. None: 1 for
+                each task present.
+            layer: the last shared layer, where `features` is its input: heads receive `layer(features)`.
+                `SharedLayerProbe` measures the gradients of its weight.
+            task_ids: integers `[B]` (or of the shape of any leading dimensions), the task of every sample, an
+                index into `tasks`, for batches in which every sample has one task. `heads` is then one
+                function from the features to the loss of every sample, `[B]` or `[B, ...]` (tokens); without
+                heads, the tensor of these losses is given first. Samples must not interact in the heads.
+            mask: with `task_ids`, of the losses' shape: which of them count, or the weight of each. Counts
+                are its sums.
+
+        Raises:
+            ValueError: unknown tasks, losses that are not scalars, losses <= 0 under a rule that takes
+                logarithms, a non-finite value (`on_nonfinite="raise"`), or ranks that disagree about tasks
+                or rule (on every rank, at the first step).
+            RuntimeError: another rank failed before this step.
+        """
+        if (twin := self._virtual_twin()) is not None:
+            total: Tensor = twin.forward(
+                features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask
+            )
+            return total
+        if not (self.training and torch.is_grad_enabled()):
+            read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
+            return self._evaluated(features, read, layer)
+        if self.on_nonfinite == "skip":
+            self._zero_gradients.release()
+        self._connect()
+        self._progress.begin()
+        step = self._new_step(measure=self.measures_at(self._progress.step))
+        try:
+            read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
+            if read.on_losses:
+                total = self._of_losses(features, read, step)
+            else:
+                shared = self._shared(features, layer)
+                if self._check is not None:
+                    step.check(shared, read)
+                total = self.probe(shared, read, step)
+        except Exception:
+            if not step.reduced:
+                self._synchronizer.announce_failure()
+            raise
+        skips = self.on_nonfinite == "skip" and step.not_finite()
+        return self._zero_gradients(total, features) if skips else total
+
+    def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
+        """Gives losses that were measured outside the step to the rule; all ranks must call it.
+
+        For rules that learn from them (`weighting.observes`): the batch's losses after the optimizer's step
+        (FAMO), or validation losses (CoBa). One all-reduce. The weights change at the next step.
+
+        Args:
+            losses: scalar mean loss by task, of this rank's samples; None or absent where there are none.
+            counts: samples behind each mean, as in a training step.
+
+        Raises:
+            ValueError: the rule does not learn from such losses, or as in a training step.
+        """
+        if not self.weighting.observes:
+            raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
+        self._connect()
+        step = self._new_step(measure=False)
+        with torch.no_grad():
+            local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
+            step.observe(step.reduce(local))
+
+    def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Everything that the next step depends on: tensors, strings and numbers.
+
+        As part of a model's state (`destination` given) it adds nothing, so model checkpoints do not depend
+        on how the model was trained.
+        """
+        if destination is not None:
+            return destination
+        self._errors.poll()
+        progress = self._progress
+        progress.settle()
+        state = {_STATE_PREFIX + key: value.detach().clone() for key, value in progress.state.items()}
+        header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": progress.step}
+        return {**header, "weights": progress.weights.clone(), **state}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Continues from a `state_dict`, bit for bit.
+
+        Raises:
+            ValueError: it belongs to other tasks or another rule; nothing is changed then.
+        """
+        expected = self.state_dict()
+        check_same_state(expected, state_dict)
+        rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
+        state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
+        self._progress.restart(state, state_dict["weights"].detach().clone(), int(state_dict["step"]))
+        for twin in self._twins:
+            twin.load_state_dict(state_dict)
+
+    def become_virtual(self, collectives: Sequence[Collectives]) -> None:
+        """Becomes rank 0 of several ranks in one process, with a copy of itself for each of the others.
+
+        `mtl_dist.virtual.VirtualRanks` calls it.
+
+        Raises:
+            RuntimeError: a step was already taken.
+        """
+        self._twins = ()
+        twins = [copy.deepcopy(self) for _ in collectives[1:]]
+        for balancer, own in zip([self, *twins], collectives, strict=True):
+            balancer._synchronizer.use(own)
+        self._twins = tuple(twins)
+
+    def check_virtual_agreement(self) -> None:
+        """Raises `RuntimeError` unless all virtual ranks hold bitwise the same weights."""
+        for rank, twin in enumerate(self._twins, start=1):
+            if not torch.equal(twin._progress.weights, self._progress.weights):
+                raise RuntimeError(
+                    f"mtl_dist: virtual rank {rank} has weights {twin.weights}, rank 0 {self.weights}; "
+                    "the rule, the probe or a head takes something that is not the same on all ranks"
+                )
+
+    def _virtual_twin(self) -> Balancer | None:
+        """The copy that the running virtual rank calls; None for rank 0 and for real ranks."""
+        rank = virtual_rank.get()
+        if not rank or not self._twins:
+            return None
+        twin = self._twins[rank - 1]
+        return twin.train(self.training)
+
+    def set_group(self, group: dist.ProcessGroup | None) -> None:
+        """Sets the data-parallel group before the first step.
+
+        Raises:
+            RuntimeError: a step was already taken with another group.
+        """
+        self._synchronizer.set_group(group)
+
+    def set_engine(self, engine: Engine) -> None:
+        """Tells the balancer about the engine: loss scale, skipped steps, accumulation, partitioning.
+
+        The integrations' `attach` calls it; call it before the first step.
+
+        Raises:
+            ValueError: the weights hold for another number of micro-batches than the engine accumulates.
+        """
+        if self.window is not None and engine.accumulation not in (None, self.window):
+            raise ValueError(
+                f"the balancer holds its weights for window={self.window} micro-batches, and the engine "
+                f"accumulates {engine.accumulation}: give both the same number"
+            )
+        self._engine.learn(engine)
+
+    @property
+    def report(self) -> StepReport | None:
+        """What happened in the last training step (the last whole window); None before the first."""
+        return self._progress.report
+
+    @report.setter
+    def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
+        self._progress.report = report
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What `check=True` found, in the order it was found; virtual ranks after rank 0."""
+        checks = [balancer._check for balancer in (self, *self._twins)]
+        return tuple(finding for check in checks if check is not None for finding in check.findings.all())
+
+    @property
+    def step(self) -> int:
+        """Number of training steps (windows, where weights are held) taken and not skipped by the engine."""
+        return self._progress.step
+
+    @property
+    def window(self) -> int | None:
+        """Micro-batches for which the weights hold; None where each has its own."""
+        return self._progress.window
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The current weight of each task: that of the last step it was present in."""
+        return dict(zip(self.tasks, self._progress.weights.tolist(), strict=True))
+
+    def extra_repr(self) -> str:
+        """Tasks, rule and probe."""
+        window = "" if self.window is None else f", window={self.window}"
+        policy = f"on_nonfinite={self.on_nonfinite!r}"
+        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, {policy}{window}"
+
+    def measures_at(self, step: int) -> bool:
+        """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
+        if self.weighting.needs > Needs.LOSSES:
+            return self.weighting.needs_at(step) > Needs.LOSSES
+        return self._probe_given and step % self.probe.every == 0
+
+    def _connect(self) -> None:
+        """Raises what the step before left, and meets the other ranks at the first step."""
+        if self._errors.pending:
+            self._errors.poll()
+        if not self._synchronizer.connected:
+            self._synchronizer.connect(self._fingerprint())
+
+    def _new_step(self, *, measure: bool) -> Step:
+        return Step(
+            tasks=self.tasks,
+            step=self._progress.step,
+            rank=self._synchronizer.rank,
+            measure=measure,
+            engine=self._engine,
+            memory=self._memory,
+            progress=self._progress,
+            synchronizer=self._synchronizer,
+            errors=self._errors,
+            checker=self._check,
+            diagonal=self._diagonal,
+            strict=self._strict,
+        )
+
+    def _shared(self, features: Any, layer: nn.Module | None) -> Any:
+        """The features in the form that the probe takes."""
+        probe = self.probe
+        if callable(features) and probe.takes_functions:
+            return features if layer is None else lambda: layer(features())
+        if callable(features):
+            features = features()
+        if layer is None:
+            return features
+        return LayerInput(layer, features) if probe.takes_layers else layer(features)
+
+    def _of_losses(self, given: Any, heads: Heads, step: Step) -> Tensor:
+        if self.weighting.needs > Needs.LOSSES:
+            raise ValueError(
+                f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
+            )
+        step.measure = False
+        losses = heads.at(given, self._device_of(given))
+        reduced = step.reduce(losses.stats())
+        total = losses.total(step.decide(reduced) * reduced.shares)
+        return total if total.requires_grad else total.requires_grad_()
+
+    def _evaluated(self, given: Any, heads: Heads, layer: nn.Module | None) -> Tensor:
+        if not heads.on_losses:
+            given = given() if callable(given) else given
+            given = given if layer is None else layer(given)
+        losses = heads.at(given)
+        self._progress.move_to(losses.counts.device)
+        return losses.total(self._progress.weights)
+
+    def _device_of(self, losses: Any) -> torch.device:
+        """Where losses are; where the statistics travel if this rank has none."""
+        values = losses.values() if isinstance(losses, Mapping) else ()
+        found = next((value.device for value in values if isinstance(value, Tensor)), None)
+        return collective_device(self._synchronizer.group) if found is None else found
+
+    def _fingerprint(self) -> str:
+        settings = f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
+        return settings if self.window is None else f"{settings}, window {self.window}"
+
+
+def _spaced(rule: Rule, probe: Probe) -> Rule:
+    """The rule, run only at the steps that the probe measures."""
+    return Every(rule, probe.every) if probe.every > 1 and rule.needs > Needs.LOSSES else rule

@@ -1,0 +1,31 @@
+"""Engines: what one must tell a balancer, and the only room that knows the insides of FSDP2 and DeepSpeed."""
+
+from __future__ import annotations
+
+from mtl_dist.engines.facts import Engine
+from mtl_dist.engines.fsdp2 import UNIT_NODE, is_sharded
+from mtl_dist.engines.graph import Edge, accumulators, depends_on, edge_of, nodes
+from mtl_dist.engines.replay import replayed
+from mtl_dist.engines.storage import is_there, kept
+from mtl_dist.engines.view import EngineView
+from mtl_dist.engines.zero3 import ZERO_3, find_partitioned, in_graph, is_partitioned, whole_shape
+
+__all__ = [
+    "UNIT_NODE",
+    "ZERO_3",
+    "Edge",
+    "Engine",
+    "EngineView",
+    "accumulators",
+    "depends_on",
+    "edge_of",
+    "find_partitioned",
+    "in_graph",
+    "is_partitioned",
+    "is_sharded",
+    "is_there",
+    "kept",
+    "nodes",
+    "replayed",
+    "whole_shape",
+]

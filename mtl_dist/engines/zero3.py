@@ -1,0 +1,74 @@
+"""ZeRO-3's insides: parameters that DeepSpeed partitions over ranks, and frees after each use."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from mtl_dist.engines.graph import accumulators
+from mtl_dist.engines.replay import replayed
+from mtl_dist.losses import Features, Heads
+
+ZERO_3 = (
+    "DeepSpeed ZeRO-3 partitions the parameters, and frees them before a gradient can be taken of losses "
+    "whose forward has ended"
+)
+
+
+def find_partitioned(shared: Features, heads: Heads) -> bool:
+    """Whether trunk or heads have partitioned parameters. Changes nothing in either.
+
+    It looks at the parameters in the graph of the features, and at those of the first module that the heads
+    call, before that module runs.
+    """
+    if "deepspeed" not in sys.modules:
+        return False
+    return in_graph(shared) or _in_heads(shared, heads)
+
+
+def in_graph(shared: Features) -> bool:
+    """Whether a partitioned parameter made the features."""
+    return any(
+        is_partitioned(getattr(node, "variable", None))
+        for leaf in shared.leaves
+        for node in accumulators(leaf)
+    )
+
+
+class _Seen(BaseException):  # not an Exception, because heads may catch those
+    """Ends the evaluation of the heads at their first module."""
+
+
+def _in_heads(shared: Features, heads: Heads) -> bool:
+    found = False
+
+    def look(module: nn.Module, _: Any) -> None:
+        nonlocal found
+        parameters = list(module.parameters(recurse=False))
+        if parameters:
+            found = any(is_partitioned(parameter) for parameter in parameters)
+            raise _Seen
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        with torch.no_grad(), replayed(leaf.device for leaf in shared.leaves):
+            heads.at(shared.rebuild())
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed partitions this parameter."""
+    return hasattr(parameter, "ds_status")
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also where this rank holds only a part of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,39 @@
+"""What a model hands over: features and losses, in any form, read into one contract."""
+
+from __future__ import annotations
+
+from mtl_dist.losses.base import Counts, Head, HeadFunctions, Heads, LocalLosses, Losses, Refuse
+from mtl_dist.losses.features import Branches, Features, LayerInput, Views, anchored, split
+from mtl_dist.losses.gradients import FeatureGradients, Gradients, gradient_gram
+from mtl_dist.losses.read import read_heads
+from mtl_dist.losses.samples import GivenSampleLosses, SampleHeads, SampleLosses
+from mtl_dist.losses.tasks import GivenLosses, HeadMapping, JointHeads, TaskLosses, check_names, collect
+
+__all__ = [
+    "Branches",
+    "Counts",
+    "FeatureGradients",
+    "Features",
+    "GivenLosses",
+    "GivenSampleLosses",
+    "Gradients",
+    "Head",
+    "HeadFunctions",
+    "HeadMapping",
+    "Heads",
+    "JointHeads",
+    "LayerInput",
+    "LocalLosses",
+    "Losses",
+    "Refuse",
+    "SampleHeads",
+    "SampleLosses",
+    "TaskLosses",
+    "Views",
+    "anchored",
+    "check_names",
+    "collect",
+    "gradient_gram",
+    "read_heads",
+    "split",
+]

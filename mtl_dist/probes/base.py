@@ -1,0 +1,135 @@
+"""What a probe is, and what it may ask of the balancer during one step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from mtl_dist.engines import EngineView
+from mtl_dist.losses import Heads
+from mtl_dist.stats import LocalStats
+from mtl_dist.sync import Faults
+
+
+class StepContext(Protocol):
+    """One step of a balancer, as a probe sees it.
+
+    Attributes:
+        tasks: the n task names.
+        measure: whether gradients are wanted at this step.
+        step: index of this step, the same on every rank.
+        rank: index of this rank among those that hold different samples.
+        engine: the engine around the balancer.
+        memory: what `Probe.memory` made for this balancer.
+    """
+
+    tasks: Sequence[str]
+    measure: bool
+    step: int
+    rank: int
+    engine: EngineView
+    memory: Any
+
+    def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
+        """One all-reduce: the sum over ranks, and the shares of this rank.
+
+        It must be the first collective of a step: a rank that failed before it tells the others here.
+
+        Args:
+            local: statistics of this rank.
+            faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: as `local` shows.
+        """
+        ...
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """This rank's piece `[n, ⌈D / W⌉]` of the sum of `rows`, `[n, D]`, over ranks; after `reduce`."""
+        ...
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows `[b, ...]` of all ranks in rank order, `[Σ b, ...]`; after `reduce`. The host waits."""
+        ...
+
+    def refuse(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """As `watch`, for a flag of this rank only: `reduce` then tells the other ranks."""
+        ...
+
+    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
+        """Raises `explain()` where `flag` holds: now on the CPU, at the next step elsewhere.
+
+        `flag`, a scalar bool, must be the same on all ranks.
+        """
+        ...
+
+    def decide(self, reduced: Reduced) -> Tensor:
+        """`[n]` weights from the global statistics, by the rule; the same on every rank. Once per step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Statistics summed over ranks.
+
+    Attributes:
+        total: the sum.
+        faults: which ranks sent values that are not finite.
+        shares: `[n]`, `s_i = W c_i / C_i` of this rank: they turn the engine's mean over ranks into the mean
+            over samples. 0 for tasks absent on this rank.
+        world_size: W, number of ranks.
+    """
+
+    total: LocalStats
+    faults: Faults
+    shares: Tensor
+    world_size: int
+
+    def with_gram(self, later: Reduced) -> Reduced:
+        """These losses and counts, with the Gram of a later reduction of the same step."""
+        return replace(self, total=self.total + later.total, faults=self.faults.first(later.faults))
+
+
+class Probe(ABC):
+    """Measures gradient statistics, and lets the weights enter the graph again.
+
+    Probes are frozen dataclasses of settings. What one step needs lives in the graph of that step.
+
+    Attributes:
+        every: steps from one measurement to the next; the weights hold in between.
+        takes_layers: whether the probe receives the layer given as `layer=` with its input (`LayerInput`);
+            the others receive the layer's output.
+        takes_functions: whether the probe calls a function that makes the features itself; the others receive
+            its result.
+        at_features: whether the Gram is that of the gradients at the features.
+        grams_add: whether Gram matrices of micro-batches add up to that of the whole batch. They do where
+            samples have gradients of their own.
+    """
+
+    every: int = 1
+    takes_layers: ClassVar[bool] = False
+    takes_functions: ClassVar[bool] = False
+    at_features: ClassVar[bool] = False
+    grams_add: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
+        """The scalar whose backward, averaged over ranks by the engine, is that of `Σ α_i L_i`."""
+
+    def memory(self) -> Any:
+        """What the probe keeps from step to step, made once for each balancer; None: nothing."""
+        return None
+
+
+def later_gram(reduced: Reduced, gram: Tensor, faulty: Tensor, step: StepContext) -> Reduced:
+    """`reduced` with a Gram that is known only now, by a second reduction of the same step.
+
+    Args:
+        reduced: the first reduction, of losses and counts.
+        gram: `[n, n]`, this rank's part; the parts add.
+        faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity.
+        step: this step.
+    """
+    zeros = gram.new_zeros(len(gram))
+    return reduced.with_gram(step.reduce(LocalStats(zeros, zeros, gram), faulty))

@@ -1,0 +1,26 @@
+"""Meetings of the ranks: one all-reduce per step. The only room that names a collective."""
+
+from __future__ import annotations
+
+from mtl_dist.sync.collectives import (
+    Collectives,
+    all_reduce_sum,
+    collective_device,
+    is_distributed,
+    virtual_rank,
+)
+from mtl_dist.sync.layout import Faults, Layout
+from mtl_dist.sync.synchronizer import Synchronizer
+from mtl_dist.sync.timing import Stopwatch
+
+__all__ = [
+    "Collectives",
+    "Faults",
+    "Layout",
+    "Stopwatch",
+    "Synchronizer",
+    "all_reduce_sum",
+    "collective_device",
+    "is_distributed",
+    "virtual_rank",
+]
