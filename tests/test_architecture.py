@@ -34,7 +34,8 @@ CORE = {
 ALLOWED: dict[str, set[str]] = {
     "_stopwatch": set(),
     "stats": {"_stopwatch"},
-    "weighting": {"stats"},
+    "solvers": set(),
+    "weighting": {"stats", "solvers"},
     "_layout": {"stats"},
     "sync": {"stats", "_layout", "_stopwatch"},
     "probes": {"stats", "_graph", "_layout"},

@@ -22,18 +22,17 @@ semidefinite, so it cannot pass for the Gram, and a `Needs` of its own would ser
 
 from __future__ import annotations
 
-from mtl_dist.weighting._base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.aligned_mtl import AlignedMTL
+from mtl_dist.weighting.base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.cagrad import CAGrad
-from mtl_dist.weighting.clamp import Clamp
 from mtl_dist.weighting.coba import CoBa
+from mtl_dist.weighting.combinators import Clamp, Every, Normalize, OfLogLosses, Preference, Smooth, Warmup
 from mtl_dist.weighting.conflict_free import ConFIG
 from mtl_dist.weighting.db_mtl import DBMTL
 from mtl_dist.weighting.dual_proj import DualProj
 from mtl_dist.weighting.dwa import DWA
 from mtl_dist.weighting.encodec import Encodec
 from mtl_dist.weighting.equal import Equal
-from mtl_dist.weighting.every import Every
 from mtl_dist.weighting.fairgrad import FairGrad
 from mtl_dist.weighting.famo import FAMO
 from mtl_dist.weighting.fixed import Fixed
@@ -50,22 +49,17 @@ from mtl_dist.weighting.krum import Krum
 from mtl_dist.weighting.log_sum_exp import LogSumExp
 from mtl_dist.weighting.mgda import MGDA
 from mtl_dist.weighting.nash_mtl import NashMTL
-from mtl_dist.weighting.normalize import Normalize
 from mtl_dist.weighting.ntk_balance import NTKBalance
-from mtl_dist.weighting.of_log_losses import OfLogLosses
 from mtl_dist.weighting.pcd import PCD
 from mtl_dist.weighting.pcgrad import PCGrad
-from mtl_dist.weighting.preference import Preference
 from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary
 from mtl_dist.weighting.prior_loss import PriorLoss
 from mtl_dist.weighting.relobralo import ReLoBRaLo
 from mtl_dist.weighting.rlw import RLW
-from mtl_dist.weighting.smooth import Smooth
 from mtl_dist.weighting.soft_adapt import SoftAdapt
 from mtl_dist.weighting.stch import STCH
 from mtl_dist.weighting.uncertainty import Uncertainty
 from mtl_dist.weighting.upgrad import UPGrad
-from mtl_dist.weighting.warmup import Warmup
 
 RULES: dict[str, type[Rule]] = {
     "aligned_mtl": AlignedMTL,

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array, among_nonzero
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, State
-from mtl_dist.weighting._cosines import among_nonzero
-from mtl_dist.weighting._preference import PreferenceRule
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.preference_rule import PreferenceRule
 
 Scale = Literal["min", "median", "rmse"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array, among_nonzero, cosines, equal_projections
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, State
-from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
-from mtl_dist.weighting._preference import PreferenceRule
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.preference_rule import PreferenceRule
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mtl_dist.solvers import project_on_dual_cone
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import State
-from mtl_dist.weighting._cone import project_on_dual_cone
-from mtl_dist.weighting._preference import PreferenceRule
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.preference_rule import PreferenceRule
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
+from mtl_dist.weighting.base import Rule, State
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._adam import Adam
-from mtl_dist.weighting._base import Rule, State, constant, nest, per_task, unnest
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.adam import Adam
+from mtl_dist.weighting.base import Rule, State, nest, unnest
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import constant, per_task, softmax_present
 
 Feedback = Literal["next", "after"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, mean_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.helpers import mean_present
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._adam import Adam
-from mtl_dist.weighting._base import Needs, Rule, State, constant, mean_present, nest, unnest
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.adam import Adam
+from mtl_dist.weighting.base import Needs, Rule, State, nest, unnest
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import constant, mean_present
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, constant, to_host
-from mtl_dist.weighting._checks import check_count
-from mtl_dist.weighting._orders import random_orders
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import constant, random_orders, to_host
 
 _MAX_COSINE = 1 - 1e-8  # a target of 1 could be reached by no finite multiple of the other gradient
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array, among_nonzero, cosines, equal_projections
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State
+from mtl_dist.weighting.base import Needs, Rule, State
 
 
 @dataclass(frozen=True)

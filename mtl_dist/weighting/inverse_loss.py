@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
+from mtl_dist.weighting.base import Rule, State
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array, min_norm_weights
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._simplex import min_norm_weights
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.helpers import on_present
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
 

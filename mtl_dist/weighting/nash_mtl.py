@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array, among_nonzero, fair_weights
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._cosines import among_nonzero
-from mtl_dist.weighting._fair import fair_weights
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)

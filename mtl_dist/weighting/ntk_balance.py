@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl_dist.solvers import Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_count
-from mtl_dist.weighting._orders import random_orders
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import on_present, random_orders
 
 
 @dataclass(frozen=True)

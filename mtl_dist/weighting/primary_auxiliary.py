@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.solvers import Array, min_norm_weights
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, constant, on_present
-from mtl_dist.weighting._simplex import min_norm_weights
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.helpers import constant, on_present
 
 
 @dataclass(frozen=True)

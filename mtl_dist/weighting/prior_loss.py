@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, per_task
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import per_task
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
-from mtl_dist.weighting._random import step_generator
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.helpers import softmax_present, step_generator
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import constant, softmax_present
 
 Rate = Literal["ratio", "difference"]
 

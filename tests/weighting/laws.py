@@ -194,7 +194,7 @@ def resume(name: str, case: Case) -> None:
 def single_precision(name: str, case: Case) -> None:
     """On a device without float64 everything is float32: finite, and near the float64 weights where the
     problem is well conditioned."""
-    with mock.patch("mtl_dist.weighting._base.stats_dtype", return_value=torch.float32):
+    with mock.patch("mtl_dist.weighting.helpers.stats_dtype", return_value=torch.float32):
         rule = build(name, case.tasks)
         layout = describe(rule.init(case.tasks, CPU))
         results = trace(rule, case, [to_float32(stats) for stats in stream(case)])

@@ -22,7 +22,7 @@ from mtl_dist.weighting import (
     SoftAdapt,
     Uncertainty,
 )
-from mtl_dist.weighting._random import step_generator
+from mtl_dist.weighting.helpers import step_generator
 
 CPU = torch.device("cpu")
 TASKS = ("depth", "segment", "normal", "edges")

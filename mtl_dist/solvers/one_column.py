@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._active_set import from_ridge
-from mtl_dist.weighting._base import EPS, RIDGE, Array
-from mtl_dist.weighting._walk import Bools, Transform
+from mtl_dist.solvers.active_set import from_ridge
+from mtl_dist.solvers.precision import EPS, RIDGE, Array, Bools
+from mtl_dist.solvers.walk import Transform
 
 REFINEMENTS = 2  # each takes back the effect of the ridge by a factor of ridge / smallest eigenvalue
 _ROUNDS = 8  # of pivoting; 2 to 7 are enough where the matrix is well conditioned, elsewhere it may cycle

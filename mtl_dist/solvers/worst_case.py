@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import EPS, RIDGE, Array
-from mtl_dist.weighting._cone import project_on_dual_cone, project_on_progress
-from mtl_dist.weighting._cosines import cosines
-from mtl_dist.weighting._simplex import min_norm_weights
+from mtl_dist.solvers.cone import project_on_dual_cone, project_on_progress
+from mtl_dist.solvers.precision import EPS, RIDGE, Array
+from mtl_dist.solvers.simplex import min_norm_weights
+from mtl_dist.solvers.unit_gradients import cosines
 
 _ROUNDS = 100  # a guard; 1 to 5 are taken, and bisection alone would need about 60
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, Array
+from mtl_dist.solvers.precision import EPS, Array
 
 
 def cosines(gram: Array) -> tuple[Array, Array]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtl_dist.weighting._base import State, constant
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.helpers import constant
 
 
 @dataclass(frozen=True)

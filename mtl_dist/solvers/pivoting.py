@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mtl_dist.weighting._active_set import rounding_of
-from mtl_dist.weighting._base import Array
-from mtl_dist.weighting._walk import Bools
+from mtl_dist.solvers.precision import Array, Bools, rounding_of
 
 SMALL = 8192  # numbers in all blocks; up to here gathering rows costs more than it saves
 _ROUNDS = 8  # 3 to 7 are enough where the matrix is well conditioned, and elsewhere it may cycle

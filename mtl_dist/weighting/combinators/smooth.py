@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, State, constant, nest, unnest
+from mtl_dist.weighting.base import Combinator, State, nest, unnest
+from mtl_dist.weighting.helpers import constant
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtl_dist.weighting._active_set import from_ridge, rounding_of
-from mtl_dist.weighting._base import Array
-from mtl_dist.weighting._one_column import REFINEMENTS, minimum, support_of, with_ridge
-from mtl_dist.weighting._pivoting import SMALL, Support, pivot
-from mtl_dist.weighting._walk import Bools, Transform
+from mtl_dist.solvers.active_set import from_ridge
+from mtl_dist.solvers.one_column import REFINEMENTS, minimum, support_of, with_ridge
+from mtl_dist.solvers.pivoting import SMALL, Support, pivot
+from mtl_dist.solvers.precision import Array, Bools, rounding_of
+from mtl_dist.solvers.walk import Transform
 
 Solve = Callable[[Array], Array]
 

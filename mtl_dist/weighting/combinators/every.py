@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, Needs, State, constant, nest, unnest
-from mtl_dist.weighting._checks import check_count
+from mtl_dist.weighting.base import Combinator, Needs, State, nest, unnest
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import constant
 
 
 @dataclass(frozen=True)

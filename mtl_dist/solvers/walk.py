@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import Array
-
-Bools = NDArray[np.bool_]
+from mtl_dist.solvers.precision import Array, Bools
 
 _TABLEAUS = 65536  # numbers in all tableaus; beyond, solving for the few indices that changed costs less
 

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.solvers import Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present, per_task
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import on_present, per_task
 
 
 @dataclass(frozen=True)

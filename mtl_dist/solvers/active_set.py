@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, RIDGE, Array
-
-
-def rounding_of(x: Array, target: Array) -> Array:
-    """Rounding error of `Hx - b`, row by row, for H with a unit diagonal."""
-    rounding: Array = 8 * target.shape[-1] * EPS * (np.abs(x).sum(-1, keepdims=True) + np.abs(target))
-    return rounding
+from mtl_dist.solvers.precision import EPS, RIDGE, Array, rounding_of
 
 
 def from_ridge(gram: Array, target: Array, x: Array) -> Array:

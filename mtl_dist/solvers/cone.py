@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, Array
-from mtl_dist.weighting._nonnegative import nonnegative_minimum
+from mtl_dist.solvers.nonnegative import nonnegative_minimum
+from mtl_dist.solvers.precision import EPS, Array
 
 
 def project_on_dual_cone(gram: Array, combination: Array) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import EPS, Array
-from mtl_dist.weighting._nonnegative import nonnegative_minimum
+from mtl_dist.solvers.nonnegative import nonnegative_minimum
+from mtl_dist.solvers.precision import EPS, Array
 
 
 def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Array:

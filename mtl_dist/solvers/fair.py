@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, Array
-from mtl_dist.weighting._cosines import cosines
+from mtl_dist.solvers.precision import EPS, Array
+from mtl_dist.solvers.unit_gradients import cosines
 
 _STEPS = 500  # a guard; 5 to 15 are taken, more where gradients nearly cancel
 
