@@ -1,7 +1,7 @@
-"""Projections onto the set where every task makes progress, from inner products alone.
+"""Projections onto the set of updates along which every task makes progress.
 
-With gradients `g_j` as rows of J and `G = JJᵀ`, the point `d` nearest to `d₀` with `⟨g_j, d⟩ >= p_j` is
-`d₀ + Jᵀx`, with `x >= 0` the multipliers of the constraints: `x = argmin ½ xᵀGx - (p - Jd₀)ᵀx`.
+With the gradients `gⱼ` as rows of J and `G = JJᵀ`, the point d nearest to d₀ with `⟨gⱼ, d⟩ >= pⱼ` is
+`d₀ + Jᵀx`, where `x >= 0` are the multipliers of the constraints: `x = argmin ½ xᵀGx - (p - Jd₀)ᵀx`.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ from mtl_dist.solvers.precision import EPS, Array
 
 
 def project_on_dual_cone(gram: Array, combination: Array) -> Array:
-    """`argmin vᵀGv` over `v >= u`: weights of the projection of `Jᵀu` on `{d : ⟨g_j, d⟩ >= 0 for all j}`.
+    """`argmin vᵀGv` over `v >= u`: weights of the projection of `Jᵀu` on `{d : ⟨gⱼ, d⟩ >= 0 for all j}`.
+
+    Certificate: that of `nonnegative_minimum`.
 
     Args:
-        gram: `[n, n]` positive semidefinite.
-        combination: `[n]`, u, or `[n, k]`, a u in each column.
+        gram: `[n, n]` positive semidefinite G.
+        combination: `[n]`, u, or `[n, k]` with one u per column.
 
     Returns:
-        Shape of `combination`.
+        v in the shape of `combination`.
     """
     return combination + nonnegative_minimum(gram, -gram @ combination)
 
 
 def project_on_progress(gram: Array, missing: Array) -> Array | None:
-    """Multipliers x of the point nearest to some start with `⟨g_j, d⟩ >= p_j`, or None where there is none.
+    """Multipliers x of the point nearest to d₀ with `⟨gⱼ, d⟩ >= pⱼ`; None if there is no such point.
 
-    Least-distance programming by non-negative least squares (Lawson and Hanson, Solving Least Squares
-    Problems, 1974, chapter 23): `z = argmin zᵀGz + (bᵀz - 1)²` always exists, with residual `r = 1 - bᵀz`;
-    the constraints contradict each other exactly where `r = 0`, and else `x = z / r`.
+    Least-distance programming as non-negative least squares (Lawson and Hanson, Solving Least Squares
+    Problems, 1974, chapter 23): `z = argmin zᵀGz + (bᵀz - 1)²` over `z >= 0` always exists. Its residual is
+    `r = 1 - bᵀz`. The constraints contradict each other if and only if `r = 0`; otherwise `x = z / r`.
+
+    Certificate: that of `nonnegative_minimum`.
 
     Args:
-        gram: `[n, n]` positive semidefinite.
-        missing: `[n]`, b, the progress `p_j` asked for less what the start makes; at most 0 for a zero
-            gradient.
+        gram: `[n, n]` positive semidefinite G.
+        missing: `[n]`, `b = p - Jd₀`, the required progress minus the progress of d₀. It must be <= 0 for a
+            zero gradient.
+
+    Returns:
+        `[n]`, x, or None.
     """
     lengths = np.sqrt(gram.diagonal())
     lengths = np.where(lengths > 0, lengths, np.inf)

@@ -11,7 +11,8 @@ Bools = NDArray[np.bool_]
 # float64 machine epsilon; the solvers treat small multiples of it, relative to the problem, as zero
 EPS = float(np.finfo(np.float64).eps)
 
-# added to a unit diagonal so that no system is singular; it amplifies rounding errors by at most 1 / RIDGE
+# relative to the diagonal, added so that no system is singular; rounding then changes x by at most about
+# EPS / RIDGE
 RIDGE = 1e-8
 
 

@@ -1,28 +1,29 @@
-"""The minimum-norm point of a convex hull, or of a convex hull plus a cone, from inner products alone."""
+"""The minimum-norm point of the convex hull of gradients, or of a convex hull plus a cone."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mtl_dist.solvers.nonnegative import nonnegative_minimum
-from mtl_dist.solvers.precision import EPS, Array
+from mtl_dist.solvers.precision import EPS, Array, Bools
 
 
-def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Array:
-    """`argmin yᵀGy` over `y >= 0` with `Σ y = 1` over the tasks in `convex`.
+def min_norm_weights(gram: Array, convex: Bools | None = None) -> Array:
+    """`argmin yᵀGy` over `y >= 0` with `Σ y = 1` over the indices in `convex`.
 
-    With `a` the indicator of `convex`, the non-negative least squares problem
-    `min yᵀGy + σ (aᵀy - 1)²` has the same minimiser up to its length, for every σ > 0: the constraint is
-    scaled back in at the end. The optimality conditions hold up to rounding, row by row.
+    Let `a` be the indicator of `convex`. For every σ > 0 the non-negative least squares problem
+    `min yᵀGy + σ (aᵀy - 1)²` has the same minimiser up to a factor. So this function solves that problem and
+    divides the result by `aᵀy`.
+
+    Certificate: that of `nonnegative_minimum`. Two gradients have a closed form.
 
     Args:
-        gram: `[n, n]` positive semidefinite, any scale.
-        convex: `[n]`, at least one true; all where None (the simplex).
+        gram: `[n, n]` positive semidefinite G, at any scale.
+        convex: `[n]`, at least one entry true; None is all of them, so that y is in the simplex.
 
     Returns:
-        `[n]` non-negative weights. Where gradients in `convex` are zero, these share the weight equally: they
-        are the point of length 0, and every other choice would be arbitrary.
+        `[n]` non-negative weights. If gradients in `convex` are zero, these share the weight equally: they
+        are the point of length 0, and any other choice among them would be arbitrary.
     """
     if len(gram) == 2 and convex is None:
         return _nearest_of_two(gram)
@@ -30,7 +31,7 @@ def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Ar
     lengths = np.where(a > 0, gram.diagonal(), np.inf)
     if (lengths <= 0).any():
         return (lengths <= 0) / np.count_nonzero(lengths <= 0)
-    # σ of the shortest gradient's size: no digit of G is lost beside it
+    # σ is the smallest squared length, so that adding it costs no digits of G
     sigma = lengths.min()
     y = nonnegative_minimum(gram + sigma * np.outer(a, a), sigma * a)
     result: Array = y / (a @ y)
@@ -38,10 +39,10 @@ def min_norm_weights(gram: Array, convex: NDArray[np.bool_] | None = None) -> Ar
 
 
 def _nearest_of_two(gram: Array) -> Array:
-    """On the segment between two gradients; gradients equal up to rounding share evenly."""
+    """Weights of two gradients; 0.5 each if the gradients are equal up to rounding."""
     (first, cross), (_, second) = gram.tolist()
     distance = first + second - 2 * cross
     equal = distance <= 8 * EPS * (first + second)
-    # w = clip(⟨g_2, g_2 - g_1⟩ / ‖g_1 - g_2‖²)
+    # w = clip(⟨g₂, g₂ - g₁⟩ / ‖g₁ - g₂‖², 0, 1)
     w = 0.5 if equal else min(max((second - cross) / distance, 0.0), 1.0)
     return np.array([w, 1 - w])

@@ -1,4 +1,4 @@
-"""Gradients of unit length, from inner products alone, and what becomes of gradients that are zero."""
+"""Gradients scaled to unit length: their cosines, equal projections on them, and tasks with zero gradient."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from mtl_dist.solvers.precision import EPS, Array
 
 
 def cosines(gram: Array) -> tuple[Array, Array]:
-    """Matrix of cosines `[n, n]` and lengths `[n]` of gradients that are not zero."""
+    """Cosines `[n, n]` and lengths `[n]` of gradients.
+
+    Args:
+        gram: `[n, n]` with a positive diagonal.
+    """
     lengths = np.sqrt(gram.diagonal())
     return gram / np.outer(lengths, lengths), lengths
 
 
 def equal_projections(cosine: Array, projections: Array) -> Array:
-    """Least-squares, minimum-norm `x = C⁺p`: `Σ xⱼ ûⱼ` has projections p on the unit gradients.
+    """Least-squares, minimum-norm solution `x = C⁺p`: `Σ xⱼûⱼ` has the projections p on the unit gradients û.
 
-    Eigenvalues that are rounding error beside the largest count as zero, and so do components of p that are
-    rounding error beside p: where unit gradients cancel, x is 0 and not noise.
+    Two cut-offs: eigenvalues that are rounding errors relative to the largest one count as zero, and so do
+    components of p that are rounding errors relative to p. So x is 0, and not noise, if the unit gradients
+    cancel.
+
+    Args:
+        cosine: `[n, n]`, C.
+        projections: `[n]`, p.
+
+    Returns:
+        `[n]`, x.
     """
     values, vectors = np.linalg.eigh(cosine)
     parts = vectors.T @ projections
@@ -30,11 +42,18 @@ def equal_projections(cosine: Array, projections: Array) -> Array:
 
 
 def among_nonzero(solver: Callable[..., Array]) -> Callable[..., Array]:
-    """`solver` for the tasks with a gradient; those without get the mean of the others' weights.
+    """`solver` applied to the nonzero gradients; zero gradients get the mean of the other weights.
 
-    A zero gradient has no direction to balance, and its weight leaves the shared update as it is. It does
-    reach the task's own head, which must go on learning: a head that starts at zero sends no gradient back
-    at first, and with weight 0 it never would. Where all gradients are zero, all weights are `1/n`.
+    A zero gradient has no direction, and its weight does not change the shared update. The weight does reach
+    the task's own head, which must continue to learn: a head that is initialised at zero sends no gradient
+    back at first, and with weight 0 this would never change. If all gradients are zero, all weights are
+    `1/n`.
+
+    Args:
+        solver: a function of the Gram matrix, `[n, n]`, and of further `[n]` arrays, that returns `[n]`.
+
+    Returns:
+        A function of the same arguments.
     """
 
     def solve(gram: Array, *values: Array) -> Array:

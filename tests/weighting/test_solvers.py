@@ -8,8 +8,7 @@ import torch
 
 from mtl_dist.solvers import RIDGE, nonnegative
 from mtl_dist.solvers.active_set import lawson_hanson
-from mtl_dist.solvers.nonnegative import nonnegative_minimum
-from mtl_dist.solvers.one_column import support_of, with_ridge
+from mtl_dist.solvers.nonnegative import nonnegative_minimum, support_of, with_ridge
 from mtl_dist.solvers.walk import Transform
 from mtl_dist.weighting.helpers import to_host, transfer
 from tests.weighting.certificates import conflict
@@ -25,7 +24,7 @@ def unit_of(kind: str, n: int, seed: int = 0) -> Array:
 
 
 def columns_of(unit: Array, seed: int = 0) -> Array:
-    """Right-hand sides whose minima exist, one a row; each with a positive entry."""
+    """Right-hand sides whose minima exist, one per row; each with a positive entry."""
     columns = -np.random.default_rng(seed).normal(size=(len(unit), len(unit))) @ unit
     return columns[(columns > 0).any(1)]
 
