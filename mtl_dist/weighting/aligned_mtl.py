@@ -11,6 +11,7 @@ from torch import Tensor
 from mtl_dist.solvers import EPS, Array, among_nonzero
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import State
+from mtl_dist.weighting.checks import check_choice
 from mtl_dist.weighting.preference_rule import PreferenceRule
 
 Scale = Literal["min", "median", "rmse"]
@@ -39,10 +40,7 @@ class AlignedMTL(PreferenceRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in get_args(Scale):
-            raise ValueError(
-                f"AlignedMTL: scale must be one of {', '.join(get_args(Scale))}, got {self.scale!r}"
-            )
+        check_choice(self, "scale", self.scale, get_args(Scale))
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = √s VΛ^(-1/2)Vᵀw`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl_dist.solvers import Array, conflict_averse
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_choice, check_positive
 from mtl_dist.weighting.helpers import on_present
 
 
@@ -41,8 +41,7 @@ class CAGrad(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "c", self.c, zero=True)
-        if self.rescale not in (0, 1, 2):
-            raise ValueError(f"CAGrad: rescale must be 0, 1 or 2, got {self.rescale}")
+        check_choice(self, "rescale", self.rescale, (0, 1, 2))
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = 1/n + (c‖g₀‖/‖g_w‖) w`."""

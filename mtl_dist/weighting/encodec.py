@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_fraction, check_positive
 from mtl_dist.weighting.helpers import constant, per_task
 
 
@@ -40,8 +40,7 @@ class Encodec(Rule):
         check_positive(self, "total_norm", self.total_norm)
         if self.weights is not None:
             check_positive(self, "weights", self.weights)
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Encodec: decay must be in [0, 1), got {self.decay}")
+        check_fraction(self, "decay", self.decay, one=False)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Shares, discounted sum of norms, sum of discounts."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.adam import Adam
 from mtl_dist.weighting.base import Rule, State, nest, unnest
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_choice, check_positive
 from mtl_dist.weighting.helpers import constant, per_task, softmax_present
 
 Feedback = Literal["next", "after"]
@@ -61,8 +61,7 @@ class FAMO(Rule):
     def __post_init__(self) -> None:
         check_positive(self, "lr", self.lr)
         check_positive(self, "weight_decay", self.weight_decay, zero=True)
-        if self.feedback not in get_args(Feedback):
-            raise ValueError(f"FAMO: feedback must be one of {get_args(Feedback)}, got {self.feedback!r}")
+        check_choice(self, "feedback", self.feedback, get_args(Feedback))
 
     @property
     def _adam(self) -> Adam:

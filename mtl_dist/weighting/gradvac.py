@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl_dist.solvers import EPS, Array
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
-from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.checks import check_count, check_fraction
 from mtl_dist.weighting.helpers import constant, random_orders, to_host
 
 _MAX_COSINE = 1 - 1e-8  # a target of 1 could be reached by no finite multiple of the other gradient
@@ -42,8 +42,7 @@ class GradVac(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"GradVac: beta must be in [0, 1], got {self.beta}")
+        check_fraction(self, "beta", self.beta)
         check_count(self, "seed", self.seed, low=0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtl_dist.solvers import Array, min_norm_weights
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_choice
 from mtl_dist.weighting.helpers import on_present
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
@@ -41,9 +42,7 @@ class MGDA(Rule):
     normalization: Normalization = "none"
 
     def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            known = ", ".join(get_args(Normalization))
-            raise ValueError(f"MGDA: normalization must be one of {known}, got {self.normalization!r}")
+        check_choice(self, "normalization", self.normalization, get_args(Normalization))
 
     @property
     def positive_losses(self) -> bool:  # type: ignore[override]  # an instance's answer

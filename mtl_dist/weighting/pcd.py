@@ -12,6 +12,7 @@ from torch import Tensor
 from mtl_dist.solvers import EPS, Array, project_on_progress
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_fraction
 from mtl_dist.weighting.helpers import constant, on_present
 
 
@@ -40,10 +41,8 @@ class PCD(Rule):
     beta: float = 0.999
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"PCD: tau must be in [0, 1], got {self.tau}")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"PCD: beta must be in [0, 1), got {self.beta}")
+        check_fraction(self, "tau", self.tau)
+        check_fraction(self, "beta", self.beta, one=False)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """The moving averages and their bias corrections, and which task is primary."""

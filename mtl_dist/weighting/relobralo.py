@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Rule, State
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_fraction, check_positive
 from mtl_dist.weighting.helpers import constant, softmax_present, step_generator
 
 
@@ -38,9 +38,8 @@ class ReLoBRaLo(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "tau", self.tau)
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ReLoBRaLo: {name} must be in [0, 1], got {getattr(self, name)}")
+        check_fraction(self, "alpha", self.alpha)
+        check_fraction(self, "beta", self.beta)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """λ, the losses of the first and of the last step, and whether there was one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Rule, State
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_choice, check_positive
 from mtl_dist.weighting.helpers import constant, softmax_present
 
 Rate = Literal["ratio", "difference"]
@@ -40,8 +40,7 @@ class SoftAdapt(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", self.beta)
-        if self.rate not in get_args(Rate):
-            raise ValueError(f"SoftAdapt: rate must be one of {get_args(Rate)}, got {self.rate!r}")
+        check_choice(self, "rate", self.rate, get_args(Rate))
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """The losses of the last step, and whether there was one."""

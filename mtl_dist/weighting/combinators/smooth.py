@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, State, nest, unnest
+from mtl_dist.weighting.checks import check_fraction
 from mtl_dist.weighting.helpers import constant
 
 
@@ -26,8 +27,7 @@ class Smooth(Combinator):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Smooth: decay must be in [0, 1), got {self.decay}")
+        check_fraction(self, "decay", self.decay, one=False)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Sums of discounted weights and of the discounts."""
