@@ -7,12 +7,12 @@ model, a process group or a parameter. Its memory is a `State`, a flat dictionar
 A new rule needs this module, `mtl_dist.weighting.helpers`, `mtl_dist.weighting.checks` and, for problems in
 the Gram matrix, `mtl_dist.solvers`. All of them are public.
 
-Words used in this package:
+Terms in this package:
 
-* step: one call of `Rule.update`.
-* present: some rank had a sample of the task in this step. absent: no rank had one.
-* held: weights of an earlier step that are used again.
-* Gram: the `[n, n]` matrix `Gᵢⱼ = ⟨gᵢ, gⱼ⟩` of the task gradients.
+* step: one call of `Rule.update`, normally for one optimizer step.
+* present: at least one rank had a sample of the task in this step; absent: no rank had one.
+* Gram matrix: `Gᵢⱼ = ⟨gᵢ, gⱼ⟩`, `[n, n]`, with the task gradients `gᵢ`.
+* zero gradient: `gᵢ = 0` exactly, for a task that is present.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GradVac: gradients are turned towards each other, up to the angle they usually have."""
+"""GradVac: turns gradients towards each other, up to their usual angle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtl_dist.weighting.base import Needs, Rule, State
 from mtl_dist.weighting.checks import check_count, check_fraction
 from mtl_dist.weighting.helpers import constant, random_orders, to_host
 
-_MAX_COSINE = 1 - 1e-8  # a target of 1 could be reached by no finite multiple of the other gradient
+_MAX_COSINE = 1 - 1e-8  # for a target of 1, the multiple of the other gradient would be infinite
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class GradVac(Rule):
     """Gradient vaccine: where `φ = cos(gᵢ, gⱼ)` is below its usual value ρᵢⱼ, gᵢ is turned until it is ρᵢⱼ.
 
     For j in random order, `gᵢ ← gᵢ + ‖gᵢ‖(ρ√(1-φ²) - φ√(1-ρ²)) / (‖gⱼ‖√(1-ρ²)) gⱼ`, then
-    `ρᵢⱼ ← (1-β)ρᵢⱼ + βφ`; `u = Σᵢ gᵢ`. It starts as PCGrad, from ρ = 0.
+    `ρᵢⱼ ← (1-β)ρᵢⱼ + βφ`. The update is `u = Σᵢ gᵢ`. Initially ρ = 0, as in PCGrad.
 
-    Wang et al., Gradient Vaccine, ICLR 2021, over the whole model; per layer or matrix the update is no
-    weighted sum of losses. LibMTL and TorchJD as here, but for their 1e-8 added to norms, which switches the
-    rule off for small gradients. A cosine with a zero gradient does not exist: neither gᵢ nor ρ moves, and
-    the weight of a task without gradient is 1. Losses may rise.
+    Wang et al., Gradient Vaccine, ICLR 2021, in the form for the whole model. The form per layer or per
+    matrix is not a weighted sum of losses. LibMTL and TorchJD add 1e-8 to the norms, which disables the rule
+    for small gradients; this rule does not. A zero gradient has no cosine, so it changes neither gᵢ nor ρ,
+    and the weight of a task with zero gradient is 1. Losses can rise.
 
     Attributes:
-        beta: β, how fast ρ follows.
-        seed: of the orders, which depend on it and on the step alone.
+        beta: β in [0, 1], rate of the moving average ρ.
+        seed: seed of the random orders, which depend only on the seed and the step.
     """
 
     needs = Needs.GRAM
@@ -50,7 +50,7 @@ class GradVac(Rule):
         return {"target": constant(0.0, len(tasks) ** 2, device).reshape(len(tasks), len(tasks))}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Weights for this step's orders, and the cosines' averages."""
+        """Weights for the orders of this step, and the moving averages of the cosines."""
         gram, target = stats.require_gram(), state["target"]
         matrix, present, (before,) = to_host(gram, stats.present, target)
         index = present.nonzero()[0]
@@ -63,13 +63,20 @@ class GradVac(Rule):
 
 
 def vaccinate(gram: Array, target: Array, orders: NDArray[np.intp], beta: float) -> tuple[Array, Array]:
-    """Weights and new ρ after task i has met the tasks in the order `orders[i]`, all i at once."""
+    """Weights and new ρ, for all tasks i at once.
+
+    Args:
+        gram: `[n, n]`.
+        target: `[n, n]`, ρ.
+        orders: `[n, n]`; gᵢ is turned towards the other gradients in the order of row i.
+        beta: β.
+    """
     rows, lengths = np.arange(len(gram)), np.sqrt(gram.diagonal())
     target = target.copy()
     c = np.eye(len(gram))
     dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
     squares = gram.diagonal().copy()  # ‖Σ_k c_ik g_k‖²
-    terms = lengths.copy()  # Σ_k |c_ik| ‖g_k‖: squares below rounding of its square are zero
+    terms = lengths.copy()  # Σ_k |c_ik| ‖g_k‖; squares below the rounding error of its square count as zero
     for j in orders.T:
         dot, rho = dots[rows, j], target[rows, j]
         angle = (j != rows) & (lengths[j] > 0) & (squares > 8 * len(gram) * EPS * terms**2)

@@ -1,4 +1,4 @@
-"""Normalize: fix the sum of another rule's weights, so that it does not act on the learning rate."""
+"""Normalize: fixes the sum of another rule's weights, so that they do not change the learning rate."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from mtl_dist.weighting.checks import check_positive
 
 @dataclass(frozen=True)
 class Normalize(Combinator):
-    """`αᵢ ← total · αᵢ / Σⱼ |αⱼ|`, the sum over the tasks present.
+    """`αᵢ ← total · αᵢ / Σⱼ |αⱼ|`, where the sum is over the tasks present.
 
-    Absolute values, because some rules give negative weights: their plain sum can vanish, or turn the update
-    into an ascent. Weights that are all zero stay zero.
+    The sum is of absolute values because some rules give negative weights. Their plain sum can be 0, or
+    negative, and a negative sum would turn descent into ascent. If all weights are zero, they stay zero.
 
     Attributes:
-        total: what the weights sum to; None is the number of tasks present, so that the mean weight is 1.
+        rule: the inner rule.
+        total: new sum of `|αᵢ|`; None is the number of tasks present, so that the mean of `|αᵢ|` is 1.
     """
 
     total: float | None = None
@@ -30,12 +31,12 @@ class Normalize(Combinator):
             check_positive(self, "total", self.total)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """The rule's weights, rescaled."""
+        """The weights of the inner rule, rescaled."""
         weights, inner = self.rule.update(stats, unnest("rule", state))
         weights = torch.where(stats.present, weights, torch.zeros_like(weights))
-        # divided by the largest first: the sum of weights near the largest float would overflow
+        # divided by the largest weight first, because the sum of very large weights would overflow
         largest = weights.abs().amax()
         weights = weights / torch.where(largest > 0, largest, torch.ones_like(largest))
         total = stats.num_present if self.total is None else self.total
-        # α_i <- total α_i / Σ_j |α_j|; the sum is at least 1 unless all are zero
+        # αᵢ ← total αᵢ / Σⱼ |αⱼ|; now the sum is at least 1 unless all weights are zero
         return total * weights / weights.abs().sum().clamp(min=1), nest("rule", inner)

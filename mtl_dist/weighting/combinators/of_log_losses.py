@@ -1,4 +1,4 @@
-"""OfLogLosses: another rule, for the logarithms of the losses."""
+"""OfLogLosses: another rule, applied to the logarithms of the losses."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from mtl_dist.weighting.base import Combinator, State, nest, unnest
 
 @dataclass(frozen=True)
 class OfLogLosses(Combinator):
-    """`rule` for the objectives `log Lᵢ`, whose Gram is `Gᵢⱼ/(LᵢLⱼ)`; with its weights a, `αᵢ = aᵢ/Lᵢ`.
+    """`αᵢ = aᵢ/Lᵢ`, where a are the weights of the inner rule for the Gram matrix `Gᵢⱼ/(LᵢLⱼ)` of `log L`.
 
-    `Σ aᵢ∇log Lᵢ = Σ (aᵢ/Lᵢ)∇Lᵢ`: the update is exactly that of `rule` on log losses, with its guarantees, and
-    blind to the unit of each loss. LOG-MGDA, LOG-CAGrad and LOG-IMTL of the official code of FAMO.
+    `Σ aᵢ∇log Lᵢ = Σ (aᵢ/Lᵢ)∇Lᵢ`: the update is exactly that of the inner rule for log losses, with all its
+    guarantees. It does not depend on the unit of any loss. The official code of FAMO has LOG-MGDA, LOG-CAGrad
+    and LOG-IMTL.
 
-    The losses that `rule` may read stay `Lᵢ`: a logarithm has no unit and no sign that a quotient of losses
-    could use.
+    The inner rule still reads the losses `Lᵢ`, not their logarithms, because rules that divide losses need
+    positive values.
+
+    Attributes:
+        rule: the inner rule.
     """
 
-    positive_losses = True  # whatever the inner rule says
+    positive_losses = True  # for every inner rule
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = aᵢ/Lᵢ`."""
         losses = stats.losses
         if stats.gram is not None:
-            # ⟨∇log L_i, ∇log L_j⟩ = G_ij / (L_i L_j)
+            # ⟨∇log Lᵢ, ∇log Lⱼ⟩ = Gᵢⱼ/(LᵢLⱼ)
             stats = replace(stats, gram=stats.gram / torch.outer(losses, losses))
         weights, inner = self.rule.update(stats, unnest("rule", state))
-        # α_i = a_i / L_i
+        # αᵢ = aᵢ/Lᵢ
         return weights / losses, nest("rule", inner)
