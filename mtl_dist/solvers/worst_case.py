@@ -21,6 +21,9 @@ def conflict_averse(gram: Array, c: float) -> Array:
     if the support is right, one quadratic equation gives the exact solution. If not, the next guess is the θ
     of that equation, or the middle of the bracket `[low, high]` if that θ is outside.
 
+    At a Pareto-stationary point, the solution is the d nearest to g₀ that raises no loss, if it is in the
+    ball.
+
     Certificate: d is on the sphere, every improvement is at least θ, and equal to θ where `x > 0`, up to
     rounding. If the lengths of the gradients differ so much that this test fails, the search ends at a
     support that reproduces its own θ to 13 digits.

@@ -20,8 +20,8 @@ class GradNorm(Rule):
     """w minimises `Σ |wᵢdᵢ - Ḡ rᵢᵃ|`, `dᵢ = ‖gᵢ‖`, `Ḡ = meanⱼ wⱼdⱼ`, `rᵢ = (Lᵢ/Lᵢ(0)) / meanⱼ (Lⱼ/Lⱼ(0))`.
 
     Chen et al., ICML 2018. As in the paper, the target `Ḡrᵢᵃ` is a constant in the derivative. Then the
-    derivative with respect to wᵢ is `sign(wᵢdᵢ - Ḡrᵢᵃ) dᵢ`, because `‖∇wᵢLᵢ‖ = wᵢdᵢ`. It needs no second
-    backward pass and adds no gradient to the model. (Implementations that call `backward` twice leave
+    derivative with respect to wᵢ is `sign(wᵢdᵢ - Ḡrᵢᵃ) dᵢ`, because `‖∇wᵢLᵢ‖ = wᵢdᵢ`. This form needs no
+    second backward pass and adds no gradient to the model. (Implementations that call `backward` twice leave
     second-order gradients in the model.) After each Adam step, w is scaled to sum to n, as in the paper.
 
     The probe decides where dᵢ is measured: by default at the features. The paper uses the weights of the last

@@ -44,7 +44,7 @@ class LearnedScale(Rule):
         return Adam(self.lr)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """S and the state of Adam."""
+        """The scalars s and the state of Adam."""
         s = constant(self.start, len(tasks), device)
         return {"s": s, **nest("adam", self._adam.init(len(tasks), device))}
 

@@ -71,7 +71,7 @@ def assert_same(got: Tensor, expected: Tensor, stats: TaskStats, message: str, r
 
 
 def finite(name: str, case: Case) -> None:
-    """Finite weights and state, one weight a task, in the dtype of the statistics; without gradients too."""
+    """Finite weights and state, one weight per task, in the dtype of the statistics; also for zero Grams."""
     for moved in (case, replace(case, gram=torch.zeros_like(case.gram))):
         for weights, state in trace(build(name, case.tasks), moved, stream(moved)):
             assert weights.shape == (case.n,), weights.shape
