@@ -21,7 +21,7 @@ _MAX_COSINE = 1 - 1e-8  # for a target of 1, the multiple of the other gradient 
 
 @dataclass(frozen=True)
 class GradVac(Rule):
-    """Gradient vaccine: where `φ = cos(gᵢ, gⱼ)` is below its usual value ρᵢⱼ, gᵢ is turned until it is ρᵢⱼ.
+    """Gradient vaccine: if `φ = cos(gᵢ, gⱼ)` is below its usual value ρᵢⱼ, gᵢ is turned until `φ = ρᵢⱼ`.
 
     For j in random order, `gᵢ ← gᵢ + ‖gᵢ‖(ρ√(1-φ²) - φ√(1-ρ²)) / (‖gⱼ‖√(1-ρ²)) gⱼ`, then
     `ρᵢⱼ ← (1-β)ρᵢⱼ + βφ`. The update is `u = Σᵢ gᵢ`. Initially ρ = 0, as in PCGrad.
@@ -74,16 +74,16 @@ def vaccinate(gram: Array, target: Array, orders: NDArray[np.intp], beta: float)
     rows, lengths = np.arange(len(gram)), np.sqrt(gram.diagonal())
     target = target.copy()
     c = np.eye(len(gram))
-    dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
-    squares = gram.diagonal().copy()  # ‖Σ_k c_ik g_k‖²
-    terms = lengths.copy()  # Σ_k |c_ik| ‖g_k‖; squares below the rounding error of its square count as zero
+    dots = gram.copy()  # ⟨Σₖ cᵢₖgₖ, gⱼ⟩
+    squares = gram.diagonal().copy()  # ‖Σₖ cᵢₖgₖ‖²
+    terms = lengths.copy()  # Σₖ |cᵢₖ| ‖gₖ‖; squares below the rounding error of its square count as zero
     for j in orders.T:
         dot, rho = dots[rows, j], target[rows, j]
         angle = (j != rows) & (lengths[j] > 0) & (squares > 8 * len(gram) * EPS * terms**2)
         length, other = np.sqrt(np.where(angle, squares, 1.0)), np.where(angle, lengths[j], 1.0)
         phi = np.clip(dot / (length * other), -1.0, 1.0)
         goal = np.clip(rho, -_MAX_COSINE, _MAX_COSINE)
-        # c_ij += ‖g_i‖ (ρ√(1-φ²) - φ√(1-ρ²)) / (‖g_j‖ √(1-ρ²))
+        # cᵢⱼ += ‖gᵢ‖ (ρ√(1-φ²) - φ√(1-ρ²)) / (‖gⱼ‖ √(1-ρ²))
         apart = np.sqrt(1 - goal**2)
         turn = length * (goal * np.sqrt(1 - phi**2) - phi * apart) / (other * apart)
         step = np.where(angle & (phi < goal), turn, 0.0)

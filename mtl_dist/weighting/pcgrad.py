@@ -55,7 +55,7 @@ def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
     rows = np.arange(len(gram))
     squares = gram.diagonal()
     c = np.eye(len(gram))
-    dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
+    dots = gram.copy()  # ⟨Σₖ cᵢₖgₖ, gⱼ⟩
     for j in orders.T:
         conflict = (dots[rows, j] < 0) & (j != rows) & (squares[j] > 0)
         # cᵢⱼ -= ⟨Σₖ cᵢₖgₖ, gⱼ⟩ / ‖gⱼ‖²
