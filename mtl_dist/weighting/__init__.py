@@ -1,39 +1,40 @@
-"""The rules: pure functions of (global statistics, state). One rule a file, formula first.
+"""The weighting rules: pure functions of the global statistics and a state. One rule per file.
 
-`RULES` and `COMBINATORS` are the one list that tests, configuration, command line and documents read.
+`RULES` and `COMBINATORS` map names to classes. Tests, configuration, command line and documentation all read
+them. The interface of a rule is in `base`, and helper functions for new rules are in `helpers` and `checks`.
 
-A method belongs here if its update is `Σ αᵢ ∇Lᵢ` with weights that follow from the global losses, the Gram
-matrix of the tasks' gradients and a state of O(n²) numbers. That is all one all-reduce carries, and all that
-every engine can apply by scaling losses. What is left out, and why:
+A method belongs here if its update is `Σ αᵢ ∇Lᵢ`, with weights α that are computed from the global losses,
+the Gram matrix of the task gradients and a state of O(n²) numbers. One all-reduce carries these statistics,
+and every engine can apply such weights by scaling losses. Methods that are not included:
 
-| method | why not |
+| method | reason |
 |---|---|
-| MoDo, SDMGrad | a Gram across two batches: see below |
-| GradDrop, TrimmedMean | mask or sort coordinates of gradients: not a weighted sum of losses |
-| MoCo, DB-MTL (β > 0), ExcessMTL | an average of each task's gradients: n times the model's size |
-| GradVac by layer or matrix | other weights in every layer; the whole-model form is here |
+| MoDo, SDMGrad | need inner products between two batches (see below) |
+| GradDrop, TrimmedMean | mask or sort gradient coordinates: the update is not a weighted sum of losses |
+| MoCo, DB-MTL (β > 0), ExcessMTL | store an average gradient per task: n times the size of the model |
+| GradVac per layer or matrix | different weights in every layer; the whole-model form is included |
 | learning-rate annealing (2021) | the mean absolute gradient does not add over ranks |
-| MOML, Auto-Lambda, FORUM | bilevel: passes over held-out batches inside the step |
+| MOML, Auto-Lambda, FORUM | bilevel: they evaluate held-out batches inside the step |
 
-MoDo and SDMGrad need `⟨gᵢ(batch 1), gⱼ(batch 2)⟩`. At features the two batches are different points and the
-product means nothing; at parameters it takes n more backward passes a step. It is neither symmetric nor
-semidefinite, so it cannot pass for the Gram, and a `Needs` of its own would serve nothing else.
+MoDo and SDMGrad need `⟨gᵢ(batch 1), gⱼ(batch 2)⟩`. At the features the two batches are different points, so
+this product has no meaning. At the parameters it costs n more backward passes per step. The matrix is neither
+symmetric nor semidefinite, so it cannot replace the Gram matrix. It would need a value of `Needs` that no
+other method uses.
 """
 
 from __future__ import annotations
 
-from mtl_dist.weighting._base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.aligned_mtl import AlignedMTL
+from mtl_dist.weighting.base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.cagrad import CAGrad
-from mtl_dist.weighting.clamp import Clamp
 from mtl_dist.weighting.coba import CoBa
+from mtl_dist.weighting.combinators import Clamp, Every, Normalize, OfLogLosses, Preference, Smooth, Warmup
 from mtl_dist.weighting.conflict_free import ConFIG
 from mtl_dist.weighting.db_mtl import DBMTL
 from mtl_dist.weighting.dual_proj import DualProj
 from mtl_dist.weighting.dwa import DWA
 from mtl_dist.weighting.encodec import Encodec
 from mtl_dist.weighting.equal import Equal
-from mtl_dist.weighting.every import Every
 from mtl_dist.weighting.fairgrad import FairGrad
 from mtl_dist.weighting.famo import FAMO
 from mtl_dist.weighting.fixed import Fixed
@@ -50,22 +51,17 @@ from mtl_dist.weighting.krum import Krum
 from mtl_dist.weighting.log_sum_exp import LogSumExp
 from mtl_dist.weighting.mgda import MGDA
 from mtl_dist.weighting.nash_mtl import NashMTL
-from mtl_dist.weighting.normalize import Normalize
 from mtl_dist.weighting.ntk_balance import NTKBalance
-from mtl_dist.weighting.of_log_losses import OfLogLosses
 from mtl_dist.weighting.pcd import PCD
 from mtl_dist.weighting.pcgrad import PCGrad
-from mtl_dist.weighting.preference import Preference
 from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary
 from mtl_dist.weighting.prior_loss import PriorLoss
 from mtl_dist.weighting.relobralo import ReLoBRaLo
 from mtl_dist.weighting.rlw import RLW
-from mtl_dist.weighting.smooth import Smooth
 from mtl_dist.weighting.soft_adapt import SoftAdapt
 from mtl_dist.weighting.stch import STCH
 from mtl_dist.weighting.uncertainty import Uncertainty
 from mtl_dist.weighting.upgrad import UPGrad
-from mtl_dist.weighting.warmup import Warmup
 
 RULES: dict[str, type[Rule]] = {
     "aligned_mtl": AlignedMTL,

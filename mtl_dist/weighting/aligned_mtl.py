@@ -1,4 +1,4 @@
-"""Aligned-MTL: gradients replaced by the nearest orthogonal ones of equal length."""
+"""Aligned-MTL: replaces the gradients by the nearest orthogonal gradients of equal length."""
 
 from __future__ import annotations
 
@@ -8,41 +8,39 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array, among_nonzero
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, State
-from mtl_dist.weighting._cosines import among_nonzero
-from mtl_dist.weighting._preference import PreferenceRule
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.checks import check_choice
+from mtl_dist.weighting.preference_rule import PreferenceRule
 
 Scale = Literal["min", "median", "rmse"]
 
 
 @dataclass(frozen=True)
 class AlignedMTL(PreferenceRule):
-    """`α = √s VΛ^(-1/2)Vᵀw`, with `G = VΛVᵀ` over its positive eigenvalues, `s = min λ`, `w = 1/n`.
+    """`α = √s VΛ^(-1/2)Vᵀw`, with the positive eigenvalues of `G = VΛVᵀ`, `s = min λ`, `w = 1/n`.
 
-    `Σ αᵢgᵢ = √s Σ wᵢĝᵢ` with the orthonormal `ĝ` nearest to the gradients (their polar factor): conflicts and
-    differences of length are both gone.
+    Then `Σ αᵢgᵢ = √s Σ wᵢĝᵢ`, where the orthonormal `ĝ` are nearest to the gradients (their polar factor).
+    They neither conflict nor differ in length.
 
     Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023, Algorithm 1. LibMTL
-    has `w = 1`, the official code and TorchJD `w = 1/n`. Eigenvalues below rounding error of the largest
-    count as zero, as in all of them: with linearly dependent gradients the rule acts in their span. That is a
-    decision about rank, and with `scale="min"` the length of the update depends on it. A task without
-    gradient gets the mean of the others' weights.
+    uses `w = 1`, the official code and TorchJD `w = 1/n`. As in these, eigenvalues below the rounding error
+    of the largest one count as zero, so linearly dependent gradients are aligned within their span. This
+    cut-off decides the rank, and with `scale="min"` the length of the update depends on it. A task with zero
+    gradient gets the mean of the other weights.
 
     Attributes:
-        preference: `w`; None for `1/n` over the tasks present.
-        scale: s is the smallest positive eigenvalue ("min", the paper), the median ("median", the lower one
-            of two) or the mean ("rmse") of them.
+        preference: `w`; None is `1/n` over the tasks present.
+        scale: s is the smallest ("min", the paper), the median ("median", the lower of two) or the mean
+            ("rmse") of the positive eigenvalues.
     """
 
     scale: Scale = "min"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in get_args(Scale):
-            raise ValueError(
-                f"AlignedMTL: scale must be one of {', '.join(get_args(Scale))}, got {self.scale!r}"
-            )
+        check_choice(self, "scale", self.scale, get_args(Scale))
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = √s VΛ^(-1/2)Vᵀw`."""
@@ -53,7 +51,7 @@ class AlignedMTL(PreferenceRule):
         values, vectors = np.linalg.eigh(gram)
         kept = values > len(gram) * EPS * values[-1]
         values, vectors = values[kept], vectors[:, kept]
-        # s of the ascending eigenvalues
+        # s, from eigenvalues in ascending order
         s = {"min": values[0], "median": values[(len(values) - 1) // 2], "rmse": values.mean()}[self.scale]
         # α = √s V Λ^(-1/2) Vᵀ w
         result: Array = vectors @ (np.sqrt(s / values) * (vectors.T @ preference))

@@ -1,4 +1,4 @@
-"""CAGrad: the update near the mean gradient under which the worst task improves most."""
+"""CAGrad: the update near the mean gradient with the largest improvement of the worst task."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from typing import Literal
 
 from torch import Tensor
 
+from mtl_dist.solvers import Array, conflict_averse
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._worst_case import conflict_averse
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_choice, check_positive
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)
 class CAGrad(Rule):
     """`max_d minᵢ ⟨gᵢ, d⟩` subject to `‖d - g₀‖ <= c‖g₀‖`, `g₀ = Σ gᵢ/n`: `α = 1/n + (c‖g₀‖/‖g_w‖) w`.
 
-    w minimises `⟨g_w, g₀⟩ + c‖g₀‖‖g_w‖` over the simplex. With `c < 1` it stops only where g₀ = 0, the
-    stationary points of the mean loss; `c = 0` is `Equal`.
+    w minimises `⟨g_w, g₀⟩ + c‖g₀‖‖g_w‖` over the simplex, where `g_w = Σ wᵢgᵢ`. If `c < 1`, the update is 0
+    only if `g₀ = 0`, at the stationary points of the mean loss. `c = 0` is `Equal`.
 
     Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021, Algorithm 1. LibMTL
-    and the official code minimise by SLSQP, and the latter multiplies the result by n; TorchJD returns zeros
-    below a gradient norm of 1e-2. Here the optimality conditions hold up to rounding at every scale.
-    Where `g_w = 0` (a Pareto-stationary point) the formula is 0/0; of the best d, for which
-    `minᵢ ⟨gᵢ, d⟩ = 0`, the one nearest to g₀ is taken: that of `DualProj`.
+    and the official code minimise by SLSQP, and the official code multiplies the result by n. TorchJD returns
+    zeros below a gradient norm of 1e-2. Here the optimality conditions hold up to rounding at every scale.
+    At a Pareto-stationary point `g_w = 0`, and the formula is 0/0. Every d in the ball with
+    `minᵢ ⟨gᵢ, d⟩ = 0` is then optimal, and the rule takes the one nearest to g₀, as `DualProj` does.
 
     Attributes:
-        c: radius of the ball around g₀, in units of its length; 0.5 in the paper's toy and LibMTL, 0.4 in the
-            paper's vision experiments.
-        rescale: what α is divided by: 1 (0, the paper's algorithm), `1 + c²` (1, the official code) or
-            `1 + c` (2, the official toy).
+        c: radius of the ball around g₀ in units of `‖g₀‖`, >= 0; 0.5 in the paper's toy example and in
+            LibMTL, 0.4 in the paper's vision experiments.
+        rescale: α is divided by 1 (0, the paper's algorithm), by `1 + c²` (1, the official code) or by
+            `1 + c` (2, the official toy example).
     """
 
     needs = Needs.GRAM
@@ -40,8 +41,7 @@ class CAGrad(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "c", self.c, zero=True)
-        if self.rescale not in (0, 1, 2):
-            raise ValueError(f"CAGrad: rescale must be 0, 1 or 2, got {self.rescale}")
+        check_choice(self, "rescale", self.rescale, (0, 1, 2))
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = 1/n + (c‖g₀‖/‖g_w‖) w`."""

@@ -1,4 +1,4 @@
-"""CoBa: validation losses should converge together, and not turn."""
+"""CoBa: makes validation losses converge at similar rates, with less weight for tasks that diverge."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant
-from mtl_dist.weighting._checks import check_count, check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_count, check_positive
+from mtl_dist.weighting.helpers import constant, softmax_present
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,20 @@ class CoBa(Rule):
     """Convergence balancer: `α = DF · RCS + (1 - DF) · ACS`, from slopes sᵢ of `L̄ᵢ = Lᵢᵛᵃˡ(t) / Lᵢᵛᵃˡ(0)`.
 
     Gong et al., "CoBa: Convergence balancer for multitask finetuning of large language models", EMNLP 2024.
-    With sᵢ(t) the least-squares slope of the last N values of L̄ᵢ:
+    sᵢ(t) is the least-squares slope of the last N values of L̄ᵢ, and s_max(t) the largest slope of any task.
 
-    * `RCS = softmax_i(n sᵢ / Σⱼ |sⱼ|)` favours tasks that converge slowly,
-    * `ACS = softmax_i(-N sᵢ / Σ_t |sᵢ(t)|)` favours tasks that still converge, against their own past,
-    * `DF = min(N softmax_t(-τ N s_max / Σ_t |s_max(t)|), 1)`, s_max the largest slope of a step, passes
-      from the first to the second when some task begins to diverge.
+    * `RCS = softmax_i(n sᵢ / Σⱼ |sⱼ|)` favours tasks that converge slowly.
+    * `ACS = softmax_i(-N sᵢ / Σ_t |sᵢ(t)|)` favours tasks that still converge, relative to their own past.
+    * `DF = min(N softmax_t(-τ N s_max / Σ_t |s_max(t)|), 1)` moves the weights from RCS to ACS when some task
+      begins to diverge.
 
-    Validation losses are handed to `observe`, as often as they are measured; training losses are not read.
-    DF looks back over the same N values, where the paper keeps all. A first loss of 0 counts as 1.
-    MFTCoder's code departs from the paper: it applies a second softmax to the mixture, and a least weight
-    of 1/(10n) (`Clamp` does that).
+    Pass the validation losses to `observe` each time you measure them. The rule does not read training
+    losses. DF uses the last N observations, in the paper all of them. A first loss of 0 counts as 1.
+    MFTCoder's code differs from the paper: it applies a second softmax to the mixture, and a minimum weight
+    of 1/(10n) (`Clamp` can do that).
 
     Attributes:
-        warmup: observations of a task before which all weights are 1/n.
+        warmup: all weights are 1/n until every task present has this many observations.
         window: N, in observations.
         tau: τ.
     """
@@ -44,12 +44,12 @@ class CoBa(Rule):
     observes = True
 
     def __post_init__(self) -> None:
-        check_count(self, "warmup", self.warmup, low=2)  # a slope has two points
+        check_count(self, "warmup", self.warmup, low=2)  # a slope needs two points
         check_count(self, "window", self.window, low=2)
         check_positive(self, "tau", self.tau)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """First validation loss, number of observations, and the last N of L̄, s (newest last) and s_max."""
+        """First validation losses, observation counts, and the last N of L̄, s and s_max (newest last)."""
         n = len(tasks)
         history = constant(0.0, self.window * n, device).reshape(self.window, n)
         return {
@@ -62,12 +62,12 @@ class CoBa(Rule):
         }
 
     def observe(self, stats: TaskStats, state: State) -> State:
-        """Takes in one set of validation losses; those of absent tasks are not measured."""
+        """Adds one set of validation losses. Absent tasks are those whose loss was not measured."""
         present, seen = stats.present, state["seen"] + 1
         first = torch.where(present & (seen == 1), stats.losses, state["first"])
         ratios = _push(state["ratios"], stats.losses / torch.where(first == 0, 1.0, first.abs()))
         slopes = _push(state["slopes"], _slope(ratios, seen))
-        # s_max(t) = max_i s_i(t), from the second observation on
+        # s_max(t) = maxᵢ sᵢ(t), from the second observation on
         sloped = present & (seen >= 2)
         largest = slopes[-1].masked_fill(~sloped, -torch.inf).amax()
         turned = sloped.any()
@@ -82,12 +82,12 @@ class CoBa(Rule):
         }
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`α = DF · RCS + (1 - DF) · ACS` over the tasks present; 1/n while one of them warms up."""
+        """`α = DF · RCS + (1 - DF) · ACS` over the tasks present; 1/n during the warm-up of one of them."""
         present, slopes, worst = stats.present, state["slopes"], state["worst"]
         slope = torch.where(present, slopes[-1], 0.0)
-        # RCS = softmax_i(n s_i / Σ_j |s_j|)
+        # RCS = softmax_i(n sᵢ / Σⱼ |sⱼ|)
         rcs = softmax_present(stats.num_present * _ratio(slope, slope.abs().sum()), present)
-        # ACS = softmax_i(-N s_i / Σ_t |s_i(t)|), N the slopes there are
+        # ACS = softmax_i(-N sᵢ / Σ_t |sᵢ(t)|), N the number of slopes so far
         count = (state["seen"] - 1).clamp(0, self.window)
         acs = softmax_present(-count * _ratio(slope, slopes.abs().sum(0)), present)
         # DF = min(N softmax_t(-τ N s_max(t) / Σ_t |s_max(t)|)_now, 1)
@@ -105,12 +105,12 @@ def _push(history: Tensor, newest: Tensor) -> Tensor:
 
 
 def _ratio(value: Tensor, total: Tensor) -> Tensor:
-    """`value / total`, 0 where total is 0: all slopes are then 0."""
+    """`value / total`; 0 where `total` is 0, because all slopes are then 0."""
     return torch.where(total > 0, value / total, 0.0)
 
 
 def _slope(history: Tensor, seen: Tensor) -> Tensor:
-    """`[n]`, least-squares slopes of the newest `seen` values of each column, 0 where there is only one."""
+    """`[n]`, least-squares slope of the newest `seen` values of each column; 0 for a single value."""
     size = len(history)
     x = torch.arange(size, device=history.device)[:, None] - (size - 1)
     known = x > -seen

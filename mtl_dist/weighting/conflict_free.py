@@ -1,4 +1,4 @@
-"""ConFIG: equal progress for all tasks, at the speed of the gradients' sum."""
+"""ConFIG: the update with equal projections on all unit gradients."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array, among_nonzero, cosines, equal_projections
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, State
-from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
-from mtl_dist.weighting._preference import PreferenceRule
+from mtl_dist.weighting.base import State
+from mtl_dist.weighting.preference_rule import PreferenceRule
 
 
 @dataclass(frozen=True)
 class ConFIG(PreferenceRule):
     """Conflict-free inverse gradients: direction `x = Û⁺w`, length `Σᵢ ⟨gᵢ, x/‖x‖⟩`, with unit gradients Û.
 
-    From inner products alone: `a = D⁻¹(D⁻¹GD⁻¹)⁺w`, `α = (1ᵀGa / aᵀGa) a`, with D the norms. With `w = 1` the
-    update has the same angle with every gradient: the direction of IMTL-G, with another length.
+    In terms of G: `a = D⁻¹(D⁻¹GD⁻¹)⁺w`, `α = (1ᵀGa / aᵀGa) a`, with the norms D. If `w = 1`, the update has
+    the same angle to every gradient. This is the direction of IMTL-G, with another length.
 
-    Liu, Chu and Thuerey, ConFIG, ICLR 2025, arXiv 2408.11104, equation 2; their package is `conflictfree`. It
-    and TorchJD take the pseudo-inverse of the matrix of all gradients. Weights can be negative. Where
-    gradients are linearly dependent, projections are equal in the least-squares sense, and losses can rise;
-    where the unit gradients cancel (`Û⁺w = 0`), the weights are 0. A task without gradient takes no part and
-    gets the mean of the others' weights.
+    Liu, Chu and Thuerey, ConFIG, ICLR 2025, arXiv 2408.11104, equation 2; their package is `conflictfree`.
+    That package and TorchJD compute the pseudo-inverse of the matrix of all gradients. Weights can be
+    negative. If gradients are linearly dependent, the projections are equal in the least-squares sense, and
+    losses can rise. If the unit gradients cancel (`Û⁺w = 0`), the weights are 0. A task with zero gradient is
+    left out of the problem and gets the mean of the other weights.
 
     Attributes:
-        preference: `w`, the projections on the unit gradients up to a factor; None for 1.
+        preference: `w`, the projections on the unit gradients, up to a factor; None is 1.
     """
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

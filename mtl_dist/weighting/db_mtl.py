@@ -1,4 +1,4 @@
-"""DB-MTL: logarithms of the losses, and their gradients brought to the longest one's length."""
+"""DB-MTL: log losses whose gradients are all scaled to the length of the longest."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State
+from mtl_dist.weighting.base import Needs, Rule, State
 
 
 @dataclass(frozen=True)
 class DBMTL(Rule):
     """`αᵢ = maxⱼ (dⱼ/Lⱼ) / dᵢ`: the update is `maxⱼ d'ⱼ · Σ ∇log Lᵢ / d'ᵢ`, `d'ᵢ = ‖∇log Lᵢ‖ = dᵢ/Lᵢ`.
 
-    Lin et al., "Dual-balancing for multi-task learning", arXiv 2308.12029. The paper's moving average of each
-    task's gradient (β > 0) needs a copy of the gradients for each task, and its direction is no weighted sum
-    of present gradients: this is β = 0. The absolute 1e-8 of LibMTL, in log and norm, is left out.
+    Lin et al., "Dual-balancing for multi-task learning", arXiv 2308.12029, with β = 0. The paper's moving
+    average of each task gradient (β > 0) needs one copy of the gradients per task, and its direction is not a
+    weighted sum of the current gradients. LibMTL adds 1e-8 to the loss and to the norm; this rule does not.
 
-    A task whose gradient is exactly zero gets the smallest weight of the others, as in `InverseGradNorm`;
-    where all are zero the weights are 1.
+    A task with zero gradient gets the smallest weight of the other tasks, as in `InverseGradNorm`. If all
+    gradients are zero, the weights are 1.
     """
 
     needs = Needs.NORMS
@@ -30,8 +30,8 @@ class DBMTL(Rule):
         """`αᵢ = maxⱼ (dⱼ/Lⱼ) / dᵢ`."""
         d = stats.grad_norms
         longest = d.amax()
-        # max_j d'_j = max_j d_j / L_j; absent tasks have d_j = 0
+        # maxⱼ d'ⱼ = maxⱼ dⱼ / Lⱼ; absent tasks have dⱼ = 0
         target = (d / stats.losses).amax()
-        # α_i = max_j d'_j / d_i
+        # αᵢ = maxⱼ d'ⱼ / dᵢ
         weights = target / torch.where(d > 0, d, longest)
         return torch.where(longest > 0, weights, torch.ones_like(weights)), state

@@ -1,4 +1,4 @@
-"""DWA: weight follows how slowly a loss fell lately."""
+"""DWA: more weight for tasks whose loss fell slowly in the last epochs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant
-from mtl_dist.weighting._checks import check_count, check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_count, check_positive
+from mtl_dist.weighting.helpers import constant, softmax_present
 
 
 @dataclass(frozen=True)
 class DWA(Rule):
     """Dynamic weight average: `αᵢ = n softmax(r/T)ᵢ`, `rᵢ = L̄ᵢ(e-1) / L̄ᵢ(e-2)`, `L̄(e)` the mean over epoch e.
 
-    Liu, Johns and Davison, CVPR 2019. The rates are 1 until two epochs are over. An epoch is `interval`
-    steps in which the task is present. LibMTL and TorchJD take the data set's epochs (set `interval` to the
-    steps in one); the Nash-MTL and FAMO repositories slide a window of 25 steps.
+    Liu, Johns and Davison, CVPR 2019. The rates r are 1 until two epochs have ended. An epoch is `interval`
+    steps in which the task is present. LibMTL and TorchJD use epochs of the data set (set `interval` to the
+    number of steps in one); the Nash-MTL and FAMO repositories use a sliding window of 25 steps.
 
     Attributes:
-        interval: steps in an epoch.
-        temperature: `T`; larger is closer to equal weights.
+        interval: steps per epoch.
+        temperature: `T`; a larger value gives more equal weights.
     """
 
     interval: int = 100
@@ -37,13 +37,13 @@ class DWA(Rule):
         check_positive(self, "temperature", self.temperature)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """Loss sums of this epoch and of the last two; steps in this epoch; epochs so far."""
+        """Loss sums of the current and the last two epochs; steps in the current epoch; finished epochs."""
         keys = ("sum", "last", "before_last", "steps", "epochs")
         return {key: constant(0.0, len(tasks), device) for key in keys}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Weights from the epochs before; this step's losses enter the running epoch."""
-        # r_i = L_i(e-1) / L_i(e-2): both sums are over `interval` steps
+        """Weights from the last two epochs. The losses of this step are added to the current epoch."""
+        # rᵢ = L̄ᵢ(e-1) / L̄ᵢ(e-2): both sums are over `interval` steps
         rates = torch.where(state["epochs"] >= 2, state["last"] / state["before_last"], 1.0)
         weights = stats.num_present * softmax_present(rates / self.temperature, stats.present)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
+from mtl_dist.weighting.base import Rule, State
 
 
 @dataclass(frozen=True)
 class Equal(Rule):
-    """`αᵢ = 1/n`: the mean of the losses, n counting the tasks present."""
+    """`αᵢ = 1/n`: the mean of the losses. n is the number of tasks present."""
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = 1/n`."""

@@ -1,4 +1,4 @@
-"""FairGrad: α-fair resource allocation among the tasks."""
+"""FairGrad: α-fair allocation of progress to the tasks."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mtl_dist.solvers import Array, among_nonzero, fair_weights
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._cosines import among_nonzero
-from mtl_dist.weighting._fair import fair_weights
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)
 class FairGrad(Rule):
     """`(Gw)ᵢ = wᵢ^(-1/α)`: the maximum of the α-fair utility `Σ ⟨gᵢ, d⟩^(1-α) / (1-α)` over a ball.
 
-    Every task improves. α = 1 is proportional fairness, Nash-MTL without its clipping; α → 0 is the sum of
-    the losses; α → ∞ is max-min fairness, the direction of MGDA.
+    Here w are the weights and α is a hyperparameter. Every task improves. α = 1 is proportional fairness, as
+    in Nash-MTL without its clipping; α → 0 is the sum of the losses; α → ∞ is max-min fairness, the direction
+    of MGDA.
 
     Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024, equation 4. The official code,
-    LibMTL and TorchJD call a least-squares solver with bounds from 1/n, which may stop early; here damped
-    Newton steps solve the strictly convex problem of which this equation is the optimality condition. At a
-    Pareto-stationary point there is no solution, and weights are large but finite. A task without gradient
-    takes no part and gets the mean of the others' weights.
+    LibMTL and TorchJD use a bounded least-squares solver that starts at 1/n and may stop early. Here damped
+    Newton steps solve the strictly convex problem whose optimality condition this equation is. At a
+    Pareto-stationary point there is no solution, and the weights are large but finite. A task with zero
+    gradient is left out of the problem and gets the mean of the other weights.
 
     Attributes:
-        alpha: α > 0, how much the slowest task counts.
+        alpha: α > 0; a larger value favours the slowest task more.
     """
 
     needs = Needs.GRAM

@@ -1,4 +1,4 @@
-"""FAMO: all losses fall at the same relative rate, learned from losses alone."""
+"""FAMO: makes all losses fall at the same relative rate, and reads only losses."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._adam import Adam
-from mtl_dist.weighting._base import Rule, State, constant, nest, per_task, unnest
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.adam import Adam
+from mtl_dist.weighting.base import Rule, State, nest, unnest
+from mtl_dist.weighting.checks import check_choice, check_positive
+from mtl_dist.weighting.helpers import constant, per_task, softmax_present
 
 Feedback = Literal["next", "after"]
 
-_FLOOR = 1e-8  # of |L| + |b|: the distance to the bound that a loss at or below its bound counts with
+_FLOOR = 1e-8  # smallest D in units of |L| + |b|, for a loss at or below its bound
 
 
 @dataclass(frozen=True)
 class FAMO(Rule):
     """Fast adaptive multitask optimization: `αᵢ = (zᵢ/Dᵢ) / Σⱼ (zⱼ/Dⱼ)`, `z = softmax(w)`, `D = L - b`.
 
-    Liu et al., NeurIPS 2023. After the model's step w descends along `Jᵀδ`, `J = ∂z/∂w`,
-    `δᵢ = log Dᵢ - log Dᵢ'`, by Adam with weight decay, D' from the losses after the step:
+    Liu et al., NeurIPS 2023. After the optimizer's step, Adam with weight decay moves w along `-Jᵀδ`, where
+    `J = ∂z/∂w`, `δᵢ = log Dᵢ - log Dᵢ'`, and D' comes from the losses after the step:
 
-    * `feedback="after"`, the paper's: the same batch is evaluated again after the step, one more forward, and
-      its losses are handed to `observe`.
-    * `feedback="next"`: D' is the next step's. Free, and exact where the batch is the data set; with
-      mini-batches δ also holds the difference between two batches, noise that Adam averages.
+    * `feedback="after"`, as in the paper: evaluate the same batch again after the optimizer's step (one more
+      forward pass) and pass its losses to `observe`.
+    * `feedback="next"`: D' is the D of the next step. This costs nothing, and is exact if the batch is the
+      whole data set. With mini-batches, δ also contains the difference between two batches, as noise that
+      Adam averages.
 
-    The absolute 1e-8 that implementations add to D is left out: a loss of 1e-12 is an ordinary loss. Of the
-    weight decays in use (1e-3 in the paper's Algorithm 2, 1e-5 and 1e-2 in its code) the paper's is the
-    default.
+    Other implementations add 1e-8 to D; this rule does not, so a loss of 1e-12 is treated as any other. The
+    default weight decay is that of the paper's Algorithm 2 (1e-3); its code uses 1e-5 and 1e-2.
 
     Attributes:
         lr: Adam's learning rate.
-        weight_decay: Adam's weight decay γ, which pulls z towards equal.
-        min_losses: lower bounds b of the losses, by name or in task order; None is 0.
+        weight_decay: Adam's weight decay γ, which makes z more equal.
+        min_losses: lower bounds b of the losses, by task name or in task order; None is 0.
         feedback: where the losses after the step come from.
     """
 
@@ -49,27 +49,26 @@ class FAMO(Rule):
     feedback: Feedback = "next"
 
     @property
-    def positive_losses(self) -> bool:  # type: ignore[override]  # with bounds of its own, it is D that must be
-        """Whether losses are bounded by 0."""
+    def positive_losses(self) -> bool:  # type: ignore[override]  # with min_losses, D must be positive instead
+        """Whether the lower bound of the losses is 0."""
         return self.min_losses is None
 
     @property
     def observes(self) -> bool:  # type: ignore[override]  # depends on a setting
-        """Whether the losses after the step are handed to `observe`."""
+        """Whether the losses after the step must be passed to `observe`."""
         return self.feedback == "after"
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", self.lr)
         check_positive(self, "weight_decay", self.weight_decay, zero=True)
-        if self.feedback not in get_args(Feedback):
-            raise ValueError(f"FAMO: feedback must be one of {get_args(Feedback)}, got {self.feedback!r}")
+        check_choice(self, "feedback", self.feedback, get_args(Feedback))
 
     @property
     def _adam(self) -> Adam:
         return Adam(self.lr, weight_decay=self.weight_decay)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """Logits, bounds, Adam's moments, and `log D` of the last step with whether there was one."""
+        """Logits w, bounds b, state of Adam, `log D` of the last step, and whether there was a last step."""
         n = len(tasks)
         zeros = constant(0.0, n, device)
         return {
@@ -81,17 +80,17 @@ class FAMO(Rule):
         }
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Weights at these losses; with `feedback="next"`, after w has learned from them."""
+        """Weights for these losses. With `feedback="next"`, w first learns from them."""
         if self.feedback == "next":
             state = self._learn(stats, state)
         log_d = self._log_distance(stats, state)
-        # α_i = (z_i / D_i) / Σ_j (z_j / D_j)
+        # αᵢ = (zᵢ / Dᵢ) / Σⱼ (zⱼ / Dⱼ)
         weights = softmax_present(state["w"] - log_d, stats.present)
         remembered = torch.where(stats.present, log_d, state["log_d"])
         return weights, {**state, "log_d": remembered, "seen": state["seen"] | stats.present}
 
     def observe(self, stats: TaskStats, state: State) -> State:
-        """Learns from the losses of the last step's batch, measured again after the optimizer's step."""
+        """Learns from the losses of the last step's batch, evaluated again after the optimizer's step."""
         if self.feedback != "after":
             return super().observe(stats, state)
         return self._learn(stats, state)
@@ -99,9 +98,9 @@ class FAMO(Rule):
     def _learn(self, stats: TaskStats, state: State) -> State:
         active = stats.present & state["seen"]
         z = softmax_present(state["w"], active)
-        # δ_i = log D_i - log D_i'
+        # δᵢ = log Dᵢ - log Dᵢ'
         delta = torch.where(active, state["log_d"] - self._log_distance(stats, state), 0.0)
-        # J^T δ = z ⊙ (δ - <z, δ>)
+        # Jᵀδ = z ⊙ (δ - ⟨z, δ⟩)
         gradient = z * (delta - (z * delta).sum())
         w, adam = self._adam.step(state["w"], gradient, active, unnest("adam", state))
         return {**state, "w": w, **nest("adam", adam)}

@@ -1,4 +1,4 @@
-"""Fixed weights: chosen by hand, or found by a search."""
+"""Fixed weights: chosen by hand or found by a search."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, per_task
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import per_task
 
 
 @dataclass(frozen=True)
 class Fixed(Rule):
-    """`αᵢ = wᵢ`: the given weights as they are, neither divided by n nor made to sum to 1.
+    """`αᵢ = wᵢ`: the given weights, not divided by n and not normalised.
 
     Attributes:
-        weights: one non-negative number per task, by name or in task order.
+        weights: one non-negative number per task, by task name or in task order.
     """
 
     weights: Mapping[str, float] | Sequence[float]
@@ -27,7 +28,7 @@ class Fixed(Rule):
         check_positive(self, "weights", self.weights, zero=True)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The weights, on the device once and for all."""
+        """The weights, as a tensor on the device."""
         return {"weights": per_task(self.weights, tasks, device, "Fixed: weights")}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

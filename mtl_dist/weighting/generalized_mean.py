@@ -1,4 +1,4 @@
-"""Generalised mean: one power between the minimum, the geometric mean, the mean and the maximum."""
+"""Generalised mean: a family from the minimum over the geometric mean and the mean to the maximum."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, mean_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.helpers import mean_present
 
 
 @dataclass(frozen=True)
 class GeneralizedMean(Rule):
     """Gradient of `M = ((1/n) Σ Lᵢᵖ)^(1/p)`: `αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ`.
 
-    Su, "On multi-task learning I", kexue.fm/archives/8870. p = 1 is the mean; limits: p = 0 the geometric
-    mean, p = inf the maximum, p = -inf the minimum (where several losses tie, they share the weight). A
-    larger p attends to larger losses. Only p = 0 keeps its direction when one task's loss is scaled.
+    Su, "On multi-task learning I", kexue.fm/archives/8870. p = 1 is the mean. The limits are: p = 0 the
+    geometric mean, p = inf the maximum, p = -inf the minimum (equal extreme losses share the weight). A
+    larger p gives more weight to larger losses. If one loss is scaled, only p = 0 keeps the direction of the
+    update.
 
     Attributes:
-        power: `p`, any number, infinities included.
+        power: `p`, any number, also inf or -inf.
     """
 
     power: float
@@ -33,18 +35,18 @@ class GeneralizedMean(Rule):
             raise ValueError(f"GeneralizedMean: power must be a number or an infinity, got {self.power}")
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ = softmax(p log L)ᵢ M / Lᵢ`, n and M over the tasks present."""
-        # every exponent is taken relative to the loss that dominates, so none overflows
+        """`αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ = softmax(p log L)ᵢ M / Lᵢ`, with n and M over the tasks present."""
+        # x = log L relative to the loss that dominates the mean, so that no power overflows
         sign = math.copysign(1.0, self.power)
         log_dominant = sign * (sign * stats.losses.log()).masked_fill(~stats.present, -math.inf).amax()
         x = torch.where(stats.present, stats.losses.log() - log_dominant, 0.0)
         if math.isinf(self.power):
             dominant = (x == 0) & stats.present
             return dominant / dominant.sum().clamp(min=1).to(x.dtype), state
-        # expm1 and log1p, because p may be so small that 1 + p x rounds to 1
+        # expm1 and log1p, because 1 + px rounds to 1 for a very small p
         growth = mean_present(torch.expm1(self.power * x), stats)
-        # log M = (1/p) log mean_j exp(p x_j), whose limit at p = 0 is mean_j x_j
+        # log M = (1/p) log meanⱼ exp(pxⱼ); the limit at p = 0 is meanⱼ xⱼ
         log_mean = torch.log1p(growth) / self.power if self.power else mean_present(x, stats)
-        # α_i = (1/n) exp(p x_i) / mean_j exp(p x_j) · M / L_i
+        # αᵢ = (1/n) exp(pxᵢ) / meanⱼ exp(pxⱼ) · M / Lᵢ
         weights = torch.exp(self.power * x - torch.log1p(growth) + log_mean - x) / stats.num_present
         return torch.where(stats.present, weights, torch.zeros_like(weights)), state

@@ -1,4 +1,4 @@
-"""GradVac: gradients are turned towards each other, up to the angle they usually have."""
+"""GradVac: turns gradients towards each other, up to their usual angle."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, constant, to_host
-from mtl_dist.weighting._checks import check_count
-from mtl_dist.weighting._orders import random_orders
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_count, check_fraction
+from mtl_dist.weighting.helpers import constant, random_orders, to_host
 
-_MAX_COSINE = 1 - 1e-8  # a target of 1 could be reached by no finite multiple of the other gradient
+_MAX_COSINE = 1 - 1e-8  # for a target of 1, the multiple of the other gradient would be infinite
 
 
 @dataclass(frozen=True)
 class GradVac(Rule):
-    """Gradient vaccine: where `φ = cos(gᵢ, gⱼ)` is below its usual value ρᵢⱼ, gᵢ is turned until it is ρᵢⱼ.
+    """Gradient vaccine: if `φ = cos(gᵢ, gⱼ)` is below its usual value ρᵢⱼ, gᵢ is turned until `φ = ρᵢⱼ`.
 
     For j in random order, `gᵢ ← gᵢ + ‖gᵢ‖(ρ√(1-φ²) - φ√(1-ρ²)) / (‖gⱼ‖√(1-ρ²)) gⱼ`, then
-    `ρᵢⱼ ← (1-β)ρᵢⱼ + βφ`; `u = Σᵢ gᵢ`. It starts as PCGrad, from ρ = 0.
+    `ρᵢⱼ ← (1-β)ρᵢⱼ + βφ`. The update is `u = Σᵢ gᵢ`. Initially ρ = 0, as in PCGrad.
 
-    Wang et al., Gradient Vaccine, ICLR 2021, over the whole model; per layer or matrix the update is no
-    weighted sum of losses. LibMTL and TorchJD as here, but for their 1e-8 added to norms, which switches the
-    rule off for small gradients. A cosine with a zero gradient does not exist: neither gᵢ nor ρ moves, and
-    the weight of a task without gradient is 1. Losses may rise.
+    Wang et al., Gradient Vaccine, ICLR 2021, in the form for the whole model. The form per layer or per
+    matrix is not a weighted sum of losses. LibMTL and TorchJD add 1e-8 to the norms, which disables the rule
+    for small gradients; this rule does not. A zero gradient has no cosine, so it changes neither gᵢ nor ρ,
+    and the weight of a task with zero gradient is 1. Losses can rise.
 
     Attributes:
-        beta: β, how fast ρ follows.
-        seed: of the orders, which depend on it and on the step alone.
+        beta: β in [0, 1], rate of the moving average ρ.
+        seed: seed of the random orders, which depend only on the seed and the step.
     """
 
     needs = Needs.GRAM
@@ -41,8 +42,7 @@ class GradVac(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"GradVac: beta must be in [0, 1], got {self.beta}")
+        check_fraction(self, "beta", self.beta)
         check_count(self, "seed", self.seed, low=0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
@@ -50,7 +50,7 @@ class GradVac(Rule):
         return {"target": constant(0.0, len(tasks) ** 2, device).reshape(len(tasks), len(tasks))}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Weights for this step's orders, and the cosines' averages."""
+        """Weights for the orders of this step, and the moving averages of the cosines."""
         gram, target = stats.require_gram(), state["target"]
         matrix, present, (before,) = to_host(gram, stats.present, target)
         index = present.nonzero()[0]
@@ -63,20 +63,27 @@ class GradVac(Rule):
 
 
 def vaccinate(gram: Array, target: Array, orders: NDArray[np.intp], beta: float) -> tuple[Array, Array]:
-    """Weights and new ρ after task i has met the tasks in the order `orders[i]`, all i at once."""
+    """Weights and new ρ, for all tasks i at once.
+
+    Args:
+        gram: `[n, n]`.
+        target: `[n, n]`, ρ.
+        orders: `[n, n]`; gᵢ is turned towards the other gradients in the order of row i.
+        beta: β.
+    """
     rows, lengths = np.arange(len(gram)), np.sqrt(gram.diagonal())
     target = target.copy()
     c = np.eye(len(gram))
-    dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
-    squares = gram.diagonal().copy()  # ‖Σ_k c_ik g_k‖²
-    terms = lengths.copy()  # Σ_k |c_ik| ‖g_k‖: squares below rounding of its square are zero
+    dots = gram.copy()  # ⟨Σₖ cᵢₖgₖ, gⱼ⟩
+    squares = gram.diagonal().copy()  # ‖Σₖ cᵢₖgₖ‖²
+    terms = lengths.copy()  # Σₖ |cᵢₖ| ‖gₖ‖; squares below the rounding error of its square count as zero
     for j in orders.T:
         dot, rho = dots[rows, j], target[rows, j]
         angle = (j != rows) & (lengths[j] > 0) & (squares > 8 * len(gram) * EPS * terms**2)
         length, other = np.sqrt(np.where(angle, squares, 1.0)), np.where(angle, lengths[j], 1.0)
         phi = np.clip(dot / (length * other), -1.0, 1.0)
         goal = np.clip(rho, -_MAX_COSINE, _MAX_COSINE)
-        # c_ij += ‖g_i‖ (ρ√(1-φ²) - φ√(1-ρ²)) / (‖g_j‖ √(1-ρ²))
+        # cᵢⱼ += ‖gᵢ‖ (ρ√(1-φ²) - φ√(1-ρ²)) / (‖gⱼ‖ √(1-ρ²))
         apart = np.sqrt(1 - goal**2)
         turn = length * (goal * np.sqrt(1 - phi**2) - phi * apart) / (other * apart)
         step = np.where(angle & (phi < goal), turn, 0.0)

@@ -1,48 +1,24 @@
-"""IMTL-L: learned scales that bring all losses to one."""
+"""IMTL-L: learned scales that bring all weighted losses to 1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._adam import Adam
-from mtl_dist.weighting._base import Rule, State, constant, nest, unnest
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.learned_scale import LearnedScale
 
 
 @dataclass(frozen=True)
-class IMTLL(Rule):
-    """`αᵢ = eˢⁱ`, where `S = Σ eˢⁱ Lᵢ - sᵢ` is minimised over the model and over s together.
+class IMTLL(LearnedScale):
+    """`αᵢ = eˢⁱ`, where the model and s together minimise `S = Σ eˢⁱ Lᵢ - sᵢ`.
 
-    Liu et al., "Towards impartial multi-task learning", ICLR 2021. The scalars are learned by Adam on their
-    own, from `∂S/∂sᵢ = eˢⁱ Lᵢ - 1` at the global losses; the paper gives them to the model's optimizer. At
-    rest `αᵢ = 1/Lᵢ`. It is twice `Uncertainty` with s of the other sign.
+    Liu et al., "Towards impartial multi-task learning", ICLR 2021. Here a separate Adam updates s with
+    `∂S/∂sᵢ = eˢⁱ Lᵢ - 1` at the global losses; in the paper the model's optimizer does. At the minimum over
+    s, `αᵢ = 1/Lᵢ`. S is twice the objective of `Uncertainty`, with the other sign of s.
 
     Attributes:
-        lr: learning rate of s.
+        lr: Adam's learning rate for s.
         start: s before the first step.
     """
 
-    lr: float = 0.025
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "lr", self.lr)
-
-    def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The scalars, and Adam's moments."""
-        s = constant(self.start, len(tasks), device)
-        return {"s": s, **nest("adam", Adam(self.lr).init(len(tasks), device))}
-
-    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`αᵢ = eˢⁱ`, then one step of s."""
-        # α_i = exp(s_i)
-        weights = torch.exp(state["s"])
-        # ∂S/∂s_i = α_i L_i - 1
-        gradient = weights * stats.losses - 1
-        s, adam = Adam(self.lr).step(state["s"], gradient, stats.present, unnest("adam", state))
-        return weights, {"s": s, **nest("adam", adam)}
+    sign = 1
+    factor = 1.0

@@ -1,4 +1,4 @@
-"""IMTL-G: the update whose projections on all task gradients are equal."""
+"""IMTL-G: the update with equal projections on all unit gradients."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array, among_nonzero, cosines, equal_projections
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._cosines import among_nonzero, cosines, equal_projections
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)
 class IMTLG(Rule):
     """`⟨u, gᵢ/‖gᵢ‖⟩` equal for all tasks and `|Σ αᵢ| = 1`: `α = v/|Σ v|`, `v = D⁻¹C⁺1`.
 
-    C holds the cosines, D the norms; `v = G⁻¹d` where G is regular.
+    C contains the cosines, D the norms. If G is regular, `v = G⁻¹d` with the vector of norms d.
 
-    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021, equation 6. The paper divides by `Σ v`, and
-    where that is negative its update raises every loss; dividing by `|Σ v|` keeps the common projection
-    positive. LibMTL inverts a matrix without regularisation; TorchJD takes `v = G⁺d`, which for linearly
-    dependent gradients of unequal length is no longer blind to those lengths, as the method means to be, and
-    returns zeros where `|Σ v|` is below 1e-12. Weights can be negative, and are large where `Σ v` is near 0:
-    there the condition `|Σ αᵢ| = 1` has nothing to hold on to. Where the unit gradients cancel they are 0. A
-    task without gradient gets the mean of the others' weights.
+    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021, equation 6. The paper divides by `Σ v`. If
+    `Σ v` is negative, its update raises every loss. Dividing by `|Σ v|` keeps the common projection positive.
+    LibMTL inverts a matrix without regularisation. TorchJD uses `v = G⁺d`; for linearly dependent gradients
+    this depends on their lengths, which the method is meant to ignore. It also returns zeros if `|Σ v|` is
+    below 1e-12. Weights can be negative. They are large if `Σ v` is near 0, where `|Σ αᵢ| = 1` is badly
+    conditioned. They are 0 if the unit gradients cancel. A task with zero gradient gets the mean of the other
+    weights.
     """
 
     needs = Needs.GRAM

@@ -1,4 +1,4 @@
-"""Initial state: every loss in units of its value before training."""
+"""Initial loss: every loss in units of its value at the start of training."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant, per_task
-from mtl_dist.weighting._checks import check_count, check_positive
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_count, check_positive
+from mtl_dist.weighting.helpers import constant, per_task
 
 
 @dataclass(frozen=True)
 class InitialLoss(Rule):
-    """`αᵢ = 1 / Lᵢⁱⁿⁱᵗ`: the total `Σ Lᵢ / Lᵢⁱⁿⁱᵗ` does not depend on the losses' units.
+    """`αᵢ = 1 / Lᵢⁱⁿⁱᵗ`: the total `Σ Lᵢ / Lᵢⁱⁿⁱᵗ` does not depend on the units of the losses.
 
-    Su, "On multi-task learning I", kexue.fm/archives/8870. `Lᵢⁱⁿⁱᵗ` is the mean of the first `steps` losses
-    of the task (of those seen so far while there are fewer), counting steps where the task is present; or it
-    is given, for instance from `mtl_dist.priors`: log K for K classes, E‖y‖² for regression. A measured loss
-    must stay positive; give `losses` where one may reach 0.
+    Su, "On multi-task learning I", kexue.fm/archives/8870. `Lᵢⁱⁿⁱᵗ` is the mean of the losses in the first
+    `steps` steps where the task is present (of the losses so far, if there are fewer). Alternatively it is
+    given, for example by `mtl_dist.priors`: log K for K classes, E‖y‖² for regression. A measured loss must
+    stay positive; if it can reach 0, give `losses`.
 
     Attributes:
-        steps: how many first losses of each task are averaged.
-        losses: the initial losses, by name or in task order; then nothing is measured.
+        steps: number of first losses of each task that are averaged.
+        losses: the initial losses, by task name or in task order; None measures them.
     """
 
     steps: int = 10
     losses: Mapping[str, float] | Sequence[float] | None = None
 
     @property
-    def positive_losses(self) -> bool:  # type: ignore[override]  # given losses are checked here, once
-        """Whether losses are measured, and divided by."""
+    def positive_losses(self) -> bool:  # type: ignore[override]  # given losses are checked in __post_init__
+        """Whether the rule measures losses and divides by them."""
         return self.losses is None
 
     def __post_init__(self) -> None:
@@ -49,10 +50,10 @@ class InitialLoss(Rule):
         return {"sum": zeros, "seen": zeros.clone()}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`αᵢ = 1 / Lᵢⁱⁿⁱᵗ`, this step's loss included while fewer than `steps` were seen."""
+        """`αᵢ = 1 / Lᵢⁱⁿⁱᵗ`. This step's losses are included until there are `steps` of them."""
         measuring = stats.present & (state["seen"] < self.steps)
         total = torch.where(measuring, state["sum"] + stats.losses, state["sum"])
         seen = torch.where(measuring, state["seen"] + 1, state["seen"])
-        # α_i = k / Σ_t L_i(t); 1 for a task never seen, which is absent now
+        # αᵢ = k / Σ_t Lᵢ(t); 1 for a task that was never present
         weights = torch.where(seen > 0, seen / total, torch.ones_like(seen))
         return weights, {"sum": total, "seen": seen}

@@ -1,4 +1,4 @@
-"""Gradient normalisation: every task contributes a gradient of length one."""
+"""Gradient normalisation: every task contributes a gradient of length 1."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State
+from mtl_dist.weighting.base import Needs, Rule, State
 
 
 @dataclass(frozen=True)
 class InverseGradNorm(Rule):
-    """`αᵢ = 1 / sg(‖gᵢ‖)`, so that the update is `Σ gᵢ/‖gᵢ‖`: blind to scale and shift of every loss.
+    """`αᵢ = 1 / sg(‖gᵢ‖)`: the update `Σ gᵢ/‖gᵢ‖` does not depend on the scale or shift of any loss.
 
-    Su, "On multi-task learning I", kexue.fm/archives/8870. For two tasks no loss rises; from three tasks
-    on it may. The update is up to n long, whatever the gradients: with SGD the learning rate sets the step.
+    sg is the stop-gradient. Su, "On multi-task learning I", kexue.fm/archives/8870. With two tasks no loss
+    rises to first order; with three or more a loss can rise. The norm of the update is at most n for any
+    gradients, so with SGD the learning rate alone sets the size of the step.
 
-    A task whose gradient is exactly zero moves nothing shared, whatever its weight, but the weight reaches
-    its head, which may well have a gradient (an output layer initialised at zero). It gets the smallest
-    weight of the others, `1 / maxⱼ ‖gⱼ‖`; where all gradients are zero the weights are 1.
+    The weight of a task with zero gradient does not change the shared update. But it reaches the head of the
+    task, whose own gradient may be nonzero (for example if the output layer is initialised at zero). Such a
+    task gets the smallest weight of the other tasks, `1 / maxⱼ ‖gⱼ‖`. If all gradients are zero, the weights
+    are 1.
     """
 
     needs = Needs.NORMS
@@ -30,5 +32,5 @@ class InverseGradNorm(Rule):
         norms = stats.grad_norms
         longest = norms.amax()
         fallback = torch.where(longest > 0, longest, torch.ones_like(longest))
-        # α_i = 1 / ||g_i||
+        # αᵢ = 1 / ‖gᵢ‖
         return torch.where(norms > 0, norms, fallback).reciprocal(), state

@@ -1,4 +1,4 @@
-"""Real-time state: every loss in units of its present value."""
+"""Inverse loss: every loss in units of its current value."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
+from mtl_dist.weighting.base import Rule, State
 
 
 @dataclass(frozen=True)
 class InverseLoss(Rule):
-    """`αᵢ = 1 / sg(Lᵢ)`: the gradient of `Σ log Lᵢ`, whose direction is that of the geometric mean.
+    """`αᵢ = 1 / sg(Lᵢ)`: the gradient of `Σ log Lᵢ`, parallel to that of the geometric mean.
 
-    The total is the constant n, only its gradient says something. Su, "On multi-task learning I",
-    kexue.fm/archives/8870; "scale-invariant linear scalarisation" in Navon et al., ICML 2022.
+    sg is the stop-gradient. The value of the total is always n; only its gradient carries information. Su,
+    "On multi-task learning I", kexue.fm/archives/8870; "scale-invariant linear scalarisation" in Navon et
+    al., ICML 2022.
     """
 
     positive_losses = True

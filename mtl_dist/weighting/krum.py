@@ -1,4 +1,4 @@
-"""Krum: only the gradients that lie closest to the others."""
+"""Krum: selects the gradients that are closest to the others."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_count
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import on_present
 
 
 @dataclass(frozen=True)
 class Krum(Rule):
-    """`αᵢ = 1/m` for the m tasks with the smallest `Σⱼ ‖gᵢ - gⱼ‖²` over their `n - f - 2` nearest, 0 else.
+    """`αᵢ = 1/m` for the m tasks with the smallest `Σⱼ ‖gᵢ - gⱼ‖²` over the `n - f - 2` nearest gⱼ, else 0.
 
-    Blanchard et al., Machine Learning with Adversaries, NeurIPS 2017. Made for workers of which f lie, not
-    for tasks; of use where some tasks' gradients are broken. `‖gᵢ - gⱼ‖² = Gᵢᵢ + Gⱼⱼ - 2Gᵢⱼ`. TorchJD sums
-    the distances instead of their squares. Of equal scores the task that comes first is taken.
+    Blanchard et al., Machine Learning with Adversaries, NeurIPS 2017. The method was made for workers, of
+    which f send wrong gradients. Here it is useful if the gradients of some tasks are broken. TorchJD sums
+    the distances, not their squares. If scores are equal, the first task in task order is selected.
 
     Attributes:
-        num_byzantine: f, how many gradients may be broken. With fewer than `f + 3` tasks present, the one
-            nearest neighbour counts.
-        num_selected: m, at most the number of tasks present.
+        num_byzantine: f, the number of gradients that may be broken. With fewer than `f + 3` tasks present,
+            only the nearest neighbour counts.
+        num_selected: m; if fewer tasks are present, all of them are selected.
     """
 
     needs = Needs.GRAM
@@ -36,13 +38,13 @@ class Krum(Rule):
         check_count(self, "num_selected", self.num_selected)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`1/m` for those selected."""
+        """`1/m` for the selected tasks, 0 for the others."""
         return on_present(self._solve, stats), state
 
     def _solve(self, gram: Array) -> Array:
         n = len(gram)
         squares = gram.diagonal()
-        # ‖g_i - g_j‖² = G_ii + G_jj - 2 G_ij
+        # ‖gᵢ - gⱼ‖² = Gᵢᵢ + Gⱼⱼ - 2Gᵢⱼ
         distances = np.maximum(np.add.outer(squares, squares) - 2 * gram, 0.0)
         np.fill_diagonal(distances, np.inf)
         nearest = np.sort(distances, axis=1)[:, : max(n - self.num_byzantine - 2, 1)]

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import softmax_present
 
 
 @dataclass(frozen=True)
 class LogSumExp(Rule):
     """Gradient of the smooth maximum `S = T log Σ exp(Lᵢ/T)`: `α = softmax(L/T)`.
 
-    Blind to a constant added to every loss, not to their units: T is in units of the losses. For a smooth
-    maximum of losses of different units see `GeneralizedMean`, which is this one of log L.
+    The weights do not change if a constant is added to every loss. They do depend on the units of the losses.
+    For losses in different units use `GeneralizedMean`, which is this smooth maximum of log L.
 
     Attributes:
-        temperature: `T`; towards 0 the maximum, towards infinity equal weights.
+        temperature: `T > 0`, in units of the losses; T → 0 is the maximum, T → ∞ equal weights.
     """
 
     temperature: float = 1.0

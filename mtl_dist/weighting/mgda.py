@@ -1,4 +1,4 @@
-"""MGDA: the convex combination of task gradients that is shortest."""
+"""MGDA: the shortest convex combination of the task gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from mtl_dist.solvers import Array, min_norm_weights
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._simplex import min_norm_weights
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_choice
+from mtl_dist.weighting.helpers import on_present
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
 
@@ -19,20 +21,20 @@ Normalization = Literal["none", "l2", "loss", "loss+"]
 class MGDA(Rule):
     """Multiple-gradient descent: `α = argmin αᵀGα` over the simplex, solved exactly.
 
-    `u = Σ αᵢgᵢ` satisfies `⟨gᵢ, u⟩ >= ‖u‖²` for every task, so no loss rises to first order, and `u = 0`
-    exactly at a Pareto-stationary point. Where several α give the same u (linearly dependent gradients) the
-    most even of them is returned. Tasks without gradient share all the weight.
+    `u = Σ αᵢgᵢ` satisfies `⟨gᵢ, u⟩ >= ‖u‖²` for every task. So no loss rises to first order, and `u = 0` if
+    and only if the point is Pareto-stationary. If several α give the same u (linearly dependent gradients),
+    the rule returns the most equal ones. Tasks with zero gradient share all the weight.
 
-    With a normalisation the problem is posed for `gᵢ/sᵢ`, and `αᵢ = aᵢ/sᵢ`, so that u is the combination
-    which was minimised and no loss rises along it. LibMTL does the same on parameters; Sener's code, and
-    LibMTL on representations, multiply the losses by `aᵢ`, which drops that guarantee.
+    With a normalisation s, a minimises `‖Σ aᵢgᵢ/sᵢ‖` over the simplex, and `αᵢ = aᵢ/sᵢ`. So u is the
+    minimised combination, and no loss rises along it. LibMTL does the same for parameter gradients. Sener's
+    code, and LibMTL for representations, multiply the losses by `aᵢ` instead and lose this guarantee.
 
     Sener and Koltun, NeurIPS 2018; Désidéri 2012. Their Frank-Wolfe and projected-gradient iterations stop at
-    a tolerance; here an active-set method ends at weights whose optimality conditions hold up to rounding.
+    a tolerance. Here the optimality conditions hold up to rounding.
 
     Attributes:
-        normalization: sᵢ is 1 ("none"), `‖gᵢ‖` ("l2"), `Lᵢ` ("loss") or `Lᵢ‖gᵢ‖` ("loss+"). A task without
-            gradient has the mean length of the others.
+        normalization: sᵢ is 1 ("none"), `‖gᵢ‖` ("l2"), `Lᵢ` ("loss") or `Lᵢ‖gᵢ‖` ("loss+"). For a task with
+            zero gradient, `‖gᵢ‖` is replaced by the mean norm of the other tasks.
     """
 
     needs = Needs.GRAM
@@ -40,17 +42,15 @@ class MGDA(Rule):
     normalization: Normalization = "none"
 
     def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            known = ", ".join(get_args(Normalization))
-            raise ValueError(f"MGDA: normalization must be one of {known}, got {self.normalization!r}")
+        check_choice(self, "normalization", self.normalization, get_args(Normalization))
 
     @property
-    def positive_losses(self) -> bool:  # type: ignore[override]  # an instance's answer
-        """Whether losses divide gradients."""
+    def positive_losses(self) -> bool:  # type: ignore[override]  # depends on a setting
+        """Whether the rule divides gradients by losses."""
         return self.normalization in ("loss", "loss+")
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Minimum-norm weights; without normalisation they sum to 1 over the tasks present."""
+        """Minimum-norm weights. Without a normalisation they sum to 1 over the tasks present."""
         return on_present(self._solve, stats, stats.losses), state
 
     def _solve(self, gram: Array, losses: Array) -> Array:
@@ -60,8 +60,8 @@ class MGDA(Rule):
             s *= np.where(lengths > 0, lengths, lengths.sum() / max(np.count_nonzero(lengths), 1) or 1.0)
         if self.normalization in ("loss", "loss+"):
             s *= losses
-        # a = argmin ‖Σ a_i g_i / s_i‖²
+        # a = argmin ‖Σ aᵢgᵢ/sᵢ‖²
         a = min_norm_weights(gram / np.outer(s, s))
-        # α_i = a_i / s_i
+        # αᵢ = aᵢ/sᵢ
         result: Array = a / s
         return result

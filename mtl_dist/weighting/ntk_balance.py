@@ -1,4 +1,4 @@
-"""NTK balance: equal convergence rates in the tangent-kernel picture."""
+"""NTK balance: equal convergence rates, as estimated from neural tangent kernels."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Needs, Rule, State
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
 
 
 @dataclass(frozen=True)
 class NTKBalance(Rule):
     """`αᵢ = Σⱼ κⱼ / κᵢ`, `κᵢ = ‖∇√Lᵢ‖² = ‖gᵢ‖² / (4Lᵢ)`, over the tasks present.
 
-    Wang, Yu and Perdikaris, "When and why PINNs fail to train", J. Comput. Phys. 2022, weigh by the traces of
-    the tasks' tangent kernels. For a mean of squared residuals κ is the kernel along the present residual, an
-    estimate of its size that costs no per-sample gradients. PhysicsNeMo-Sym takes the same estimate without
-    the square, which is `power=1`. It recomputes at each 1000th step: `Every(NTKBalance(), 1000)`.
+    Wang, Yu and Perdikaris, "When and why PINNs fail to train", J. Comput. Phys. 2022, use the traces of the
+    tangent kernels of the tasks instead of κ. For a mean of squared residuals, κ is the kernel in the
+    direction of the current residual. It estimates the size of the kernel without per-sample gradients.
+    PhysicsNeMo-Sym uses √κ, which is `power=1`, and computes it every 1000 steps, which is
+    `Every(NTKBalance(), 1000)`.
 
-    A task whose gradient is exactly zero counts with the largest κ, so that its weight is the smallest; where
-    all are zero the weights are n.
+    A task with zero gradient counts with the largest κ, so its weight is the smallest. If all gradients are
+    zero, the weights are n.
 
     Attributes:
-        power: 2 for the paper's kernels, 1 for their square roots.
+        power: 2 uses κ, 1 uses √κ; any positive number is allowed.
     """
 
     power: float = 2.0
@@ -38,11 +39,11 @@ class NTKBalance(Rule):
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = Σⱼ κⱼ / κᵢ`."""
-        # √κ_i = ||g_i|| / (2 √L_i)
+        # √κᵢ = ‖gᵢ‖ / (2√Lᵢ)
         root = torch.where(stats.present, stats.grad_norms / (2 * stats.losses.sqrt()), 0.0)
         largest = root.amax()
-        # in units of the largest, so that no power overflows
+        # relative to the largest, so that no power overflows
         relative = torch.where(root > 0, root / largest, 1.0)
         kernel = relative**self.power
-        # α_i = Σ_j κ_j / κ_i
+        # αᵢ = Σⱼ κⱼ / κᵢ
         return torch.where(stats.present, kernel, 0.0).sum() / kernel, state

@@ -1,4 +1,4 @@
-"""PCD: one primary task, and a guaranteed share of progress for each of the others."""
+"""PCD: follows one primary task, and guarantees every other task a share of its progress."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.solvers import EPS, Array, project_on_progress
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import EPS, Array, Needs, Rule, State, constant, on_present
-from mtl_dist.weighting._cone import project_on_progress
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_fraction
+from mtl_dist.weighting.helpers import constant, on_present
 
 
 @dataclass(frozen=True)
 class PCD(Rule):
-    """`d̃ = argmin ‖d - g̃₁‖²` subject to `⟨g̃ⱼ, d⟩ >= τ‖g̃ⱼ‖²` for `j > 1`, rescaled to the length of g₁.
+    """`d̃ = argmin ‖d - g̃₁‖²` subject to `⟨g̃ⱼ, d⟩ >= τ‖g̃ⱼ‖²` for `j > 1`, rescaled to the norm of g₁.
 
-    `g̃ᵢ = gᵢ/√v̂ᵢ`, with v̂ the bias-corrected moving average of `‖gᵢ‖²`: task 1 is followed as closely as
-    possible while each other task gets the fraction τ of the progress its own normalised gradient would give.
+    `g̃ᵢ = gᵢ/√v̂ᵢ`, where v̂ is the bias-corrected moving average of `‖gᵢ‖²`. The update is as close to the
+    primary task 1 as possible, while every other task makes at least the fraction τ of the progress that its
+    own normalised gradient would give.
 
-    Priority-Constrained Descent, TMLR 2026, arXiv 2606.29521. Solved exactly as in TorchJD, instead of
-    enumerating the sets of active constraints; without the 1e-8 added to v̂ there, which changes the rule for
-    small gradients. Where the constraints contradict each other they are dropped and `u = g₁`. Where g₁ is
-    zero, or the primary task has no sample in the batch, all weights are 0.
+    Priority-Constrained Descent, TMLR 2026, arXiv 2606.29521. The problem is solved exactly, as in TorchJD,
+    without enumerating the sets of active constraints. TorchJD adds 1e-8 to v̂, which changes the rule for
+    small gradients; this rule does not. If the constraints contradict each other, they are ignored and
+    `u = g₁`. If g₁ is zero, or the primary task is absent, all weights are 0.
 
     Attributes:
-        primary: name of the primary task; None for the first.
+        primary: name of the primary task; None is the first task.
         tau: τ in [0, 1].
         beta: decay of the moving average, in [0, 1).
     """
@@ -39,13 +42,11 @@ class PCD(Rule):
     beta: float = 0.999
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"PCD: tau must be in [0, 1], got {self.tau}")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"PCD: beta must be in [0, 1), got {self.beta}")
+        check_fraction(self, "tau", self.tau)
+        check_fraction(self, "beta", self.beta, one=False)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The moving averages and their bias corrections, and which task is primary."""
+        """Moving averages, their bias corrections, and an indicator of the primary task."""
         if self.primary is not None and self.primary not in tasks:
             raise ValueError(f"PCD: primary must be one of {list(tasks)}, got {self.primary!r}")
         first = self.primary if self.primary is not None else tasks[0]
@@ -54,7 +55,7 @@ class PCD(Rule):
         return {"squares": zeros, "correction": zeros, "primary": primary}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Weights of d̃, and the moving averages; a task's average moves only where it is present."""
+        """Weights of d̃, and the new moving averages; those of absent tasks do not change."""
         squares = stats.require_gram().diagonal()
         # v ← βv + (1-β)‖g‖², c ← βc + (1-β), v̂ = v/c
         moved = self.beta * state["squares"] + (1 - self.beta) * squares
@@ -73,11 +74,11 @@ class PCD(Rule):
         unit = gram / np.outer(lengths, lengths)
         secondary = np.flatnonzero(primary == 0)
         others = unit[np.ix_(secondary, secondary)]
-        # d̃ = g̃_1 + Σ μ_j g̃_j: the constraints as multiples of the others' gradients, shifted by g̃_1
+        # d̃ = g̃₁ + Σ μⱼg̃ⱼ, with the multipliers μ of the constraints
         mu = project_on_progress(others, self.tau * others.diagonal() - unit[secondary] @ primary)
         weights = primary.copy()
         weights[secondary] = 0.0 if mu is None else mu
-        # rescaled to the length of g_1, unless d̃ is zero up to rounding
+        # rescaled to the norm of g₁, unless d̃ is zero up to rounding
         square = weights @ unit @ weights
         if square <= 32 * len(gram) * EPS * (weights @ np.sqrt(unit.diagonal())) ** 2:
             return np.zeros(len(gram))

@@ -1,4 +1,4 @@
-"""PCGrad: each gradient loses what conflicts with the others, one after another."""
+"""PCGrad: removes from each gradient its conflicts with the other gradients, one after another."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl_dist.solvers import Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present
-from mtl_dist.weighting._checks import check_count
-from mtl_dist.weighting._orders import random_orders
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import on_present, random_orders
 
 
 @dataclass(frozen=True)
 class PCGrad(Rule):
     """`gᵢ ← gᵢ - ⟨gᵢ, gⱼ⟩/‖gⱼ‖² gⱼ` where `⟨gᵢ, gⱼ⟩ < 0`, for j in random order; `u = Σᵢ gᵢ`.
 
-    The projected `gᵢ` is `Σₖ cᵢₖgₖ`, and `α = Σᵢ cᵢ`. From n = 3 on, a later projection can bring back an
-    earlier conflict, so losses may rise. Weights are at least 1; a task without gradient gets 1.
+    The projected `gᵢ` is `Σₖ cᵢₖgₖ`, and `α = Σᵢ cᵢ`. With three or more tasks, a later projection can bring
+    back an earlier conflict, so losses can rise. Weights are at least 1. A task with zero gradient gets 1.
 
-    Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, Algorithm 1. The official code of
-    Nash-MTL shuffles one list with the task itself in it, LibMTL and TorchJD draw an order per task, as here.
+    Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, Algorithm 1. Each task has its own
+    random order, as in LibMTL and TorchJD. The official code of Nash-MTL shuffles one list for all tasks.
 
     Attributes:
-        seed: of the orders, which depend on it and on the step alone.
+        seed: seed of the random orders, which depend only on the seed and the step.
     """
 
     needs = Needs.GRAM
@@ -36,23 +37,28 @@ class PCGrad(Rule):
         check_count(self, "seed", self.seed, low=0)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """`α = Σᵢ cᵢ` for this step's orders."""
+        """`α = Σᵢ cᵢ` for the orders of this step."""
         return on_present(
             lambda gram: project_conflicts(gram, random_orders(len(gram), self.seed, stats.step)), stats
         ), state
 
 
 def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
-    """Weights after task i has met the tasks in the order `orders[i]`, all i at once."""
+    """Weights, for all tasks i at once.
+
+    Args:
+        gram: `[n, n]`.
+        orders: `[n, n]`; gᵢ is projected in the order of row i.
+    """
     if len(gram) == 2:
         return _of_two(gram)
     rows = np.arange(len(gram))
     squares = gram.diagonal()
     c = np.eye(len(gram))
-    dots = gram.copy()  # ⟨Σ_k c_ik g_k, g_j⟩
+    dots = gram.copy()  # ⟨Σₖ cᵢₖgₖ, gⱼ⟩
     for j in orders.T:
         conflict = (dots[rows, j] < 0) & (j != rows) & (squares[j] > 0)
-        # c_ij -= ⟨c_i, g_j⟩ / ‖g_j‖²
+        # cᵢⱼ -= ⟨Σₖ cᵢₖgₖ, gⱼ⟩ / ‖gⱼ‖²
         step = np.where(conflict, -dots[rows, j] / np.where(conflict, squares[j], 1.0), 0.0)
         c[rows, j] += step
         dots += step[:, None] * gram[j]
@@ -61,6 +67,6 @@ def project_conflicts(gram: Array, orders: NDArray[np.intp]) -> Array:
 
 
 def _of_two(gram: Array) -> Array:
-    """`αⱼ = 1 - min(⟨gᵢ, gⱼ⟩, 0)/‖gⱼ‖²`."""
+    """Two tasks: `αⱼ = 1 - min(⟨gᵢ, gⱼ⟩, 0)/‖gⱼ‖²`."""
     (first, cross), (_, second) = gram.tolist()
     return np.array([1 - min(cross, 0.0) / square if square > 0 else 1.0 for square in (first, second)])

@@ -1,4 +1,4 @@
-"""Prior state: every loss in units of what a prediction without input achieves."""
+"""Prior loss: every loss in units of the loss of the best constant prediction."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, per_task
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import per_task
 
 
 @dataclass(frozen=True)
 class PriorLoss(Rule):
-    """`αᵢ = 1 / Lᵢᵖʳⁱᵒʳ`, with the loss of the best constant prediction: a loss of 1 means "nothing learned".
+    """`αᵢ = 1 / Lᵢᵖʳⁱᵒʳ`, with the loss of the best constant prediction.
 
-    `Lᵢᵖʳⁱᵒʳ` is the entropy of the label frequencies for classification and the variance of the labels for
-    regression; `mtl_dist.priors` computes both. Su, "On multi-task learning I", kexue.fm/archives/8870.
+    A weighted loss of 1 means that nothing was learned from the input. `Lᵢᵖʳⁱᵒʳ` is the entropy of the label
+    frequencies for classification, and the variance of the labels for regression. `mtl_dist.priors` computes
+    both. Su, "On multi-task learning I", kexue.fm/archives/8870.
 
     Attributes:
-        losses: the prior loss of each task, by name or in task order.
+        losses: the prior loss of each task, by task name or in task order.
     """
 
     losses: Mapping[str, float] | Sequence[float]

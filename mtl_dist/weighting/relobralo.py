@@ -1,4 +1,4 @@
-"""ReLoBRaLo: progress since the last step and since the start, with random look-back."""
+"""ReLoBRaLo: progress since the last step and since the first, with random look-back."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._random import step_generator
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_fraction, check_positive
+from mtl_dist.weighting.helpers import constant, softmax_present, step_generator
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,15 @@ class ReLoBRaLo(Rule):
     """`λ(t) = a (ρ λ(t-1) + (1-ρ) λ̂(t, 0)) + (1-a) λ̂(t, t-1)`, `ρ ~ Bernoulli(β)`.
 
     Relative loss balancing with random look-back, `λ̂ᵢ(t, t') = n softmax(L(t) / (τ L(t')))ᵢ`. Bischof and
-    Kraus, 2021. ρ is one draw for all tasks, from the step and `seed`; PhysicsNeMo-Sym draws it
-    on each rank for itself, so that weights part. At the first step all weights are 1.
+    Kraus, 2021. ρ is the same for all tasks and all ranks; it depends only on `seed` and the step. In
+    PhysicsNeMo-Sym each rank draws its own ρ, so the ranks use different weights. In the first step all
+    weights are 1.
 
     Attributes:
-        alpha: `a`, how much of the past is kept.
-        beta: probability that the past is the last step's weights and not a look back to the start.
-        tau: temperature τ; larger is closer to equal weights.
-        seed: of the draws.
+        alpha: `a` in [0, 1], decay of the moving average.
+        beta: β, probability to keep the last weights instead of looking back to the first step.
+        tau: temperature τ; a larger value gives more equal weights.
+        seed: seed of the random numbers.
     """
 
     alpha: float = 0.95
@@ -39,23 +39,22 @@ class ReLoBRaLo(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "tau", self.tau)
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ReLoBRaLo: {name} must be in [0, 1], got {getattr(self, name)}")
+        check_fraction(self, "alpha", self.alpha)
+        check_fraction(self, "beta", self.beta)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """λ, the losses of the first and of the last step, and whether there was one."""
+        """λ, the losses of the first and of the last step, and whether there was a last step."""
         ones = constant(1.0, len(tasks), device)
         seen = torch.zeros(len(tasks), dtype=torch.bool, device=device)
         return {"lambda": ones, "first": ones.clone(), "last": ones.clone(), "seen": seen}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """λ after this step's losses."""
+        """λ(t), which includes the losses of this step."""
         first = torch.where(state["seen"], state["first"], stats.losses)
         last = torch.where(state["seen"], state["last"], stats.losses)
         draw = torch.rand((), generator=step_generator(self.seed, stats.step), dtype=torch.float64)
         kept = state["lambda"] if draw < self.beta else self._progress(stats, first)
-        # λ <- a (ρ λ + (1-ρ) λ̂(t, 0)) + (1-a) λ̂(t, t-1)
+        # λ ← a (ρ λ + (1-ρ) λ̂(t, 0)) + (1-a) λ̂(t, t-1)
         blend = self.alpha * kept + (1 - self.alpha) * self._progress(stats, last)
         weights = torch.where(stats.present, blend, state["lambda"])
         return weights, {
@@ -66,6 +65,6 @@ class ReLoBRaLo(Rule):
         }
 
     def _progress(self, stats: TaskStats, reference: Tensor) -> Tensor:
-        # λ̂_i = n softmax(L / (τ L_ref))_i
+        # λ̂ᵢ = n softmax(L / (τ L_ref))ᵢ
         ratio = stats.losses / (self.tau * reference)
         return stats.num_present * softmax_present(ratio, stats.present)

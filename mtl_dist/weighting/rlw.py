@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State
-from mtl_dist.weighting._random import step_generator
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.helpers import softmax_present, step_generator
 
 
 @dataclass(frozen=True)
 class RLW(Rule):
-    """Random loss weighting: `α = softmax(z)`, `z ~ N(0, I)`, drawn anew at every step.
+    """Random loss weighting: `α = softmax(z)`, with a new `z ~ N(0, I)` in every step.
 
-    Lin et al., "Reasonable effectiveness of random weighting", TMLR 2022. The draw depends on `seed` and the
-    step alone, so all ranks draw the same and a resumed run repeats it; LibMTL and TorchJD draw from the
-    process's generator, so that each rank trains on other weights.
+    Lin et al., "Reasonable effectiveness of random weighting", TMLR 2022. z depends only on `seed` and the
+    step, so it is the same on all ranks and in a resumed run. LibMTL and TorchJD use the global generator of
+    the process, so each rank trains with different weights.
 
     Attributes:
-        seed: of the draws.
+        seed: seed of the random numbers.
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""SoftAdapt: weight follows the last change of each loss."""
+"""SoftAdapt: weights from the last change of each loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, constant
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_choice, check_positive
+from mtl_dist.weighting.helpers import constant, softmax_present
 
 Rate = Literal["ratio", "difference"]
 
@@ -22,12 +22,13 @@ class SoftAdapt(Rule):
     """`αᵢ = n softmax(βs)ᵢ` with the rates `sᵢ = Lᵢ(t) / Lᵢ(t-1)`: a loss that falls slowly gets more weight.
 
     Heydari, Thompson and Mehmood, 2019. Their rate is the difference `Lᵢ(t) - Lᵢ(t-1)`, with β = 0.1 and
-    weights that sum to 1; the ratio, with β = 1 and weights that sum to n, is PhysicsNeMo-Sym's, followed
-    here because it does not depend on the losses' units. A task seen for the first time has not changed.
+    weights that sum to 1. PhysicsNeMo-Sym uses the ratio, with β = 1 and weights that sum to n. That is the
+    default here, because the ratio does not depend on the units of the losses. In the first step where a task
+    is present, its loss counts as unchanged.
 
     Attributes:
-        beta: `β`; larger is further from equal weights.
-        rate: "ratio", or the paper's "difference".
+        beta: `β > 0`; a larger value gives less equal weights.
+        rate: "ratio", or "difference" as in the paper.
     """
 
     beta: float = 1.0
@@ -35,25 +36,24 @@ class SoftAdapt(Rule):
 
     @property
     def positive_losses(self) -> bool:  # type: ignore[override]  # depends on a setting
-        """Whether losses are divided by."""
+        """Whether the rule divides by losses."""
         return self.rate == "ratio"
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", self.beta)
-        if self.rate not in get_args(Rate):
-            raise ValueError(f"SoftAdapt: rate must be one of {get_args(Rate)}, got {self.rate!r}")
+        check_choice(self, "rate", self.rate, get_args(Rate))
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The losses of the last step, and whether there was one."""
+        """The losses of the last step, and whether there was a last step."""
         seen = torch.zeros(len(tasks), dtype=torch.bool, device=device)
         return {"losses": constant(1.0, len(tasks), device), "seen": seen}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = n softmax(βs)ᵢ` over the tasks present."""
         before = torch.where(state["seen"], state["losses"], stats.losses)
-        # s_i = L_i(t) / L_i(t-1)
+        # sᵢ = Lᵢ(t) / Lᵢ(t-1), or Lᵢ(t) - Lᵢ(t-1)
         s = stats.losses / before if self.rate == "ratio" else stats.losses - before
-        # α_i = n softmax(β s)_i
+        # αᵢ = n softmax(βs)ᵢ
         weights = stats.num_present * softmax_present(self.beta * s, stats.present)
         losses = torch.where(stats.present, stats.losses, state["losses"])
         return weights, {"losses": losses, "seen": state["seen"] | stats.present}

@@ -1,8 +1,8 @@
-"""Where each rule comes from and what its weights cost, for tables. The rule's file says it in full.
+"""Paper and cost of each rule, for tables. The file of the rule has the details.
 
-The cost is that of n weights from the statistics, beside which a rule's `needs` decides what a step costs.
-"QP" is a quadratic program in n unknowns, solved to its optimality conditions; "host" is what runs there in
-float64, for which an accelerator waits once. Milliseconds are in `benchmarks/results/solvers.md`.
+The cost is the time to compute n weights from the statistics. The cost of the statistics depends on the
+rule's `needs`. "QP" is a quadratic program in n unknowns, solved to its optimality conditions. "host" means
+float64 on the CPU; an accelerator waits once for it. Times in milliseconds: `benchmarks/results/solvers.md`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 _VECTOR = "O(n)"
 _SPECTRUM = "O(n³), host"
 _QP = "QP, host"
-_NEWTON = "O(n³) an iteration, host"
+_NEWTON = "O(n³) per iteration, host"
 _PASSES = "O(n³), host"
 
 
 class Source(NamedTuple):
-    """Of one rule.
+    """Origin and cost of one rule.
 
     Attributes:
-        paper: authors, venue, year; or what it is where there is no paper.
-        cost: of its weights, in n tasks.
+        paper: authors, venue, year; a description if there is no paper.
+        cost: time to compute the weights of n tasks.
     """
 
     paper: str
@@ -37,10 +37,10 @@ SOURCES: dict[str, Source] = {
     "dual_proj": Source("Lopez-Paz and Ranzato, NeurIPS 2017", _QP),
     "dwa": Source("Liu, Johns and Davison, CVPR 2019", _VECTOR),
     "encodec": Source("Défossez et al., 2022", _VECTOR),
-    "equal": Source("the baseline", _VECTOR),
+    "equal": Source("baseline", _VECTOR),
     "fairgrad": Source("Ban and Ji, ICML 2024", _NEWTON),
     "famo": Source("Liu et al., NeurIPS 2023", _VECTOR),
-    "fixed": Source("the baseline", _VECTOR),
+    "fixed": Source("baseline", _VECTOR),
     "generalized_mean": Source("Su, kexue.fm/archives/8870", _VECTOR),
     "geometric_mean": Source("Chennupati et al., CVPRW 2019", _VECTOR),
     "grad_norm": Source("Chen et al., ICML 2018", _VECTOR),
@@ -51,7 +51,7 @@ SOURCES: dict[str, Source] = {
     "inverse_grad_norm": Source("Su, kexue.fm/archives/8870", _VECTOR),
     "inverse_loss": Source("Su, kexue.fm/archives/8870", _VECTOR),
     "krum": Source("Blanchard et al., NeurIPS 2017", "O(n² log n), host"),
-    "log_sum_exp": Source("a textbook's smooth maximum", _VECTOR),
+    "log_sum_exp": Source("textbook smooth maximum", _VECTOR),
     "mgda": Source("Sener and Koltun, NeurIPS 2018", _QP),
     "nash_mtl": Source("Navon et al., ICML 2022", _NEWTON),
     "ntk_balance": Source("Wang, Yu and Perdikaris, J. Comput. Phys. 2022", _VECTOR),
@@ -65,11 +65,11 @@ SOURCES: dict[str, Source] = {
     "stch": Source("Lin et al., ICML 2024", _VECTOR),
     "uncertainty": Source("Kendall, Gal and Cipolla, CVPR 2018", _VECTOR),
     "upgrad": Source("Quinton and Rey, arXiv 2406.16232", "n QPs, host"),
-    "clamp": Source("a combinator", "O(n) and its rule's"),
-    "every": Source("a combinator", "its rule's, each k-th step"),
-    "normalize": Source("a combinator", "O(n) and its rule's"),
-    "of_log_losses": Source("official code of FAMO", "O(n²) and its rule's"),
-    "preference": Source("a combinator", "O(n) and its rule's"),
-    "smooth": Source("a combinator", "O(n) and its rule's"),
-    "warmup": Source("a combinator", "its rule's, after the warm-up"),
+    "clamp": Source("combinator", "O(n) + inner rule"),
+    "every": Source("combinator", "inner rule, every k-th step"),
+    "normalize": Source("combinator", "O(n) + inner rule"),
+    "of_log_losses": Source("official code of FAMO", "O(n²) + inner rule"),
+    "preference": Source("combinator", "O(n) + inner rule"),
+    "smooth": Source("combinator", "O(n) + inner rule"),
+    "warmup": Source("combinator", "inner rule, after the warm-up"),
 }

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Rule, State, per_task
-from mtl_dist.weighting._checks import check_positive
-from mtl_dist.weighting._softmax import softmax_present
+from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import per_task, softmax_present
 
 
 @dataclass(frozen=True)
 class STCH(Rule):
     """Gradient of the smooth Tchebycheff `S = μ log Σ exp(λᵢ(Lᵢ - zᵢ)/μ)`: `αᵢ = λᵢ softmax(λ(L - z)/μ)ᵢ`.
 
-    Lin et al., ICML 2024; every Pareto point is the minimum for some λ. μ is in units of the losses (LibMTL
-    takes log(L/nadir) instead, whose smooth maximum is `GeneralizedMean(1/μ)` of L/nadir up to a power).
+    Lin et al., ICML 2024. Every Pareto point is the minimum for some λ. LibMTL uses log(L/nadir) instead of
+    L - z; its smooth maximum is `GeneralizedMean(1/μ)` of L/nadir, up to a power.
 
     Attributes:
-        mu: μ, the smoothing; towards 0 only the largest term has weight.
-        weights: λ, by name or in task order; None is 1/n, n counting the tasks present.
-        reference: the ideal point z, by name or in task order; None is 0.
+        mu: μ > 0, the smoothing, in units of the losses; μ → 0 gives weight only to the largest term.
+        weights: λ > 0, by task name or in task order; None is 1/n, where n is the number of tasks present.
+        reference: the ideal point z, by task name or in task order; None is 0.
     """
 
     mu: float = 1.0
@@ -37,7 +37,7 @@ class STCH(Rule):
             check_positive(self, "weights", self.weights)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """λ (1 where it is 1/n, n being known in the step) and z."""
+        """λ (1 if it is to be 1/n, because n is known only in the step) and z."""
         return {
             "lambda": per_task(self.weights, tasks, device, "STCH: weights", default=1.0),
             "z": per_task(self.reference, tasks, device, "STCH: reference", default=0.0),
@@ -46,6 +46,6 @@ class STCH(Rule):
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = λᵢ softmax(λ(L - z)/μ)ᵢ`."""
         preference = state["lambda"] / stats.num_present if self.weights is None else state["lambda"]
-        # α_i = λ_i softmax(λ(L - z)/μ)_i
+        # αᵢ = λᵢ softmax(λ(L - z)/μ)ᵢ
         logits = preference * (stats.losses - state["z"]) / self.mu
         return preference * softmax_present(logits, stats.present), state

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._simplex import min_norm_weights
+from mtl_dist.solvers.simplex import min_norm_weights
 
 Array = NDArray[np.float64]
 

@@ -71,7 +71,7 @@ def assert_same(got: Tensor, expected: Tensor, stats: TaskStats, message: str, r
 
 
 def finite(name: str, case: Case) -> None:
-    """Finite weights and state, one weight a task, in the dtype of the statistics; without gradients too."""
+    """Finite weights and state, one weight per task, in the dtype of the statistics; also for zero Grams."""
     for moved in (case, replace(case, gram=torch.zeros_like(case.gram))):
         for weights, state in trace(build(name, case.tasks), moved, stream(moved)):
             assert weights.shape == (case.n,), weights.shape
@@ -194,7 +194,7 @@ def resume(name: str, case: Case) -> None:
 def single_precision(name: str, case: Case) -> None:
     """On a device without float64 everything is float32: finite, and near the float64 weights where the
     problem is well conditioned."""
-    with mock.patch("mtl_dist.weighting._base.stats_dtype", return_value=torch.float32):
+    with mock.patch("mtl_dist.weighting.helpers.stats_dtype", return_value=torch.float32):
         rule = build(name, case.tasks)
         layout = describe(rule.init(case.tasks, CPU))
         results = trace(rule, case, [to_float32(stats) for stats in stream(case)])

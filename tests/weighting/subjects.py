@@ -42,7 +42,7 @@ Wrapper = Callable[[Rule, Sequence[str]], Combinator]
 
 
 def values(tasks: Sequence[str]) -> dict[str, float]:
-    """One positive number a task, which stays with its name."""
+    """One positive number per task, which depends only on the name."""
     return {task: 0.5 + 1.7 * (int(task.removeprefix("task")) % 5) for task in tasks}
 
 

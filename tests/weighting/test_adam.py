@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtl_dist.weighting._adam import Adam
+from mtl_dist.weighting.adam import Adam
 
 CPU = torch.device("cpu")
 ALL = torch.ones(3, dtype=torch.bool)

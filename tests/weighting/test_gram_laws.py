@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mtl_dist.solvers.cone import project_on_progress
+from mtl_dist.solvers.nonnegative import nonnegative_minimum
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting import CAGrad
-from mtl_dist.weighting._cone import project_on_progress
-from mtl_dist.weighting._nonnegative import nonnegative_minimum
 from tests.weighting.certificates import CERTIFICATES, cagrad, conflict, fair, unit
 from tests.weighting.gradients import KINDS, REGULAR, Array, gradients, gram_of
 from tests.weighting.subjects import build

@@ -23,8 +23,8 @@ from mtl_dist.weighting import (
     PrimaryAuxiliary,
     UPGrad,
 )
-from mtl_dist.weighting._orders import random_orders
 from mtl_dist.weighting.gradvac import vaccinate
+from mtl_dist.weighting.helpers import random_orders
 from tests.weighting.gradients import gradients, gram_of
 from tests.weighting.test_gram_oracles import run
 

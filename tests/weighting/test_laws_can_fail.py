@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtl_dist.weighting import RULES, Needs, Rule
-from mtl_dist.weighting._base import constant
+from mtl_dist.weighting.helpers import constant
 from tests.weighting import laws
 from tests.weighting.cases import zoo
 

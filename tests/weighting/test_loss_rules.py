@@ -22,7 +22,7 @@ from mtl_dist.weighting import (
     SoftAdapt,
     Uncertainty,
 )
-from mtl_dist.weighting._random import step_generator
+from mtl_dist.weighting.helpers import step_generator
 
 CPU = torch.device("cpu")
 TASKS = ("depth", "segment", "normal", "edges")
@@ -367,7 +367,7 @@ def test_coba_keeps_the_history_of_a_task_without_validation_losses():
         (lambda: Uncertainty(lr=0.0), r"Uncertainty: lr must be finite and positive, got 0\.0"),
         (lambda: IMTLL(lr=-1.0), r"IMTLL: lr must be finite and positive, got -1\.0"),
         (lambda: FAMO(weight_decay=-1.0), "FAMO: weight_decay must be finite and non-negative, got -1"),
-        (lambda: FAMO(feedback="later"), r"FAMO: feedback must be one of \('next', 'after'\), got 'later'"),
+        (lambda: FAMO(feedback="later"), "FAMO: feedback must be one of 'next', 'after', got 'later'"),
         (lambda: SoftAdapt(rate="slope"), "SoftAdapt: rate must be one of .*, got 'slope'"),
         (lambda: ReLoBRaLo(beta=1.5), r"ReLoBRaLo: beta must be in \[0, 1\], got 1\.5"),
         (lambda: CoBa(warmup=1), "CoBa: warmup must be an integer >= 2, got 1"),

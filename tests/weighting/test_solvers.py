@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_dist.weighting import _nonnegative
-from mtl_dist.weighting._active_set import lawson_hanson
-from mtl_dist.weighting._base import RIDGE, to_host, transfer
-from mtl_dist.weighting._nonnegative import nonnegative_minimum
-from mtl_dist.weighting._one_column import support_of, with_ridge
-from mtl_dist.weighting._walk import Transform
+from mtl_dist.solvers import RIDGE, nonnegative
+from mtl_dist.solvers.active_set import lawson_hanson
+from mtl_dist.solvers.nonnegative import nonnegative_minimum, support_of, with_ridge
+from mtl_dist.solvers.walk import Transform
+from mtl_dist.weighting.helpers import to_host, transfer
 from tests.weighting.certificates import conflict
 from tests.weighting.gradients import KINDS, Array, gradients, gram_of
 
@@ -25,7 +24,7 @@ def unit_of(kind: str, n: int, seed: int = 0) -> Array:
 
 
 def columns_of(unit: Array, seed: int = 0) -> Array:
-    """Right-hand sides whose minima exist, one a row; each with a positive entry."""
+    """Right-hand sides whose minima exist, one per row; each with a positive entry."""
     columns = -np.random.default_rng(seed).normal(size=(len(unit), len(unit))) @ unit
     return columns[(columns > 0).any(1)]
 
@@ -95,7 +94,7 @@ def test_a_walk_ends_at_the_support(monkeypatch):
         ends, start = transform.offset(columns), np.maximum(transform.offset(mean), 0.0)
         np.testing.assert_array_equal(transform.walks(start, ends), expected)
         with monkeypatch.context() as patch:
-            patch.setattr("mtl_dist.weighting._walk._TABLEAUS", 0)
+            patch.setattr("mtl_dist.solvers.walk._TABLEAUS", 0)
             np.testing.assert_array_equal(transform.walks(start, ends), expected)
         for b, end, support in zip(columns, ends, expected, strict=True):
             np.testing.assert_array_equal(transform.walk(transform.start(end), end), support)
@@ -116,7 +115,7 @@ def test_a_wrong_support_is_repaired(monkeypatch):
     unit = unit_of("opposed", 12)
     columns = columns_of(unit)
     expected = nonnegative_minimum(unit, columns.T)
-    monkeypatch.setattr(_nonnegative, "pivot", lambda _, b: (b < 0, None, np.ones(len(b), dtype=bool)))
+    monkeypatch.setattr(nonnegative, "pivot", lambda _, b: (b < 0, None, np.ones(len(b), dtype=bool)))
     np.testing.assert_allclose(nonnegative_minimum(unit, columns.T), expected, rtol=1e-7, atol=1e-9)
 
 

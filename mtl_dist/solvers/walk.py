@@ -1,13 +1,14 @@
-"""Non-negative quadratic programs, followed from a right-hand side that is solved to the one asked for.
+"""Quadratic programs with `x >= 0`: from the solution for one right-hand side to that for another.
 
-With F the support, the variables that are not 0 (x on F, the slope z = Hx - b elsewhere) are y = q, where
+Let F be the support, N the other indices, and `z = Hx - b` the slope. At the solution `z_F = 0` and
+`x_N = 0`. The other variables are `y = [x_F; z_N] = q`, where
 
-    [x_F; z_N] = M [z_F; x_N] + q,    M = [[K, -K H_FN], [H_NF K, H_NN - H_NF K H_FN]],    K = H_FF⁻¹,
+    [x_F; z_N] = M [z_F; x_N] + q,    M = [[K, -K H_FN], [H_NF K, H_NN - H_NF K H_FN]],    K = H_FF⁻¹.
 
-the principal pivotal transform of H. Along `q₀ + t (q₁ - q₀)` y is linear in t until one of its entries
-reaches 0; that index changes sides, and since M is positive definite, y grows there again. No step goes back
-and none is a guess, however near H is to a singular matrix (Cottle, Journal of Mathematical Analysis and
-Applications 38, 1972).
+M is the principal pivotal transform of H, and q is linear in b. Along `q₀ + t (q₁ - q₀)`, y is linear in t
+until one of its entries reaches 0. This index then moves from F to N, or from N to F. M is positive definite,
+so y grows at this index again. The walk from t = 0 to t = 1 never goes back and needs no guess, even if H is
+nearly singular (Cottle, Journal of Mathematical Analysis and Applications 38, 1972).
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtl_dist.weighting._base import Array
+from mtl_dist.solvers.precision import Array, Bools
 
-Bools = NDArray[np.bool_]
-
-_TABLEAUS = 65536  # numbers in all tableaus; beyond, solving for the few indices that changed costs less
+# k n² for k walks; above it, one small system per walk costs less time than one copy of M per walk
+_TABLEAUS = 65536
 
 
 class Transform:
-    """M of a positive definite `matrix` H, `[n, n]`, on the support `free`, `[n]`."""
+    """M of a positive definite matrix H and a support F.
+
+    Args:
+        matrix: `[n, n]`, H.
+        free: `[n]`, F.
+    """
 
     def __init__(self, matrix: Array, free: Bools) -> None:
         self.free = free
@@ -41,7 +46,7 @@ class Transform:
             self.matrix[order[:, None], order] = ordered
 
     def offset(self, target: Array) -> Array:
-        """The offsets q for right-hand sides b, `[..., n]`."""
+        """The offsets q for right-hand sides b, both `[..., n]`."""
         q = (target * self.free) @ self.matrix.T
         result: Array = np.where(self.free, q, q - target)
         return result
@@ -52,11 +57,11 @@ class Transform:
         return y * free
 
     def walk(self, start: Array, end: Array) -> Bools:
-        """Support at q = `end`, `[n]`, from `start >= 0`."""
+        """Support at `q = end`, `[n]`, by a walk from `q = start >= 0`, `[n]`."""
         n = len(start)
         matrix, y, slope = self.matrix.copy(), start.copy(), end - start
         free, t, shared = self.free.copy(), 0.0, torch.from_numpy(matrix)
-        for _ in range(10 * n + 10):  # a guard: n changes or fewer are usual, but there is no theorem
+        for _ in range(10 * n + 10):  # a limit; usually at most n changes, but that is not proven
             falls = slope < 0
             ratio = np.where(falls, y, np.inf) / np.where(falls, -slope, 1.0)
             j = int(ratio.argmin())
@@ -79,20 +84,23 @@ class Transform:
         return free
 
     def start(self, q: Array) -> Array:
-        """An offset whose support is this one, not far from q: x and slopes moved up, each by their size."""
+        """An offset near q whose support is F: q clipped at 0, plus its largest absolute value.
+
+        This value is taken separately among the x (on F) and among the slopes (elsewhere).
+        """
         size = np.abs(q)
         inside, outside = (size.max(initial=0.0, where=side) for side in (self.free, ~self.free))
         result: Array = np.maximum(q, 0.0) + np.where(self.free, inside, outside)
         return result
 
     def walks(self, start: Array, end: Array) -> Bools:
-        """Supports at the rows of `end`, `[k, n]`, from one `start >= 0`, `[n]`."""
+        """Supports at each row of `end`, `[k, n]`, by walks from the same `start >= 0`, `[n]`."""
         start = np.repeat(start[None], len(end), 0)
         few = self.matrix.size * len(end) <= _TABLEAUS
         return self._by_tableaus(start, end - start) if few else self._by_blocks(start, end - start)
 
     def _by_tableaus(self, y: Array, slope: Array) -> Bools:
-        """As `walk`, with a tableau for each row."""
+        """As `walk`, with a copy of M for each row."""
         free = np.repeat(self.free[None], len(y), 0)
         matrix, t, todo = np.repeat(self.matrix[None], len(y), 0), np.zeros(len(y)), np.arange(len(y))
         for _ in range(10 * y.shape[1] + 10):
@@ -120,10 +128,12 @@ class Transform:
         return free
 
     def _by_blocks(self, start: Array, slope: Array) -> Bools:
-        """As `walk`, with one M for all, and for each row the solution on the indices that changed sides."""
+        """As `walk`, with one M for all rows, and for each row a system of the indices that have changed."""
         changed = np.zeros(start.shape, dtype=bool)
         t, todo = np.zeros(len(start)), np.arange(len(start))
-        for _ in range(2 * start.shape[1]):  # a guard; what is left then is for the active-set method
+        for _ in range(
+            2 * start.shape[1]
+        ):  # a limit; the active-set method corrects the rows that have not arrived
             y, rise = self._on_changed(changed[todo], start[todo], slope[todo])
             _, j, step = _first_to_fall(y + t[:, None] * rise, rise)
             t = t + step
@@ -135,11 +145,11 @@ class Transform:
         return self.free ^ changed
 
     def _on_changed(self, changed: Bools, *offsets: Array) -> list[Array]:
-        """The y for each q of `offsets` once the indices D = `changed` changed sides: `M_DD u = -q_D`."""
+        """The y of each q in `offsets` after the indices `D = changed` entered or left F: `M_DD u = -q_D`."""
         n, size = changed.shape[1], int(np.count_nonzero(changed, axis=1).max())
         if not size:
             return list(offsets)
-        # these indices first, padded with the identity to the largest number of them
+        # the block of the indices in D, padded with the identity to the size of the largest block
         order = np.argsort(~changed, axis=1, kind="stable")[:, :size]
         inside = np.take_along_axis(changed, order, 1)
         blocks = np.take(self.matrix, order[:, :, None] * n + order[:, None, :])
@@ -155,7 +165,7 @@ class Transform:
 
 
 def _first_to_fall(y: Array, slope: Array) -> tuple[NDArray[np.intp], NDArray[np.intp], Array]:
-    """Row numbers, and for each row which entry of `y + s slope` reaches 0 first, and at which `s >= 0`."""
+    """Row numbers; per row, the first entry of `y + s slope` that reaches 0, and the `s >= 0` there."""
     each = np.arange(len(y))
     falls = slope < 0
     ratio = np.where(falls, y, np.inf) / np.where(falls, -slope, 1.0)

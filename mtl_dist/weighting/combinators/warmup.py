@@ -1,4 +1,4 @@
-"""Warmup: equal weights at first, then another rule."""
+"""Warmup: equal weights at first, then those of another rule."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, Needs, State, nest, unnest
-from mtl_dist.weighting._checks import check_count
+from mtl_dist.weighting.base import Combinator, Needs, State, nest, unnest
+from mtl_dist.weighting.checks import check_count
 
 
 @dataclass(frozen=True)
 class Warmup(Combinator):
-    """`αᵢ = 1/n` for the first `steps` steps, then the weights of `rule`, which starts there.
+    """`αᵢ = 1/n` for the first `steps` steps, then the weights of the inner rule.
 
-    During the warm-up `rule` neither runs nor learns, and no gradient is measured; then it counts from 0. A
-    rule that compares with the start of training (`InitialLoss`, `GradNorm`) compares with the end of the
-    warm-up, which is often what was wanted of it.
+    During the warm-up the inner rule is not updated, and no gradients are measured. After it, the inner rule
+    counts its steps from 0. So a rule that compares with the start of training (`InitialLoss`, `GradNorm`)
+    compares with the end of the warm-up, which is often better.
 
     Attributes:
-        steps: length of the warm-up; 0 is `rule` itself.
+        rule: the inner rule.
+        steps: number of warm-up steps; 0 is the inner rule itself.
     """
 
     steps: int
@@ -30,11 +31,11 @@ class Warmup(Combinator):
         check_count(self, "steps", self.steps, low=0)
 
     def needs_at(self, step: int) -> Needs:
-        """Only losses during the warm-up, then what the rule reads."""
+        """Only losses during the warm-up, then what the inner rule reads."""
         return Needs.LOSSES if step < self.steps else self.rule.needs_at(step - self.steps)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """Equal weights, or the rule's."""
+        """Equal weights during the warm-up, then the weights of the inner rule."""
         if stats.step < self.steps:
             return torch.ones_like(stats.losses) / stats.num_present, state
         weights, inner = self.rule.update(replace(stats, step=stats.step - self.steps), unnest("rule", state))

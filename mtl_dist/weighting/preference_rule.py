@@ -1,4 +1,4 @@
-"""Rules whose formula starts from a preferred combination of the tasks."""
+"""The base of rules with preferences inside their formula."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.solvers import Array
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Array, Needs, Rule, State, on_present, per_task
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Needs, Rule, State
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import on_present, per_task
 
 
 @dataclass(frozen=True)
 class PreferenceRule(Rule):
-    """A rule of gradients that takes a preference inside its formula, before conflicts are resolved.
+    """A rule that applies preferences w to the gradients before it resolves conflicts.
 
-    `Preference(rule, weights)` multiplies afterwards instead, and loses the rule's guarantee.
+    In contrast, `Preference(rule, weights)` multiplies the final weights, so the rule's guarantee is lost.
 
     Attributes:
-        preference: `wᵢ >= 0`, by name or in task order; None for the rule's own equal values.
+        preference: `wᵢ >= 0`, by task name or in task order; None for equal values that the rule defines.
     """
 
     needs = Needs.GRAM
@@ -33,7 +35,7 @@ class PreferenceRule(Rule):
             check_positive(self, "preference", self.preference, zero=True)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The preference, where one is given."""
+        """The preferences, if given."""
         if self.preference is None:
             return {}
         return {"preference": per_task(self.preference, tasks, device, f"{type(self).__name__}: preference")}
@@ -41,7 +43,17 @@ class PreferenceRule(Rule):
     def on_preferred(
         self, solver: Callable[[Array, Array], Array], stats: TaskStats, state: State, *, mean: bool
     ) -> Tensor:
-        """`on_present` of a solver that takes the preference too: that given, else `1/n` (`mean`) or 1."""
+        """`on_present` for a solver of the Gram matrix and the preferences.
+
+        Args:
+            solver: a function of the Gram matrix, `[m, m]`, and w, `[m]`, of the m tasks present.
+            stats: statistics with a Gram matrix.
+            state: result of `init`.
+            mean: preferences if none were given: `1/m` if true, 1 if false.
+
+        Returns:
+            `[n]` weights; 0 for absent tasks.
+        """
         if "preference" in state:
             return on_present(solver, stats, state["preference"])
 

@@ -1,4 +1,4 @@
-"""Every: recompute another rule's weights each k-th step, hold them in between."""
+"""Every: updates another rule at every k-th step, and keeps its weights in between."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, Needs, State, constant, nest, unnest
-from mtl_dist.weighting._checks import check_count
+from mtl_dist.weighting.base import Combinator, Needs, State, nest, unnest
+from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.helpers import constant
 
 
 @dataclass(frozen=True)
 class Every(Combinator):
-    """`αₜ = rule(stats at step k⌊t/k⌋)`: gradients are measured at each k-th step only.
+    """`αₜ = rule(statistics of step k⌊t/k⌋)`: gradients are measured only at every k-th step.
 
-    `rule` counts its own updates: its `stats.step` is `⌊t/k⌋`. A task that was absent whenever the rule ran
-    has no weight yet; it gets the mean of the weights that exist.
+    The inner rule counts its own updates: its `stats.step` is `⌊t/k⌋`. A task that was absent in all updates
+    so far has no weight yet. It gets the mean of the other weights, or 1/n if there are none.
 
     Attributes:
-        interval: `k`, in steps; 1 is `rule` itself.
+        rule: the inner rule.
+        interval: `k`, in steps; 1 is the inner rule itself.
     """
 
     interval: int
@@ -30,17 +32,17 @@ class Every(Combinator):
         check_count(self, "interval", self.interval)
 
     def needs_at(self, step: int) -> Needs:
-        """What the rule reads at the steps where it runs, else only losses."""
+        """What the inner rule reads at every k-th step, only losses at the others."""
         return Needs.LOSSES if step % self.interval else self.rule.needs_at(step // self.interval)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The weights held, and whether each exists."""
+        """The kept weights, whether each of them is known, and the state of the inner rule."""
         held = constant(0.0, len(tasks), device)
         known = torch.zeros(len(tasks), dtype=torch.bool, device=device)
         return {"held": held, "known": known, **nest("rule", self.rule.init(tasks, device))}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """The rule's weights at each k-th step, else those held."""
+        """New weights at every k-th step, the kept weights at the others."""
         held, known, inner = state["held"], state["known"], unnest("rule", state)
         if stats.step % self.interval == 0:
             weights, inner = self.rule.update(replace(stats, step=stats.step // self.interval), inner)

@@ -1,26 +1,34 @@
-"""Principal pivoting of many columns of a non-negative quadratic program at once, for well-conditioned H."""
+"""Principal pivoting for a quadratic program with `x >= 0`, for many right-hand sides at once.
+
+Júdice and Pires, Computers & Operations Research 21, 1994. It needs a well-conditioned matrix H.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from mtl_dist.weighting._active_set import rounding_of
-from mtl_dist.weighting._base import Array
-from mtl_dist.weighting._walk import Bools
+from mtl_dist.solvers.precision import Array, Bools, rounding_of
 
-SMALL = 8192  # numbers in all blocks; up to here gathering rows costs more than it saves
-_ROUNDS = 8  # 3 to 7 are enough where the matrix is well conditioned, and elsewhere it may cycle
-_GUESS = 65536  # numbers in all blocks, from which on a better first guess costs less than a round
+# k n² for k right-hand sides; up to this size, gathering rows costs more time than it saves
+SMALL = 8192
+_ROUNDS = 8  # well-conditioned problems take 3 to 7, others may cycle
+_GUESS = 65536  # k n² above which a better first guess costs less time than one round
 
 
 def pivot(matrix: Array, target: Array) -> tuple[Bools, Array | None, Bools]:
-    """Supports of `argmin ½ xᵀHx - bᵀx` over `x >= 0` for the rows b of `target`, `[k, n]`.
+    """Supports of `argmin ½ xᵀHx - bᵀx` over `x >= 0`, for each row b of `target`.
 
-    Júdice and Pires, Computers & Operations Research 21, 1994: all indices whose sign is wrong change sides.
+    In each round, every index with `x < 0` leaves the support, and every index outside it with a negative
+    slope `Hx - b` enters it.
+
+    Args:
+        matrix: `[n, n]` positive definite H.
+        target: `[k, n]`, one b per row.
 
     Returns:
-        `[k, n]` supports, the inverse of H where it is of use, and `[k]` whether the support is right.
+        `[k, n]` supports; the inverse of H, None for small problems; `[k]`, whether pivoting ended, so that
+        the support is right.
     """
     size = matrix.size * len(target)
     free = _guess(matrix, target) if size > _GUESS else target > 0
@@ -43,18 +51,22 @@ def pivot(matrix: Array, target: Array) -> tuple[Bools, Array | None, Bools]:
 
 
 def _guess(matrix: Array, target: Array) -> Bools:
-    """Supports after a few sweeps of coordinate descent from 0."""
+    """Supports after a few sweeps of coordinate descent that start from 0."""
     x = np.zeros_like(target.T)
-    for _ in range(3 + len(matrix) // 16):  # a sweep costs as much for one column as for many
+    for _ in range(3 + len(matrix) // 16):  # one sweep takes about the same time for one column and for many
         for j, row in enumerate(matrix):
             x[j] = np.maximum(0.0, x[j] + target[:, j] - row @ x)
     return np.ascontiguousarray(x.T > 0)
 
 
 class Support:
-    """`H_FF` of many supports F at once, `[k, n]`, factorised where it is large.
+    """Linear systems with `H_FF` for many supports F at once. Large problems are factorised once.
 
-    With the `inverse` of H, whichever is smaller is: the rows that are free, or those at their bound.
+    Args:
+        matrix: `[n, n]` positive definite H.
+        free: `[k, n]`, one support F per row.
+        inverse: the inverse of H. If given, the smaller system is factorised: that of the indices in F, or
+            that of the others.
     """
 
     def __init__(self, matrix: Array, free: Bools, inverse: Array | None = None) -> None:
@@ -67,7 +79,7 @@ class Support:
         if inverse is not None and free.sum(1).max() > (~free).sum(1).max():
             self._inverse = inverse
             matrix, free = inverse, ~free
-        # these rows first, padded with the identity to the largest number of them
+        # the block of the indices in F, padded with the identity to the size of the largest block
         size = int(free.sum(1).max())
         self._order = np.argsort(~free, axis=1, kind="stable")[:, :size]
         self._inside = np.take_along_axis(free, self._order, 1)
@@ -77,13 +89,13 @@ class Support:
         self._factors = torch.linalg.lu_factor(torch.from_numpy(blocks))
 
     def solve(self, target: Array) -> Array:
-        """`x_F = H_FF⁻¹ b_F`, `x = 0` elsewhere, `[k, n]`."""
+        """`x_F = H_FF⁻¹ b_F`, 0 elsewhere, for right-hand sides b of shape `[k, n]`."""
         if self._small:
             x = np.linalg.solve(self._blocks, (target * self._free)[:, :, None])[:, :, 0]
             return x.astype(np.float64, copy=False)
         if self._inverse is None:
             return self._on_rows(target)
-        # with K the inverse and N the rows at their bound: x = K(b + w), w = -K_NN⁻¹ (Kb)_N on N
+        # with the inverse K and the indices N outside F: x = K(b + w), w_N = -K_NN⁻¹ (Kb)_N
         guess = target @ self._inverse
         result: Array = (guess - self._on_rows(guess) @ self._inverse) * self._free
         return result

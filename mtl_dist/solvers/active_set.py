@@ -1,30 +1,40 @@
-"""Lawson and Hanson's active-set method, for one column of a non-negative quadratic program."""
+"""The active-set method of Lawson and Hanson: a quadratic program with `x >= 0` and one right-hand side.
+
+Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from mtl_dist.weighting._base import EPS, RIDGE, Array
-
-
-def rounding_of(x: Array, target: Array) -> Array:
-    """Rounding error of `Hx - b`, row by row, for H with a unit diagonal."""
-    rounding: Array = 8 * target.shape[-1] * EPS * (np.abs(x).sum(-1, keepdims=True) + np.abs(target))
-    return rounding
+from mtl_dist.solvers.precision import EPS, RIDGE, Array, rounding_of
 
 
 def from_ridge(gram: Array, target: Array, x: Array) -> Array:
-    """The minimum for one b, from that with the ridge, where taking the ridge back changes the support."""
+    """`argmin ½ xᵀHx - bᵀx` over `x >= 0`, for a nearly singular H.
+
+    Args:
+        gram: `[n, n]` positive semidefinite H with a unit diagonal.
+        target: `[n]`, b.
+        x: `[n]`, the solution with the ridge, up to rounding. It need not be feasible.
+    """
     start = lawson_hanson(gram, target, np.maximum(x, 0.0), RIDGE)
     return lawson_hanson(gram, target, start, 4 * len(gram) * EPS)
 
 
 def lawson_hanson(gram: Array, target: Array, start: Array, ridge: float) -> Array:
-    """The active-set method, from a feasible `start`: one column, never worse than it was."""
-    gram = gram + ridge * np.eye(len(start))  # no support is singular
+    """`argmin ½ xᵀ(H + ridge)x - bᵀx` over `x >= 0`. The objective never rises.
+
+    Args:
+        gram: `[n, n]` positive semidefinite H with a unit diagonal.
+        target: `[n]`, b.
+        start: `[n]`, a feasible point.
+        ridge: added to the diagonal.
+    """
+    gram = gram + ridge * np.eye(len(start))  # makes the system regular on every support
     x = _to_minimum_on_support(gram, target, start)
     refused = np.zeros(len(x), dtype=bool)
-    for _ in range(10 * len(x) + 10):  # a guard: each index enters about once
+    for _ in range(10 * len(x) + 10):  # a limit; usually each index enters once
         slope = gram @ x - target
         entering = (slope < -rounding_of(x, target)) & (x == 0) & ~refused
         if not entering.any():
@@ -32,7 +42,7 @@ def lawson_hanson(gram: Array, target: Array, start: Array, ridge: float) -> Arr
         j = int(np.where(entering, slope, 0.0).argmin())
         step = np.where(np.arange(len(x)) == j, EPS, x)
         moved = _to_minimum_on_support(gram, target, step)
-        # an index that leaves at once depends on the others up to rounding
+        # an index that leaves at once depends on the others, up to rounding
         refused[j] = moved[j] == 0 or np.array_equal(moved, step)
         if not refused[j]:
             x = moved
@@ -40,7 +50,7 @@ def lawson_hanson(gram: Array, target: Array, start: Array, ridge: float) -> Arr
 
 
 def _to_minimum_on_support(gram: Array, target: Array, x: Array) -> Array:
-    """From `x` to the minimum on its support, dropping on the way what would turn negative."""
+    """Moves from `x` to the minimum on its support, and removes the indices that would become negative."""
     x = x.copy()
     while (free := np.flatnonzero(x)).size:
         block = gram[np.ix_(free, free)]
@@ -48,7 +58,7 @@ def _to_minimum_on_support(gram: Array, target: Array, x: Array) -> Array:
         if (goal > 0).all():
             x[free] = goal
             break
-        # the last point on the way to the goal that is still feasible
+        # the last feasible point on the way to the goal
         leaving = goal <= 0
         ratio = x[free] / np.where(leaving, x[free] - goal, 1.0)
         last = int(np.where(leaving, ratio, np.inf).argmin())

@@ -1,4 +1,4 @@
-"""Preference: how much each task matters to the user, on top of another rule."""
+"""Preference: the importance of each task for the user, multiplied with the weights of another rule."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, State, nest, per_task, unnest
-from mtl_dist.weighting._checks import check_positive
+from mtl_dist.weighting.base import Combinator, State, nest, unnest
+from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.helpers import per_task
 
 
 @dataclass(frozen=True)
 class Preference(Combinator):
-    """`αᵢ ← pᵢ αᵢ`: the preferences multiply the weights that `rule` gives.
+    """`αᵢ ← pᵢ αᵢ`, with the weights α of the inner rule.
 
-    They do not scale the losses that the rule sees: most rules undo exactly that (1/L, 1/‖g‖, the geometric
-    mean), and the preference would vanish. In return a rule's guarantee holds for its own weights, not for
-    the product: with unequal preferences MGDA's update may raise a loss.
+    The preferences do not scale the losses that the inner rule reads. Most rules cancel such a scale (1/L,
+    1/‖g‖, the geometric mean), and the preferences would have no effect. The guarantees of the inner rule
+    hold for its own weights, not for the products: with unequal preferences MGDA's update can raise a loss.
 
     Attributes:
-        weights: the preferences `pᵢ`, non-negative, by name or in task order.
+        rule: the inner rule.
+        weights: the preferences `pᵢ >= 0`, by task name or in task order.
     """
 
     weights: Mapping[str, float] | Sequence[float]
@@ -31,7 +33,7 @@ class Preference(Combinator):
         check_positive(self, "weights", self.weights, zero=True)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """The preferences."""
+        """The preferences, and the state of the inner rule."""
         preference = per_task(self.weights, tasks, device, "Preference: weights")
         return {"preference": preference, **nest("rule", self.rule.init(tasks, device))}
 

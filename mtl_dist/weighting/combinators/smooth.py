@@ -1,4 +1,4 @@
-"""Smooth: exponential moving average of another rule's weights."""
+"""Smooth: exponential moving average of the weights of another rule."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, State, constant, nest, unnest
+from mtl_dist.weighting.base import Combinator, State, nest, unnest
+from mtl_dist.weighting.checks import check_fraction
+from mtl_dist.weighting.helpers import constant
 
 
 @dataclass(frozen=True)
 class Smooth(Combinator):
-    """Bias-corrected moving average `ᾱ = Σ_s dᵗ⁻ˢ αₛ / Σ_s dᵗ⁻ˢ` of the weights of `rule`.
+    """Bias-corrected moving average `ᾱ = Σ_s dᵗ⁻ˢ αₛ / Σ_s dᵗ⁻ˢ` of the weights of the inner rule.
 
-    A task's average only moves at steps where the task is present.
+    The average of a task changes only in steps where the task is present.
 
     Attributes:
-        decay: `d` in [0, 1); 0 is `rule` itself, 0.99 remembers about 100 steps.
+        rule: the inner rule.
+        decay: `d` in [0, 1); 0 is the inner rule itself, 0.99 averages over about 100 steps.
     """
 
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Smooth: decay must be in [0, 1), got {self.decay}")
+        check_fraction(self, "decay", self.decay, one=False)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """Sums of discounted weights and of the discounts."""
+        """Discounted sums of the weights, sums of the discounts, and the state of the inner rule."""
         zeros = constant(0.0, len(tasks), device)
         return {"sum": zeros, "norm": zeros, **nest("rule", self.rule.init(tasks, device))}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """The moving average after this step's weights."""
+        """The moving average, which includes the weights of this step."""
         weights, inner = self.rule.update(stats, unnest("rule", state))
-        # S <- dS + α, N <- dN + 1, ᾱ = S / N
+        # S ← dS + α, N ← dN + 1, ᾱ = S / N
         total = torch.where(stats.present, self.decay * state["sum"] + weights, state["sum"])
         norm = torch.where(stats.present, self.decay * state["norm"] + 1, state["norm"])
         return total / norm.clamp(min=1), {"sum": total, "norm": norm, **nest("rule", inner)}

@@ -1,4 +1,4 @@
-"""Clamp: bounds on another rule's weights."""
+"""Clamp: bounds on the weights of another rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting._base import Combinator, State, nest, unnest
+from mtl_dist.weighting.base import Combinator, State, nest, unnest
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,19 @@ class Clamp(Combinator):
     """`αᵢ ← min(max(αᵢ, low), high)`.
 
     Attributes:
-        low: lower bound; -inf for none.
-        high: upper bound; inf for none.
+        rule: the inner rule.
+        low: lower bound; -inf for no bound.
+        high: upper bound; inf for no bound.
     """
 
     low: float = 0.0
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.low <= self.high:  # refuses NaN too
+        if not self.low <= self.high:  # rejects NaN too
             raise ValueError(f"Clamp: low must be <= high, got low={self.low}, high={self.high}")
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
-        """The rule's weights within the bounds."""
+        """The weights of the inner rule, clipped to the bounds."""
         weights, inner = self.rule.update(stats, unnest("rule", state))
         return weights.clamp(self.low, self.high), nest("rule", inner)

@@ -1,0 +1,161 @@
+"""The interface of a weighting rule: `Rule`, `Needs`, `State`, `Combinator`.
+
+A rule is a frozen dataclass of hyperparameters with two pure functions, `init` and `update`. It never sees a
+model, a process group or a parameter. Its memory is a `State`, a flat dictionary of tensors whose shapes
+`init` fixes. The state is also what a checkpoint stores.
+
+A new rule needs this module, `mtl_dist.weighting.helpers`, `mtl_dist.weighting.checks` and, for problems in
+the Gram matrix, `mtl_dist.solvers`. All of them are public.
+
+Terms in this package:
+
+* step: one call of `Rule.update`, normally for one optimizer step.
+* present: at least one rank had a sample of the task in this step; absent: no rank had one.
+* Gram matrix: `Gᵢⱼ = ⟨gᵢ, gⱼ⟩`, `[n, n]`, with the task gradients `gᵢ`.
+* zero gradient: `gᵢ = 0` exactly, for a task that is present.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtl_dist.stats import TaskStats
+
+State = dict[str, Tensor]
+
+
+class Needs(IntEnum):
+    """Which statistics a rule reads. A rule that reads only losses needs no gradient probe."""
+
+    LOSSES = 0
+    NORMS = 1
+    GRAM = 2
+
+
+class Rule(ABC):
+    """A weighting rule.
+
+    Attributes:
+        needs: the statistics that `update` reads.
+        positive_losses: whether `update` takes logarithms or powers of losses. If so, the balancer raises
+            `ValueError` on every rank for a loss <= 0, with the task, the value and the rule.
+        observes: whether the rule also learns from losses measured outside the step (see `observe`).
+    """
+
+    needs: ClassVar[Needs] = Needs.LOSSES
+    positive_losses: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """State before the first step: tensors of fixed shapes on `device`, constants included.
+
+        Args:
+            tasks: the n task names, in the order of every `[n]` tensor.
+            device: device of the statistics.
+
+        Raises:
+            ValueError: a hyperparameter names an unknown task or omits one.
+        """
+        return {}
+
+    @abstractmethod
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        """Weights for this step, and the state for the next step.
+
+        The tests check these requirements for every rule in `RULES`:
+
+        * `update` does not modify the statistics or the state. The same input gives the same output, bit for
+          bit, so all ranks compute the same weights. A random rule uses a generator that is seeded with
+          `stats.step`.
+        * Absent tasks (`~stats.present`) have no influence: the other tasks get the weights that the rule
+          would give without the absent ones. The values returned for absent tasks must be finite. The
+          balancer sets them to 0.
+        * The state of an absent task does not change.
+        * Closed forms stay on the device and never make it wait for the host. Iterative solvers may run on
+          the CPU in float64 (`helpers.on_present`).
+        * A test for zero is relative to the other values, never absolute.
+
+        Args:
+            stats: global statistics, finite, the same on every rank.
+            state: result of `init` or of the previous `update`.
+
+        Returns:
+            `[n]` weights in the dtype of the statistics, and a state with the keys and shapes of `state`.
+        """
+
+    def observe(self, stats: TaskStats, state: State) -> State:
+        """Learns from losses measured outside the step, for example validation losses.
+
+        The docstring of each rule says which losses it expects. The requirements of `update` hold here too.
+
+        Args:
+            stats: global statistics of these losses. The rule reads neither their gradients nor their `step`.
+            state: result of `init`, `update` or `observe`.
+
+        Returns:
+            A state with the keys and shapes of `state`.
+
+        Raises:
+            ValueError: the rule does not learn from such losses (`observes` is False).
+        """
+        raise ValueError(f"{self!r} takes no losses from outside the step: do not call observe")
+
+    def needs_at(self, step: int) -> Needs:
+        """The statistics that `update` reads at `step`: at most `needs`, less if this step needs less."""
+        return self.needs
+
+
+@dataclass(frozen=True)
+class Combinator(Rule):
+    """A rule that modifies another rule, the inner rule. It reads the statistics that the inner rule reads.
+
+    Attributes:
+        rule: the inner rule.
+    """
+
+    rule: Rule
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on the instance; other rules set it per class
+        """The statistics that the inner rule reads."""
+        return self.rule.needs
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the inner rule takes logarithms or powers of losses."""
+        return self.rule.positive_losses
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the inner rule learns from losses measured outside the step."""
+        return self.rule.observes
+
+    def observe(self, stats: TaskStats, state: State) -> State:
+        """Passes the losses to the inner rule."""
+        return {**state, **nest("rule", self.rule.observe(stats, unnest("rule", state)))}
+
+    def needs_at(self, step: int) -> Needs:
+        """The statistics that the inner rule reads at `step`."""
+        return self.rule.needs_at(step)
+
+    def init(self, tasks: Sequence[str], device: torch.device) -> State:
+        """The state of the inner rule."""
+        return nest("rule", self.rule.init(tasks, device))
+
+
+def nest(prefix: str, state: State) -> State:
+    """The state of an inner rule as part of an outer state: `prefix.` is put before every key."""
+    return {f"{prefix}.{key}": value for key, value in state.items()}
+
+
+def unnest(prefix: str, state: State) -> State:
+    """The inner state that `nest` put into `state`."""
+    start = f"{prefix}."
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
