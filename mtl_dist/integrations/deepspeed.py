@@ -13,6 +13,7 @@ skips for an overflow leaves the rule as it was. Checkpoints: `save_checkpoint(b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 from mtl_dist import checkpoint
 from mtl_dist._engine import Engine
 from mtl_dist.balancer import Balancer
+
+_LOGGER = logging.getLogger("mtl_dist")
 
 
 def attach(balancer: Balancer, engine: Any) -> Balancer:
@@ -126,7 +129,7 @@ def engine_of(engine: Any) -> Engine:
         partitioned=engine.zero_optimization_partition_weights(),
         # an engine whose accumulation is managed by the caller knows of the boundary at step() only
         closes_window=engine.is_gradient_accumulation_boundary if managed else None,
-        skipped=lambda: bool(getattr(engine.optimizer, "overflow", False)),
+        skipped=_skip_detector(engine),
         scaled=_loss_scaler(engine) if engine.fp16_enabled() else None,
     )
 
@@ -147,6 +150,25 @@ def data_parallel_group(engine: Any) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = engine.seq_data_parallel_group
     return group
+
+
+def _skip_detector(engine: Any) -> Callable[[], bool]:
+    """Whether the last step was skipped: DeepSpeed's optimizers for reduced precision tell by `overflow`."""
+    told = False
+
+    def skipped() -> bool:
+        nonlocal told
+        overflow = getattr(engine.optimizer, "overflow", None)
+        if overflow is None and engine.fp16_enabled() and not told:
+            told = True
+            _LOGGER.warning(
+                "mtl_dist: DeepSpeed's %s does not tell which steps it skips for an overflow, so every step "
+                "counts as taken and the rule also learns from skipped ones",
+                type(engine.optimizer).__name__,
+            )
+        return bool(overflow)
+
+    return skipped
 
 
 def _loss_scaler(engine: Any) -> Callable[[Tensor], Tensor]:

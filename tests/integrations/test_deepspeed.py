@@ -146,6 +146,16 @@ def test_the_engine_is_asked_at_each_step() -> None:
     assert described.closes_window()
 
 
+def test_an_optimizer_that_hides_its_skips_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(nn.Linear(1, 1))
+    skipped = glue.engine_of(engine).skipped
+    engine.optimizer = SimpleNamespace(loss_scale=2.0)
+    assert [skipped(), skipped()] == [False, False]
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "mtl_dist: DeepSpeed's SimpleNamespace does not tell which steps it skips for an overflow"
+    ]
+
+
 def test_without_float16_there_is_no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(nn.Linear(1, 1))
     monkeypatch.setattr(engine, "fp16_enabled", lambda: False)
