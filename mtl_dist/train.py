@@ -12,15 +12,16 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mtl_dist.config import Settings, load_settings
 from mtl_dist.tracking import Row, RunLog
+from mtl_dist.tracking.files import CHECKPOINT_PATTERN, CHECKPOINTS, METRICS, SUMMARY
 from mtl_dist.tracking.report import write_report
 from mtl_dist.training.checkpoints import find_checkpoint, save_checkpoint
 from mtl_dist.training.debug import findings_text, forward_backward, make_deterministic, step_table
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
-from mtl_dist.training.setup import METRICS, SUMMARY, Run, build_run, check_output, claim_output
+from mtl_dist.training.settings import Settings, load_settings
+from mtl_dist.training.setup import Run, build_run, check_output, claim_output
 from mtl_dist.training.summary import summarise, table, write_json
 
 
@@ -146,7 +147,7 @@ def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
         folder / METRICS,
         folder / SUMMARY,
         report,
-        *sorted(folder.glob("checkpoints/step_????????")),
+        *sorted((folder / CHECKPOINTS).glob(CHECKPOINT_PATTERN)),
     ):
         print(f"wrote {path}")
     for view in views:

@@ -26,8 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"stats", "balancer"},
     "priors": {"sync"},
     "tracking": {"stats"},
-    "integrations": {"engines", "stats", "balancer", "checkpoint", "tracking"},
-    "recipes": {"stats", "priors"},
+    "integrations": {"stats", "engines", "balancer", "checkpoint", "tracking"},
+    "recipes": {"stats"},
     "training": {
         "stats",
         "weighting",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mtl_dist.config import PROBES, Settings, build_probe, build_recipe, build_rule, load_settings
+from mtl_dist import Balancer
 from mtl_dist.probes import FeatureProbe, FeatureTap, SharedLayerProbe
 from mtl_dist.recipes import MultiDigits
+from mtl_dist.tracking import JsonlTracker
+from mtl_dist.training.settings import (
+    PROBES,
+    Settings,
+    build_balancer,
+    build_probe,
+    build_rule,
+    build_trackers,
+    load_settings,
+)
 from mtl_dist.weighting import MGDA, Clamp, Equal, Fixed, GeneralizedMean, Smooth
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "recipe" / "multi_digits.yaml"
@@ -20,9 +32,7 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "recipe" / "multi_digits.ya
 def test_the_shipped_file_names_every_setting_and_builds():
     assert set(yaml.safe_load(SHIPPED.read_text())) == set(Settings.model_fields)
     settings = load_settings(SHIPPED)
-    recipe = build_recipe(settings.recipe)
-    assert recipe == MultiDigits()  # the file shows the defaults
-    build_rule(settings.weighting)
+    assert settings.recipe.object == MultiDigits()  # the file shows the defaults
 
 
 def test_overrides_reach_nested_values_with_yaml_types():
@@ -33,15 +43,15 @@ def test_overrides_reach_nested_values_with_yaml_types():
         "learning_rate=1e-4",
     ]
     settings = load_settings(SHIPPED, [*overrides, "resume_from=null", "recipe.features=32"])
-    assert build_rule(settings.weighting) == Clamp(MGDA(), low=0, high=math.inf)
+    assert settings.weighting.object == Clamp(MGDA(), low=0, high=math.inf)
     assert settings.learning_rate == 1e-4
     assert settings.resume_from is None
-    assert build_recipe(settings.recipe) == MultiDigits(features=32)
+    assert settings.recipe.object == MultiDigits(features=32)
 
 
 def test_a_component_given_by_name_takes_fields_by_override():
     settings = load_settings(SHIPPED, ["probe=feature", "probe.reevaluate=true"])
-    assert build_probe(settings.probe) == FeatureProbe(reevaluate=True)
+    assert settings.probe.object == FeatureProbe(reevaluate=True)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,53 @@ def test_a_component_given_by_name_takes_fields_by_override():
 )
 def test_rules_by_name(spec, rule):
     assert build_rule(spec) == rule
+
+
+def test_each_component_is_built_once_per_load(monkeypatch):
+    """And each run takes what the load has built: only balancer and trackers, which hold state, are new."""
+    built = Counter()
+
+    def count(cls, method):
+        original = getattr(cls, method)
+
+        @functools.wraps(original)
+        def counted(self, *args, **kwargs):
+            built[cls.__name__] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, method, counted)
+
+    for cls, method in [
+        (MultiDigits, "__post_init__"),
+        (Smooth, "__init__"),
+        (MGDA, "__init__"),
+        (SharedLayerProbe, "__init__"),
+        (JsonlTracker, "__init__"),
+        (Balancer, "__init__"),
+    ]:
+        count(cls, method)
+    once = {
+        "MultiDigits": 1,
+        "Smooth": 1,
+        "MGDA": 1,
+        "SharedLayerProbe": 1,
+        "JsonlTracker": 1,
+        "Balancer": 1,
+    }
+    overrides = ["weighting={name: smooth, rule: mgda}", "probe=shared_layer"]
+    settings = load_settings(SHIPPED, overrides)
+    assert built == once
+    balancer, _ = build_balancer(settings), build_trackers(settings)
+    assert built == {**once, "Balancer": 2, "JsonlTracker": 2}
+    assert balancer.weighting is settings.weighting.object
+
+
+def test_a_component_is_saved_as_it_was_written():
+    settings = load_settings(SHIPPED, ["weighting={name: smooth, rule: mgda}", "probe=null"])
+    dumped = settings.model_dump(mode="json")
+    assert dumped["weighting"] == {"name": "smooth", "rule": "mgda"}
+    assert dumped["probe"] is None
+    assert Settings.model_validate(dumped) == settings
 
 
 def test_probes_by_name():

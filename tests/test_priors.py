@@ -424,10 +424,11 @@ def test_the_rules_take_them():
 def test_the_comparison_of_ranks_has_a_fixed_size(monkeypatch):
     """Ranks with unlike tasks must meet in buffers of one size; what they then say, real processes test."""
     shapes: list[list[torch.Size]] = []
-    monkeypatch.setattr(
-        "mtl_dist.priors._synchronize.all_reduce_sum",
-        lambda tensor, group: shapes[-1].append(tensor.shape) or tensor,
-    )
+    for module in ("_agreement", "_base"):
+        monkeypatch.setattr(
+            f"mtl_dist.priors.{module}.all_reduce_sum",
+            lambda tensor, group: shapes[-1].append(tensor.shape) or tensor,
+        )
     for losses in ({"digit": Categorical(3)}, {"digit": Categorical(400), "sum": Regression(7)}):
         shapes.append([])
         synchronize(losses)

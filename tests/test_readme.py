@@ -1,7 +1,8 @@
-"""The README is true: its example runs, its table is the registry, its commands exist."""
+"""The documentation is true: its code runs, its table of rules is the registry, its links exist."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -13,10 +14,16 @@ from program import ROOT, run
 from mtl_dist import COMBINATORS, RULES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+RULES_PAGE = ROOT / "docs" / "rules.md"
+TEXT = "\n".join(PAGES.values())
 
 
 def rules_table() -> str:
-    """The README's table of rules. To renew it: `PYTHONPATH=tests python -m tests.test_readme`."""
+    """The table of rules in docs/rules.md. To renew it: `PYTHONPATH=tests python -m tests.test_readme`."""
     reads = {name: rule.needs.name.lower() for name, rule in sorted(RULES.items())}
     reads |= dict.fromkeys(sorted(COMBINATORS), "as its rule")
     lines = ["| class | name | reads | what it does |", "|---|---|---|---|"]
@@ -27,8 +34,37 @@ def rules_table() -> str:
     return "\n".join(lines)
 
 
+def program(page: str) -> tuple[str, list[str]]:
+    """The program of a page (hidden preparation, Python blocks), and its blocks that cannot run."""
+    found = re.findall(r"<!-- run first:\n(.*?)-->|```python( no-run)?\n(.*?)```", page, flags=re.DOTALL)
+    runs = [first or block for first, no_run, block in found if not no_run]
+    return "\n\n".join(runs), [block for _, no_run, block in found if no_run]
+
+
+def anchors(page: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links() -> list[tuple[str, str]]:
+    """(page, target) of every relative link and picture."""
+    return [
+        (name, target)
+        for name, page in PAGES.items()
+        for target in re.findall(r"\]\(([^)\s]+)\)", page)
+        if not target.startswith("http")
+    ]
+
+
 def test_rules_table_is_the_registry() -> None:
-    assert rules_table() in README, "renew it: PYTHONPATH=tests python -m tests.test_readme"
+    page = RULES_PAGE.read_text(encoding="utf-8")
+    assert rules_table() in page, "renew it: PYTHONPATH=tests python -m tests.test_readme"
+
+
+def test_the_numbers_of_rules_are_right() -> None:
+    assert f"with {len(RULES)} weighting rules" in README
+    assert f"all {len(RULES)} weighting rules and {len(COMBINATORS)} combinators" in README
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -54,11 +90,54 @@ def test_example_is_short() -> None:
     assert len(code) <= 20
 
 
-@pytest.mark.parametrize("path", re.findall(r"(?:launch|configs|benchmarks|mtl_dist)/[\w./]+\w", README))
+@pytest.mark.parametrize(
+    "name", [name for name in PAGES if name.startswith("docs/") and program(PAGES[name])[0]]
+)
+def test_the_blocks_of_a_page_run(tmp_path: Path, name: str) -> None:
+    """One after another, in one process, after the page's hidden preparation."""
+    script = tmp_path / "page.py"
+    script.write_text(program(PAGES[name])[0], encoding="utf-8")
+    done = run(sys.executable, "-W", "error::UserWarning:mtl_dist", script, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_that_do_not_run_are_python_and_few() -> None:
+    blocks = [block for page in PAGES.values() for block in program(page)[1]]
+    for block in blocks:
+        ast.parse(block)
+    assert len(blocks) <= 4, "a block that can run must run"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?<![\w/])(?:launch|configs|benchmarks|mtl_dist|docs)/[\w./]+\w", TEXT)))
+)
 def test_paths_exist(path: str) -> None:
     assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize(("name", "target"), links())
+def test_links_lead_somewhere(name: str, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    page = (ROOT / name).parent / path if path else ROOT / name
+    assert page.exists(), target
+    if anchor:
+        assert anchor in anchors(page.read_text(encoding="utf-8")), target
+
+
+def test_every_page_is_in_both_indexes() -> None:
+    for name in PAGES:
+        if name.startswith("docs/") and name != "docs/README.md":
+            assert f"({name})" in README, name
+            assert f"({Path(name).name})" in PAGES["docs/README.md"], name
+
+
+def test_the_checks_can_fail() -> None:
+    page = "<!-- run first:\nx = 1\n-->\n```python\ny = x\n```\n```python no-run\nz(\n```\n# A `b`, c: d\n"
+    assert program(page) == ("x = 1\n\n\ny = x\n", ["z(\n"])
+    assert anchors(page) == {"a-b-c-d"}
+
+
 if __name__ == "__main__":
-    text = re.sub(r"\| class \| name \| reads .*?(?=\n\n)", lambda _: rules_table(), README, flags=re.DOTALL)
-    (ROOT / "README.md").write_text(text.replace("RULES_TABLE", rules_table()), encoding="utf-8")
+    text = RULES_PAGE.read_text(encoding="utf-8")
+    text = re.sub(r"\| class \| name \| reads .*?(?=\n\n)", lambda _: rules_table(), text, flags=re.DOTALL)
+    RULES_PAGE.write_text(text, encoding="utf-8")

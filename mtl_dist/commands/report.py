@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mtl_dist.tracking.report import REPORT, write_report
+from mtl_dist.tracking.files import METRICS, REPORT
+from mtl_dist.tracking.report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mtl-dist report`."""
-    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folder of a run, with metrics.jsonl")
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=f"folder of a run, with {METRICS}")
     parser.add_argument(
         "-o",
         "--output",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mtl_dist.engines.deepspeed import deepspeed_facts, deepspeed_loss_scaler
 from mtl_dist.engines.facts import Engine
 from mtl_dist.engines.fsdp2 import UNIT_NODE, is_sharded
 from mtl_dist.engines.graph import Edge, accumulators, depends_on, edge_of, nodes
@@ -17,6 +18,8 @@ __all__ = [
     "Engine",
     "EngineView",
     "accumulators",
+    "deepspeed_facts",
+    "deepspeed_loss_scaler",
     "depends_on",
     "edge_of",
     "find_partitioned",

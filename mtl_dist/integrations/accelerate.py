@@ -21,7 +21,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProce
 from torch import Tensor
 
 from mtl_dist.balancer import Balancer
-from mtl_dist.engines import Engine
+from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import register
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # set by launch/ scripts; anyone may set it
@@ -103,7 +103,7 @@ def _loss_scaler(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
         return scale
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "fp16":
         # DeepSpeed keeps its scale in the optimizer, which exists once `prepare` was called
-        return lambda one: one * float(accelerator._optimizers[0].optimizer.loss_scale)
+        return deepspeed_loss_scaler(lambda: accelerator._optimizers[0].optimizer)
     return None
 
 

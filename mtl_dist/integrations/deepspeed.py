@@ -13,16 +13,14 @@ skips for an overflow leaves the rule as it was. Checkpoints: `save_checkpoint(b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
-from mtl_dist.engines import Engine
+from mtl_dist.engines import deepspeed_facts
 
 
 def attach(balancer: Balancer, engine: Any) -> Balancer:
@@ -38,7 +36,7 @@ def attach(balancer: Balancer, engine: Any) -> Balancer:
         ValueError: a combination that cannot work, with what to change.
     """
     check_engine(engine)
-    balancer.set_engine(engine_of(engine))
+    balancer.set_engine(deepspeed_facts(engine))
     balancer.set_group(data_parallel_group(engine))
     return balancer
 
@@ -109,28 +107,6 @@ def check_engine(engine: Any) -> None:
         )
 
 
-def engine_of(engine: Any) -> Engine:
-    """What a balancer must know of the engine: ZeRO stage, accumulation, skipped steps, loss scale.
-
-    Raises:
-        ValueError: DeepSpeed's torch_autocast in float16, whose skipped steps it does not tell of.
-    """
-    if _has_gradient_scaler(engine):
-        raise ValueError(
-            "DeepSpeed's torch_autocast in float16 does not tell which steps its gradient scaler skipped: "
-            'use "dtype": "bfloat16" there, or the "fp16" section instead of "torch_autocast"'
-        )
-    managed = engine.managed_gradient_accumulation()
-    return Engine(
-        accumulation=engine.gradient_accumulation_steps(),
-        partitioned=engine.zero_optimization_partition_weights(),
-        # an engine whose accumulation is managed by the caller knows of the boundary at step() only
-        closes_window=engine.is_gradient_accumulation_boundary if managed else None,
-        skipped=lambda: bool(getattr(engine.optimizer, "overflow", False)),
-        scaled=_loss_scaler(engine) if engine.fp16_enabled() else None,
-    )
-
-
 def data_parallel_group(engine: Any) -> dist.ProcessGroup:
     """The ranks that hold different samples, over which the engine averages gradients.
 
@@ -147,19 +123,3 @@ def data_parallel_group(engine: Any) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = engine.seq_data_parallel_group
     return group
-
-
-def _loss_scaler(engine: Any) -> Callable[[Tensor], Tensor]:
-    def scaled(value: Tensor) -> Tensor:
-        # a number on the host, which the optimizer changes at its step
-        return value * float(engine.optimizer.loss_scale)
-
-    return scaled
-
-
-def _has_gradient_scaler(engine: Any) -> bool:
-    scalers = (
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
-        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
-    )
-    return any(scaler is not None for scaler in scalers)

@@ -16,8 +16,7 @@ units of a task's loss: https://kexue.fm/archives/8870.
 
 from __future__ import annotations
 
-from mtl_dist.priors._base import LabelStatistics
-from mtl_dist.priors._synchronize import synchronize
+from mtl_dist.priors._base import LabelStatistics, synchronize
 from mtl_dist.priors.binary import Binary, MultiLabel
 from mtl_dist.priors.categorical import Categorical
 from mtl_dist.priors.estimate import Priors, estimate_priors

@@ -12,17 +12,20 @@ The parts p are batches, accumulators or ranks: `update`, `+` and `synchronize` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from mtl_dist.priors._synchronize import synchronize
+from mtl_dist.priors._agreement import check_agreement
+from mtl_dist.sync import all_reduce_sum, collective_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+S = TypeVar("S", bound="LabelStatistics")
 
 _HEADER = 3  # labels counted, labels refused, sum of the refused ones
 
@@ -157,6 +160,34 @@ class LabelStatistics(ABC):
         refused_sum = torch.where(refused, labels, 0).sum()
         header = torch.stack([counted.sum(), refused.sum(), refused_sum]).to(sums.dtype)
         return self.holding(torch.cat([header, sums]), sums.new_zeros(()))
+
+
+def synchronize(statistics: Mapping[str, S], group: ProcessGroup | None = None) -> dict[str, S]:
+    """Statistics of the labels of all ranks, by task; a collective, to be called on every rank.
+
+    Three all-reduces, whose sizes depend on the tasks alone: a comparison of the tasks, all sums, all squares
+    about the global means.
+
+    Args:
+        statistics: of this rank, by task name; any of them may have seen no labels.
+        group: the data-parallel ranks; None for all.
+
+    Raises:
+        ValueError: on every rank, where ranks have different tasks or define different losses.
+    """
+    device = collective_device(group)
+    check_agreement({task: repr(one) for task, one in statistics.items()}, device, group)
+    local = [one._to(device) for one in statistics.values()]
+    # T = Σ_r T_r
+    packed = all_reduce_sum(torch.cat([one._sums for one in local]), group)
+    sums = torch.split(packed, [len(one._sums) for one in local])
+    # S = Σ_r (S_r + n_r ‖T_r / n_r - T / n‖²)
+    about = torch.stack([one.squares_about(total) for one, total in zip(local, sums, strict=True)])
+    squares = all_reduce_sum(about, group)
+    return {
+        task: one.holding(total.cpu(), square.cpu())
+        for task, one, total, square in zip(statistics, local, sums, squares, strict=True)
+    }
 
 
 def combined(parts: Sequence[LabelStatistics]) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from mtl_dist.priors._base import LabelStatistics
-from mtl_dist.priors._synchronize import synchronize
+from mtl_dist.priors._base import LabelStatistics, synchronize
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,7 +6,7 @@ are chosen by the names in `TRACKERS`. Their packages are imported when a run st
 
 from __future__ import annotations
 
-from mtl_dist.tracking.jsonl import METRICS_FILE, JsonlTracker, JsonlWriter, read_rows
+from mtl_dist.tracking.jsonl import JsonlTracker, JsonlWriter, RowReader, read_rows
 from mtl_dist.tracking.keys import STEP_KEY, check_task_names
 from mtl_dist.tracking.rows import Row, Snapshot, step_row
 from mtl_dist.tracking.run_log import RunLog
@@ -23,12 +23,12 @@ TRACKERS: dict[str, type[Tracker]] = {
 }
 
 __all__ = [
-    "METRICS_FILE",
     "STEP_KEY",
     "TRACKERS",
     "JsonlTracker",
     "JsonlWriter",
     "Row",
+    "RowReader",
     "RunInfo",
     "RunLog",
     "Snapshot",

@@ -1,40 +1,88 @@
-"""Rows to a JSON-lines file: one row per optimizer step, whole after a crash, continued after a resume."""
+"""Rows in a JSON-lines file: one row per optimizer step. The file survives a crash and a resume."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mtl_dist.tracking.keys import STEP_KEY as STEP_KEY
+from mtl_dist.tracking.files import METRICS
+from mtl_dist.tracking.keys import STEP_KEY
 from mtl_dist.tracking.rows import Row
 from mtl_dist.tracking.tracker import RunInfo, Tracker
 
 _ENCODER = json.JSONEncoder(allow_nan=False)
-METRICS_FILE = "metrics.jsonl"  # in a run's output folder
+
+
+class RowReader:
+    """Iterates over the rows of a file, one at a time, so that a long run does not have to fit in memory.
+
+    Blank lines are skipped. Text after the last newline is a row that a crash left unfinished: it is skipped.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        unfinished: whether the last row was unfinished; known when the iteration has ended.
+
+    Raises:
+        ValueError: during iteration, where a line is not a JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unfinished = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    self.unfinished = True
+                elif line.strip():
+                    yield self._row(line.rstrip("\n"), number)
+
+    def _row(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}:{number}: not JSON: {line[:80]!r}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}:{number}: not a row: {line[:80]!r}")
+        return row
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file, without a last row that a crash left unfinished.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    return list(RowReader(path))
 
 
 class JsonlWriter:
-    """Appends rows to a file and flushes each, so that a killed run leaves every finished row.
+    """Appends rows to a file and flushes each one, so that a killed run keeps every finished row.
 
-    Only the main process may make one. Values that JSON has no word for (infinities) are written as null.
+    Only the main process may create a writer. JSON cannot express NaN and infinities: they are written as
+    null.
 
     Args:
-        path: the file; its folder is made.
-        after_step: optimizer steps that are already done. Rows of later steps, which a resumed run will write
-            again, and a last line torn by a crash are removed; 0 starts an empty file.
+        path: the file; its folder is created.
+        after_step: optimizer steps already done. Rows of later steps are removed, because a resumed run
+            writes them again; so is an unfinished last row. 0 starts an empty file.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(path) if path.exists() else []
-        kept = [row for row in rows if row.get(STEP_KEY, math.inf) <= after_step]
         replacement = path.with_name(path.name + ".tmp")
-        replacement.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        with replacement.open("w", encoding="utf-8") as file:
+            for row in RowReader(path) if path.exists() else ():
+                if row.get(STEP_KEY, math.inf) <= after_step:
+                    file.write(_line(row))
         replacement.replace(path)  # atomic: a crash here loses nothing
         self._file = path.open("a", encoding="utf-8")
 
@@ -65,12 +113,12 @@ class JsonlTracker(Tracker):
         self._writer: JsonlWriter | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Opens the file; rows of later steps than are done go."""
-        self._writer = JsonlWriter(run.folder / METRICS_FILE, after_step=run.done)
+        """Opens the file and removes the rows of steps that are not done yet."""
+        self._writer = JsonlWriter(run.folder / METRICS, after_step=run.done)
 
     def log(self, row: Row) -> None:
         """Appends the row."""
-        assert self._writer is not None  # it was started
+        assert self._writer is not None  # `start` was called
         self._writer.write(row)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
@@ -79,29 +127,10 @@ class JsonlTracker(Tracker):
             self._writer.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line that a crash left unfinished.
-
-    Raises:
-        ValueError: another line is not a JSON object.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], start=1):  # text after the last newline is an unfinished row
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: not a row: {line[:80]!r}")
-        rows.append(row)
-    return rows
-
-
 def _line(row: Mapping[str, Any]) -> str:
     try:
         return _ENCODER.encode(row) + "\n"
-    except ValueError:  # JSON has no word for infinities
+    except ValueError:  # JSON cannot express NaN and infinities
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mtl_dist.stats import StepReport
+from mtl_dist.tracking.files import METRICS
 from mtl_dist.tracking.rows import Row, Snapshot
 from mtl_dist.tracking.tracker import RunInfo, Tracker
 
@@ -127,10 +128,11 @@ class RunLog:
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 _LOGGER.warning(
-                    "mtl_dist: %s dropped at %s: %s. Training goes on; every row is in metrics.jsonl",
+                    "mtl_dist: %s dropped at %s: %s. Training goes on; every row is in %s",
                     tracker.name,
                     what,
                     reason,
+                    METRICS,
                 )
 
 

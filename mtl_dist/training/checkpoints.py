@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mtl_dist.config import Settings, build_probe, build_recipe, build_rule
-from mtl_dist.training.setup import TRACKING
+from mtl_dist.tracking.files import CHECKPOINT_PATTERN, CHECKPOINTS, TRACKING
+from mtl_dist.training.settings import Settings
 
 _META = "mtl_dist.json"
 
@@ -21,7 +21,7 @@ def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> 
     A checkpoint is written under another name and renamed when every rank is done, so a folder `step_*` is
     whole, whenever the run is killed.
     """
-    final = settings.output_dir / "checkpoints" / f"step_{step:08d}"
+    final = settings.output_dir / CHECKPOINTS / f"step_{step:08d}"
     unfinished = final.with_suffix(".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -66,8 +66,8 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, int]:
 
 
 def _latest(settings: Settings) -> Path:
-    folder = settings.output_dir / "checkpoints"
-    found = sorted(folder.glob("step_????????"))
+    folder = settings.output_dir / CHECKPOINTS
+    found = sorted(folder.glob(CHECKPOINT_PATTERN))
     if not found:
         raise ValueError(f"resume_from: 'latest', but there is no checkpoint in {str(folder)!r}")
     return found[-1]
@@ -76,9 +76,9 @@ def _latest(settings: Settings) -> Path:
 def _identity(settings: Settings) -> dict[str, Any]:
     """What must agree for a checkpoint to continue a run: it fixes data, order, model and state."""
     return {
-        "recipe": repr(build_recipe(settings.recipe)),
-        "weighting": repr(build_rule(settings.weighting)),
-        "probe": repr(build_probe(settings.probe)),
+        "recipe": repr(settings.recipe.object),
+        "weighting": repr(settings.weighting.object),
+        "probe": repr(settings.probe.object),
         "seed": settings.seed,
         "batch_size": settings.batch_size,
     }

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mtl_dist.config import Settings, build_rule, build_trackers
 from mtl_dist.tracking import Row, RunInfo, RunLog
-from mtl_dist.training.setup import TRACKING, Run
+from mtl_dist.tracking.files import TRACKING
+from mtl_dist.training.settings import Settings, build_trackers
+from mtl_dist.training.setup import Run
 
 _FEW = 4  # tasks that a progress bar has room for
 
@@ -27,7 +28,7 @@ def open_log(run: Run, done: int, checkpoint: Path | None) -> RunLog:
     config = {
         **settings.model_dump(mode="json"),
         "tasks": list(run.recipe.tasks),
-        "rule": repr(build_rule(settings.weighting)),
+        "rule": repr(settings.weighting.object),
         "probe": repr(run.balancer.probe),
         "num_processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,

@@ -14,17 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mtl_dist.balancer import Balancer
-from mtl_dist.config import Settings, build_balancer, build_recipe
 from mtl_dist.integrations.accelerate import attach, start
 from mtl_dist.recipes import Batch, BatchData, Recipe
-from mtl_dist.tracking import METRICS_FILE
-from mtl_dist.tracking.report import REPORT
+from mtl_dist.tracking.files import CHECKPOINTS, METRICS, REPORT, SUMMARY, TRACKING
 from mtl_dist.training.batches import StepBatches, train_loader
 from mtl_dist.training.engine import take_inputs_as_parameters
+from mtl_dist.training.settings import Settings, build_balancer
 from mtl_dist.virtual import VirtualRanks
-
-METRICS, SUMMARY = METRICS_FILE, "summary.json"
-TRACKING = "tracking.json"  # how the trackers call the run; a copy is in every checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def build_run(settings: Settings, done: int) -> Run:
     """
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
-    recipe = build_recipe(settings.recipe)
+    recipe = settings.recipe.object
     train_data, eval_data = recipe.data(settings.seed)
     balancer = build_balancer(settings)
     model = recipe.model(balancer)
@@ -134,7 +130,7 @@ def claim_output(settings: Settings, accelerator: Accelerator) -> None:
         folder = settings.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         if not _continues(settings):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             for name in (METRICS, SUMMARY, REPORT, TRACKING):
                 (folder / name).unlink(missing_ok=True)
             for events in folder.glob("events.out.tfevents.*"):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtl_dist.config import Settings
 from mtl_dist.recipes import Recipe
 from mtl_dist.tracking import Row
+from mtl_dist.training.settings import Settings
 
 
 def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
+from mtl_dist.engines import deepspeed_facts
 from mtl_dist.integrations import deepspeed as glue
 from mtl_dist.probes import Probe
 from mtl_dist.weighting import DWA, MGDA, Rule, Smooth
@@ -132,7 +133,7 @@ def test_a_losses_only_rule_forgets_a_skipped_step() -> None:
 
 def test_the_engine_is_asked_at_each_step() -> None:
     engine = Engine(nn.Linear(1, 1), accumulation=2)
-    described = glue.engine_of(engine)
+    described = deepspeed_facts(engine)
     assert described.partitioned is False
     assert described.scaled is not None
     assert described.skipped is not None
@@ -146,12 +147,22 @@ def test_the_engine_is_asked_at_each_step() -> None:
     assert described.closes_window()
 
 
+def test_an_optimizer_that_hides_its_skips_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(nn.Linear(1, 1))
+    skipped = deepspeed_facts(engine).skipped
+    engine.optimizer = SimpleNamespace(loss_scale=2.0)
+    assert [skipped(), skipped()] == [False, False]
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "mtl_dist: DeepSpeed's SimpleNamespace does not tell which steps it skips for an overflow"
+    ]
+
+
 def test_without_float16_there_is_no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(nn.Linear(1, 1))
     monkeypatch.setattr(engine, "fp16_enabled", lambda: False)
     monkeypatch.setattr(engine, "managed_gradient_accumulation", lambda: False)
     monkeypatch.setattr(engine, "zero_optimization_partition_weights", lambda: True)
-    described = glue.engine_of(engine)
+    described = deepspeed_facts(engine)
     assert described.scaled is None
     assert described.closes_window is None
     assert described.partitioned

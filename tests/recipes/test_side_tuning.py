@@ -12,9 +12,9 @@ from program import ROOT, run
 from torch import nn
 
 from mtl_dist import Balancer, ParameterProbe
-from mtl_dist.config import load_settings
 from mtl_dist.recipes import SideTuning
 from mtl_dist.training.evaluate import eval_row
+from mtl_dist.training.settings import load_settings
 from mtl_dist.weighting import MGDA, InverseGradNorm
 
 CONFIG = ROOT / "configs" / "recipe" / "side_tuning.yaml"
@@ -110,7 +110,7 @@ def test_a_pretrained_trunk_knows_its_own_task() -> None:
 
 
 def test_the_configuration_trains_on_two_processes(tmp_path: Path) -> None:
-    assert load_settings(CONFIG).probe == "parameter"
+    assert load_settings(CONFIG).probe.spec == "parameter"
     settings = [
         "steps=3",
         "recipe.num_validation=101",

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from mtl_dist.tracking import JsonlWriter, read_rows
+from mtl_dist.tracking import JsonlWriter, RowReader, read_rows
 
 
 def write(path, steps, after_step=0):
@@ -61,3 +61,21 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path):
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="not a row"):
         read_rows(path)
+
+
+def test_rows_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\nnot json\n')
+    rows = iter(RowReader(path))
+    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]  # the damaged line was not looked at yet
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:4: not JSON"):
+        next(rows)
+
+
+@pytest.mark.parametrize(("end", "unfinished"), [("", False), ("\n", False), ('{"a"', True)])
+def test_the_reader_tells_of_an_unfinished_row(tmp_path, end, unfinished):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n' + end)
+    reader = RowReader(path)
+    assert list(reader) == [{"a": 1}]
+    assert reader.unfinished is unfinished

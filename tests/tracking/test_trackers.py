@@ -11,9 +11,9 @@ from program import BIN, CONFIG, run, train
 from readback import STEP, tensorboard_rows, trackio_rows, wandb_records, wandb_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtl_dist.config import load_settings
 from mtl_dist.tracking import read_rows
 from mtl_dist.training.record import earlier_ids
+from mtl_dist.training.settings import load_settings
 
 TASKS = ("left", "right", "sum", "image")
 TRACKERS = "trackers=[tensorboard, {name: trackio, project: digits}, {name: wandb, mode: offline, group: g}]"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.config import load_settings
 from mtl_dist.training.checkpoints import _identity, find_checkpoint
+from mtl_dist.training.settings import load_settings
 from mtl_dist.training.setup import check_output
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "recipe" / "multi_digits.yaml"

@@ -7,9 +7,9 @@ import json
 import pytest
 from program import CONFIG
 
-from mtl_dist.config import build_trackers, load_settings
 from mtl_dist.training import record
 from mtl_dist.training.record import StepClock, earlier_ids, postfix, save_ids
+from mtl_dist.training.settings import build_trackers, load_settings
 
 
 def row(n):

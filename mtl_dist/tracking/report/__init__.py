@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-REPORT = "report.html"
+from mtl_dist.tracking.files import REPORT
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path | None = None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtl_dist.tracking.jsonl import STEP_KEY
+from mtl_dist.tracking.files import METRICS, SUMMARY
+from mtl_dist.tracking.jsonl import RowReader
+from mtl_dist.tracking.keys import STEP_KEY
 
 Floats = npt.NDArray[np.float32]
 Steps = npt.NDArray[np.float64]
-
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,11 @@ class _Columns:
 
 def _read(folder: Path, name: str) -> RunData:
     columns, notes = _Columns(), list[str]()
-    for row in _rows(folder / METRICS, notes):
+    reader = RowReader(folder / METRICS)
+    for row in reader:
         columns.add(row)
+    if reader.unfinished:
+        notes.append("The last row was unfinished, as after a crash, and was left out.")
     steps, values = columns.arrays()
     if not len(steps):
         notes.insert(0, f"{METRICS} holds no finished row: there is nothing to draw.")
@@ -142,24 +145,6 @@ def _read(folder: Path, name: str) -> RunData:
         _engine(summary.get("engine")),
         tuple(notes),
     )
-
-
-def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Row by row, so that a long run need not fit in memory as text."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                notes.append("The last row was unfinished, as after a crash, and was left out.")
-                return
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: not a row: {line[:80]!r}")
-            yield row
 
 
 def _summary(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
-from mtl_dist._components import build, hint
 from mtl_dist.balancer import Balancer
 from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
+from mtl_dist.training.components import Component, Spec, build, hint
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
-
-# a component: its name, or a mapping with `name` and fields; checked by building it
-Spec = Any
 
 PROBES: dict[str, type[Any]] = {
     "feature": FeatureProbe,
@@ -39,14 +37,52 @@ PROBES: dict[str, type[Any]] = {
 }
 
 
+def build_rule(spec: Spec, path: str = "weighting") -> Rule:
+    """The rule or combinator that `spec` describes.
+
+    Args:
+        spec: registry name, or mapping with `name` and the fields of the class.
+        path: where the specification stands, for messages.
+
+    Raises:
+        ValueError: unknown name or field, missing field, wrong value.
+    """
+    return build(spec, {**RULES, **COMBINATORS}, path, {Rule: build_rule})
+
+
+def build_probe(spec: Spec | None, path: str = "probe") -> Any:
+    """The probe that `spec` describes; None leaves the choice to the balancer. Raises as `build_rule`."""
+    return None if spec is None else build(spec, PROBES, path, {})
+
+
+def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
+    """The recipe that `spec` describes. Raises as `build_rule`."""
+    return build(spec, RECIPES, path, {})
+
+
+_AS_WRITTEN = PlainSerializer(lambda component: component.spec)
+RecipeSetting = Annotated[
+    Component[Recipe], PlainValidator(lambda spec: Component(spec, build_recipe(spec))), _AS_WRITTEN
+]
+RuleSetting = Annotated[
+    Component[Rule], PlainValidator(lambda spec: Component(spec, build_rule(spec))), _AS_WRITTEN
+]
+ProbeSetting = Annotated[
+    Component[Any], PlainValidator(lambda spec: Component(spec, build_probe(spec))), _AS_WRITTEN
+]
+
+
 class Settings(BaseModel):
-    """Everything a training run is made from. Field descriptions: `configs/recipe/multi_digits.yaml`."""
+    """Everything a training run is made from. Each field is described in `configs/recipe/multi_digits.yaml`.
+
+    Recipe, rule and probe are built while the settings are loaded, once each, and then used by the run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: Spec
-    weighting: Spec = "equal"
-    probe: Spec | None = None
+    recipe: RecipeSetting
+    weighting: RuleSetting = Field("equal", validate_default=True)
+    probe: ProbeSetting = Field(None, validate_default=True)
     on_nonfinite: Literal["raise", "skip", "hold"] = "raise"
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
@@ -64,27 +100,9 @@ class Settings(BaseModel):
     virtual_ranks: int = Field(1, gt=0)
     resume_from: str | None = None
 
-    @field_validator("recipe")
-    @classmethod
-    def _check_recipe(cls, spec: Spec) -> Spec:
-        build_recipe(spec)
-        return spec
-
-    @field_validator("weighting")
-    @classmethod
-    def _check_weighting(cls, spec: Spec) -> Spec:
-        build_rule(spec)
-        return spec
-
-    @field_validator("probe")
-    @classmethod
-    def _check_probe(cls, spec: Spec | None) -> Spec | None:
-        build_probe(spec)
-        return spec
-
     @model_validator(mode="after")
-    def _check_tasks(self) -> Self:
-        check_task_names(build_recipe(self.recipe).tasks)
+    def _check_combination(self) -> Self:
+        check_task_names(self.recipe.object.tasks)
         build_balancer(self)
         build_trackers(self)
         return self
@@ -110,42 +128,23 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise ValueError(_explain(error, str(path))) from None
 
 
-def build_rule(spec: Spec, path: str = "weighting") -> Rule:
-    """The rule or combinator that `spec` describes.
-
-    Args:
-        spec: registry name, or mapping with `name` and the fields of the class.
-        path: where the specification stands, for messages.
-
-    Raises:
-        ValueError: unknown name or field, missing field, wrong value.
-    """
-    return build(spec, {**RULES, **COMBINATORS}, path, {Rule: build_rule})
-
-
-def build_probe(spec: Spec | None, path: str = "probe") -> Any:
-    """The probe that `spec` describes; None leaves the choice to the balancer. Raises as `build_rule`."""
-    return None if spec is None else build(spec, PROBES, path, {})
-
-
 def build_balancer(settings: Settings) -> Balancer:
-    """A balancer of the recipe's tasks.
+    """A new balancer of the recipe's tasks.
 
     Raises:
-        ValueError: rule, tasks, probe and policy do not go together.
+        ValueError: rule, tasks, probe and `on_nonfinite` do not fit together.
     """
-    rule, probe = build_rule(settings.weighting), build_probe(settings.probe)
-    tasks = build_recipe(settings.recipe).tasks
-    return Balancer(tasks, rule, probe=probe, on_nonfinite=settings.on_nonfinite, check=settings.check)
-
-
-def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
-    """The recipe that `spec` describes. Raises as `build_rule`."""
-    return build(spec, RECIPES, path, {})
+    return Balancer(
+        settings.recipe.object.tasks,
+        settings.weighting.object,
+        probe=settings.probe.object,
+        on_nonfinite=settings.on_nonfinite,
+        check=settings.check,
+    )
 
 
 def build_trackers(settings: Settings) -> list[Tracker]:
-    """The trackers of a run, `jsonl` always first. Raises as `build_rule`, and where one is named twice."""
+    """New trackers of a run, `jsonl` always first. Raises as `build_rule`, and if one is named twice."""
     built = [build(spec, TRACKERS, f"trackers[{i}]", {}) for i, spec in enumerate(settings.trackers)]
     names = [tracker.name for tracker in built]
     if len(set(names)) < len(names):

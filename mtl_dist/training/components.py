@@ -1,19 +1,34 @@
-"""From a written specification, such as `{name: smooth, rule: mgda}`, to an object of a registry."""
+"""Builds an object of a registry from its specification, such as `{name: smooth, rule: mgda}`."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
-Nested = Callable[[Any, str], Any]
+Spec = Any  # a name, or a mapping with `name` and fields; checked by building it
+Nested = Callable[[Spec, str], Any]
 
 
-def build(spec: Any, registry: Mapping[str, type[T]], path: str, nested: Mapping[type, Nested]) -> T:
+@dataclass(frozen=True)
+class Component(Generic[T]):
+    """A component of a run: its specification, and the object that was built from it.
+
+    Attributes:
+        spec: as in the settings.
+        object: built once, while the settings were loaded.
+    """
+
+    spec: Spec
+    object: T
+
+
+def build(spec: Spec, registry: Mapping[str, type[T]], path: str, nested: Mapping[type, Nested]) -> T:
     """The object that `spec` describes.
 
     Args:

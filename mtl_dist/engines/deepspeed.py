@@ -1,0 +1,71 @@
+"""DeepSpeed's insides: the facts about a `DeepSpeedEngine`, read without importing DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mtl_dist.engines.facts import Engine
+
+_LOGGER = logging.getLogger("mtl_dist")
+
+
+def deepspeed_facts(engine: Any) -> Engine:
+    """What a balancer must know of the engine: ZeRO stage, accumulation, skipped steps, loss scale.
+
+    Raises:
+        ValueError: DeepSpeed's torch_autocast in float16, whose skipped steps it does not tell of.
+    """
+    if _has_gradient_scaler(engine):
+        raise ValueError(
+            "DeepSpeed's torch_autocast in float16 does not tell which steps its gradient scaler skipped: "
+            'use "dtype": "bfloat16" there, or the "fp16" section instead of "torch_autocast"'
+        )
+    managed = engine.managed_gradient_accumulation()
+    return Engine(
+        accumulation=engine.gradient_accumulation_steps(),
+        partitioned=engine.zero_optimization_partition_weights(),
+        # an engine whose accumulation is managed by the caller knows of the boundary at step() only
+        closes_window=engine.is_gradient_accumulation_boundary if managed else None,
+        skipped=_skip_detector(engine),
+        scaled=deepspeed_loss_scaler(lambda: engine.optimizer) if engine.fp16_enabled() else None,
+    )
+
+
+def deepspeed_loss_scaler(optimizer: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
+    """Multiplies a scalar by the loss scale, which DeepSpeed keeps on the host, in its optimizer.
+
+    Args:
+        optimizer: gives DeepSpeed's optimizer, which may be made later, or made anew.
+    """
+    return lambda value: value * float(optimizer().loss_scale)
+
+
+def _skip_detector(engine: Any) -> Callable[[], bool]:
+    """Whether the last step was skipped: DeepSpeed's optimizers for reduced precision tell by `overflow`."""
+    told = False
+
+    def skipped() -> bool:
+        nonlocal told
+        overflow = getattr(engine.optimizer, "overflow", None)
+        if overflow is None and engine.fp16_enabled() and not told:
+            told = True
+            _LOGGER.warning(
+                "mtl_dist: DeepSpeed's %s does not tell which steps it skips for an overflow, so every step "
+                "counts as taken and the rule also learns from skipped ones",
+                type(engine.optimizer).__name__,
+            )
+        return bool(overflow)
+
+    return skipped
+
+
+def _has_gradient_scaler(engine: Any) -> bool:
+    scalers = (
+        getattr(engine, "torch_autocast_z0_gradscaler", None),
+        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
+    )
+    return any(scaler is not None for scaler in scalers)

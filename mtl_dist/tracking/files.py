@@ -1,0 +1,10 @@
+"""Names of the files that a run leaves in its output folder. Every reader and writer takes them from here."""
+
+from __future__ import annotations
+
+METRICS = "metrics.jsonl"  # one row per optimizer step
+SUMMARY = "summary.json"  # written when the run has finished
+REPORT = "report.html"  # written when the run has finished, or by `mtl-dist report`
+TRACKING = "tracking.json"  # the run's name in each tracker; every checkpoint has a copy
+CHECKPOINTS = "checkpoints"  # a folder: one `step_<step>` per checkpoint
+CHECKPOINT_PATTERN = "step_????????"  # finished checkpoints only: an unfinished one has another name
