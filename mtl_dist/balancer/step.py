@@ -64,8 +64,9 @@ class Step:
         if self.progress.weights.device != local.counts.device:
             self.progress.move_to(local.counts.device)
         total, faults = self.synchronizer.reduce(local, faulty, self._failed)
-        self.errors.watch(faults.failure[0] > 0, partial(explain_failure, self.step, faults))
         world_size = self.synchronizer.world_size
+        if world_size > 1:
+            self.errors.watch(faults.failure[0] > 0, partial(explain_failure, self.step, faults))
         # s_i = W c_i / C_i
         shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
         return Reduced(total, faults, shares, world_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Features:
         flat: all leaves of the pytree.
         positions: where `leaves` are in `flat`.
         originals: the tensors that were given, one for each of `leaves`.
+        branches: views of the leaves for each task, if they were asked for.
     """
 
     leaves: tuple[Tensor, ...]
@@ -58,6 +59,7 @@ class Features:
     flat: tuple[Any, ...]
     positions: tuple[int, ...]
     originals: tuple[Tensor, ...]
+    branches: Branches | None = None
 
     def rebuild(self, leaves: Sequence[Tensor] | None = None) -> Any:
         """The pytree with `leaves` (None: its own leaves) in place of its floating-point tensors."""
@@ -66,21 +68,18 @@ class Features:
             flat[position] = leaf
         return pytree.tree_unflatten(flat, self.spec)
 
-    def branch(self, num_tasks: int) -> Branches:
-        """A view of every leaf for every task."""
-        return self.with_views([[leaf.view_as(leaf) for leaf in self.leaves] for _ in range(num_tasks)])
-
     def with_views(self, views: Views) -> Branches:
-        """Branches of these features that have the given views."""
+        """The features once for each task, with the given views of their leaves."""
         return Branches(views, [self.rebuild(own) for own in views])
 
 
-def split(features: Any, *, detach: bool) -> Features:
+def split(features: Any, *, detach: bool, num_branches: int = 0) -> Features:
     """The floating-point leaves of a pytree, ready to take gradients at.
 
     Args:
         features: tensor or pytree of tensors. Anything else in it is passed through.
         detach: cut the leaves off the graph that made them. Leaves of a frozen trunk are always cut off.
+        num_branches: number of tasks for which each leaf gets a view of its own; 0: none.
 
     Raises:
         ValueError: no floating-point tensor in `features`.
@@ -93,7 +92,11 @@ def split(features: Any, *, detach: bool) -> Features:
         )
     tensors = tuple([flat[position] for position in positions])
     leaves = tuple([_cut_off(t) if detach or not t.requires_grad else _one_node_on(t) for t in tensors])
-    return Features(leaves, spec, tuple(flat), positions, tensors)
+    shared = Features(leaves, spec, tuple(flat), positions, tensors)
+    if not num_branches:
+        return shared
+    views = [[leaf.view_as(leaf) for leaf in leaves] for _ in range(num_branches)]
+    return replace(shared, branches=shared.with_views(views))
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtl_dist.engines import ZERO_3, depends_on, find_partitioned, replayed
 from mtl_dist.losses import (
+    Branches,
     FeatureGradients,
     Features,
     Heads,
@@ -83,7 +84,7 @@ def evaluate(
     """
     if step.measure and before is None and _reevaluates(reevaluate, features, heads, step):
         before = measure_without_trace(features, heads, step)
-    shared = split(features, detach=False)
+    shared = split(features, detach=False, num_branches=_num_branches(heads, step))
     losses = losses_at(shared, heads, step)
     if before is not None:
         check_same(before.losses, losses, step)
@@ -100,7 +101,7 @@ def weigh(evaluation: Evaluation, reduced: Reduced, step: StepContext) -> Tensor
 
 def measure_without_trace(features: Any, heads: Heads, step: StepContext) -> Measured:
     """A measurement on detached features, with random state and module buffers as they were before."""
-    shared = split(features, detach=True)
+    shared = split(features, detach=True, num_branches=_num_branches(heads, step))
     with replayed(leaf.device for leaf in shared.leaves):
         return measure(shared, losses_at(shared, heads, step), step)
 
@@ -120,10 +121,10 @@ def losses_at(shared: Features, heads: Heads, step: StepContext) -> LocalLosses:
     if step.engine.units is not None:
         step.engine.units.release()
     versions = [leaf._version for leaf in shared.leaves]
-    if heads.separable and step.measure:
-        losses = _on_views(shared, heads, step.tasks)
-    else:
+    if shared.branches is None:
         losses = heads.at(shared.rebuild(), shared.leaves[0].device)
+    else:
+        losses = _on_views(shared, shared.branches, heads, step.tasks)
     if [leaf._version for leaf in shared.leaves] != versions:
         raise ValueError(
             "a head changed the features in place (nn.ReLU(inplace=True) first?): the other heads would read "
@@ -133,9 +134,12 @@ def losses_at(shared: Features, heads: Heads, step: StepContext) -> LocalLosses:
     return losses
 
 
-def _on_views(shared: Features, heads: Heads, tasks: Sequence[str]) -> LocalLosses:
-    """Every head on its own views, so that one pass gives the gradients of all losses."""
-    branches = shared.branch(len(tasks))
+def _num_branches(heads: Heads, step: StepContext) -> int:
+    """Each separable head gets its own views, so that one pass gives the gradients of all losses."""
+    return len(step.tasks) if heads.separable and step.measure else 0
+
+
+def _on_views(shared: Features, branches: Branches, heads: Heads, tasks: Sequence[str]) -> LocalLosses:
     losses = heads.on_views(branches)
     assert isinstance(losses, TaskLosses)  # separable heads give losses by task
     apart = entangled(losses, branches.views, shared, tasks) is None

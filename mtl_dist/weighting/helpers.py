@@ -98,7 +98,7 @@ def on_present(solver: Callable[..., Array], stats: TaskStats, *values: Tensor) 
     Raises:
         ValueError: no gradients were measured.
     """
-    gram = stats.require_gram()
+    gram = stats.require_gram() if stats.gram is None else stats.gram
     matrix, present, rows = to_host(gram, stats.present, *values)
     index = present.nonzero()[0]
     weights = np.zeros(len(matrix))
