@@ -38,7 +38,8 @@ class VirtualRanks:
 
     Args:
         number: R.
-        balancer: inside `model`; its report is the one of rank 0, and of all.
+        balancer: inside `model`, like all other balancers there. Their reports are those of rank 0, which all
+            ranks share.
         model: whose buffers each rank has its own values of.
 
     Raises:
@@ -50,10 +51,12 @@ class VirtualRanks:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"virtual ranks must be a number >= 1, got {number!r}")
         self.number = number
-        self._balancer = balancer
+        inside = (module for module in model.modules() if isinstance(module, Balancer))
+        self._balancers = tuple(dict.fromkeys([balancer, *inside]))
         self._model = model
         self._ranks: list[_Own] = []
-        balancer.become_virtual([_VirtualCollectives(rank, number) for rank in range(number)])
+        for one in self._balancers:
+            one.become_virtual([_VirtualCollectives(rank, number) for rank in range(number)])
 
     def split(self, batch: Any) -> list[Any]:
         """R parts of a batch (any pytree of tensors), along the first axis and in order.
@@ -86,7 +89,8 @@ class VirtualRanks:
             self._ranks = [_Own(self._model, copied=rank > 0) for rank in range(self.number)]
         losses = _Lockstep(work, self._ranks).run()
         self._ranks[0].enter()
-        self._balancer.check_virtual_agreement()
+        for balancer in self._balancers:
+            balancer.check_virtual_agreement()
         return torch.stack([loss.detach() for loss in losses]).mean()
 
 

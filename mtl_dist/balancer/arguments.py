@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from torch import Tensor
-
+from mtl_dist.engines import will_run_again
 from mtl_dist.probes import FeatureTap, Probe
 
 OnNonfinite = Literal["raise", "skip", "hold"]
@@ -46,17 +45,11 @@ def checked_window(window: int | None, probe: Probe) -> int | None:
     return window
 
 
-def check_same_state(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`."""
-    for key in ("tasks", "rule"):
-        if given.get(key) != expected[key]:
-            raise ValueError(
-                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
-            )
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
-    for key, value in expected.items():
-        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
-            shape = getattr(given[key], "shape", type(given[key]).__name__)
-            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")
+def check_runs_once() -> None:
+    """Raises `RuntimeError` where the backward would run this call of the balancer a second time."""
+    if will_run_again():
+        raise RuntimeError(
+            "mtl_dist: the balancer is called inside torch.utils.checkpoint(..., use_reentrant=False), which "
+            "runs the call again in the backward, as another step with other weights: checkpoint the trunk "
+            "and the heads, and call the balancer outside"
+        )

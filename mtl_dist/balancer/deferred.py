@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ class DeferredErrors:
 
     def __init__(self) -> None:
         self.pending: list[tuple[Tensor, torch.Event, Callable[[], Exception]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without flags that are on their way: they belong to this process, and to this step."""
+        return {"pending": []}
 
     def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` (scalar bool) holds, now or at the next `poll`."""

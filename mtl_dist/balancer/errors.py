@@ -45,7 +45,9 @@ def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats) -> Value
             f"got {low}. Add a constant that makes the loss positive, or use a rule that reads gradients"
         )
     return ValueError(
-        f"mtl_dist, step {stats.step}: {rule!r} gave weights that are not finite for losses {losses}"
+        f"mtl_dist, step {stats.step}: {rule!r} gave weights that are not finite, or too large for the "
+        f"precision of the total, for losses {losses}. Bound them with Clamp(rule, low, high), or give "
+        'on_nonfinite="hold", which keeps the previous weights'
     )
 
 

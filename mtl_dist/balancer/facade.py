@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,27 +13,29 @@ from torch import Tensor, nn
 
 from mtl_dist.balancer.arguments import (
     OnNonfinite,
-    check_same_state,
+    check_runs_once,
     checked_policy,
     checked_tasks,
     checked_window,
 )
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.progress import RuleProgress
+from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
-from mtl_dist.balancer.zero_gradients import ZeroGradients
+from mtl_dist.balancer.typed_call import TypedCall
+from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, Finding
 from mtl_dist.engines import Engine, EngineView
-from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads
+from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
 from mtl_dist.stats import StepReport
 from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
-_STATE_PREFIX = "rule."
+_FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
 
 
-class Balancer(nn.Module):
+class Balancer(TypedCall):
     """Turns task losses into one scalar loss with weights that all ranks agree on.
 
     Call it in the model's forward, on the shared features and the tasks' heads, or on losses alone:
@@ -98,7 +101,6 @@ class Balancer(nn.Module):
         self._strict = on_nonfinite == "raise"
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._errors = DeferredErrors()
-        self._zero_gradients = ZeroGradients()
         self._engine = EngineView()
         self._progress = RuleProgress(
             self.tasks,
@@ -113,39 +115,17 @@ class Balancer(nn.Module):
         reads_gram = self.weighting.needs == Needs.GRAM
         self._diagonal = DiagonalWatch(self.weighting, self.probe) if reads_gram else None
         self._memory = self.probe.memory()
+        self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
 
-    if TYPE_CHECKING:  # the forms of a call, for type checkers
-
-        @overload
-        def __call__(self, losses: Losses, /, *, counts: Counts | None = None) -> Tensor: ...
-
-        @overload
-        def __call__(self, losses: Tensor, /, *, task_ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
-
-        @overload
-        def __call__(
-            self,
-            features: Any,
-            heads: HeadFunctions,
-            *,
-            counts: Counts | None = None,
-            layer: nn.Module | None = None,
-        ) -> Tensor: ...
-
-        @overload
-        def __call__(
-            self,
-            features: Any,
-            heads: Callable[[Any], Tensor],
-            *,
-            layer: nn.Module | None = None,
-            task_ids: Tensor,
-            mask: Tensor | None = None,
-        ) -> Tensor: ...
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """See `forward`."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to change a setting, which would change what is shown and nothing else."""
+        if name == "window" or (name in _FIXED and name in self.__dict__):
+            raise AttributeError(
+                f"balancer.{name} is fixed at construction, got {value!r}: make a new Balancer. Its "
+                "load_state_dict takes the state of this one if tasks and rule are the same"
+            )
+        super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
     def forward(
@@ -191,11 +171,12 @@ class Balancer(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
-        if self.on_nonfinite == "skip":
-            self._zero_gradients.release()
+        check_runs_once()
         self._connect()
-        self._progress.begin()
-        step = self._new_step(measure=self.measures_at(self._progress.step))
+        held = self._updates_left is not None and self._updates_left <= 0
+        if not held:
+            self._progress.begin()
+        step = self._new_step(measure=not held and self.measures_at(self._progress.step), held=held)
         try:
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
             if read.on_losses:
@@ -209,8 +190,38 @@ class Balancer(nn.Module):
             if not step.reduced:
                 self._synchronizer.announce_failure()
             raise
-        skips = self.on_nonfinite == "skip" and step.not_finite()
-        return self._zero_gradients(total, features) if skips else total
+        if self._updates_left is not None and not held:
+            self._updates_left -= 1
+        self._progress.follow(total)
+        return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
+
+    @contextmanager
+    def held(self, *, updates: int = 0) -> Iterator[None]:
+        """Inside, the weights stay as they are: calls measure nothing, and the rule learns nothing.
+
+        For optimizers that call a closure several times in one step and must minimise one function (L-BFGS,
+        SAM), and for any other forward in training mode that is not a step of its own:
+
+            with balancer.held(updates=1):
+                optimizer.step(closure)
+
+        The total is exact over ranks as always, so such a call makes one all-reduce. All ranks must hold
+        the same calls.
+
+        Args:
+            updates: how many calls inside still update the rule, before the weights hold.
+        """
+        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
+            raise ValueError(f"held: updates must be a number of calls >= 0, got {updates!r}")
+        balancers = (self, *self._twins)
+        before = [balancer._updates_left for balancer in balancers]
+        for balancer in balancers:
+            balancer._updates_left = updates
+        try:
+            yield
+        finally:
+            for balancer, left in zip(balancers, before, strict=True):
+                balancer._updates_left = left
 
     def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
         """Gives losses that were measured outside the step to the rule; all ranks must call it.
@@ -244,11 +255,8 @@ class Balancer(nn.Module):
         if destination is not None:
             return destination
         self._errors.poll()
-        progress = self._progress
-        progress.settle()
-        state = {_STATE_PREFIX + key: value.detach().clone() for key, value in progress.state.items()}
-        header = {"tasks": list(self.tasks), "rule": repr(self.weighting), "step": progress.step}
-        return {**header, "weights": progress.weights.clone(), **state}
+        self._progress.settle()
+        return read_state(self._progress)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -258,11 +266,8 @@ class Balancer(nn.Module):
         Raises:
             ValueError: it belongs to other tasks or another rule; nothing is changed then.
         """
-        expected = self.state_dict()
-        check_same_state(expected, state_dict)
-        rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
-        state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
-        self._progress.restart(state, state_dict["weights"].detach().clone(), int(state_dict["step"]))
+        self._errors.poll()
+        write_state(self._progress, state_dict)
         for twin in self._twins:
             twin.load_state_dict(state_dict)
 
@@ -369,7 +374,7 @@ class Balancer(nn.Module):
         if not self._synchronizer.connected:
             self._synchronizer.connect(self._fingerprint())
 
-    def _new_step(self, *, measure: bool) -> Step:
+    def _new_step(self, *, measure: bool, held: bool = False) -> Step:
         return Step(
             tasks=self.tasks,
             step=self._progress.step,
@@ -383,6 +388,8 @@ class Balancer(nn.Module):
             checker=self._check,
             diagonal=self._diagonal,
             strict=self._strict,
+            held=held,
+            stateful=bool(self._progress.state),
         )
 
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
@@ -404,7 +411,7 @@ class Balancer(nn.Module):
         step.measure = False
         losses = heads.at(given, self._device_of(given))
         reduced = step.reduce(losses.stats())
-        total = losses.total(step.decide(reduced) * reduced.shares)
+        total = losses.total(step.decide(reduced, losses.dtype) * reduced.shares)
         return total if total.requires_grad else total.requires_grad_()
 
     def _evaluated(self, given: Any, heads: Heads, layer: nn.Module | None) -> Tensor:

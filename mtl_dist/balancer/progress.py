@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ class _Point(NamedTuple):
 class _Window(NamedTuple):
     total: LocalStats
     sound: Tensor
+    calls: int
 
 
 class RuleProgress:
@@ -71,63 +72,100 @@ class RuleProgress:
         self._errors = errors
         self._positive_losses = rule.positive_losses
         cpu = torch.device("cpu")
-        uniform = torch.full((len(tasks),), 1 / len(tasks), dtype=stats_dtype(cpu))
-        self.restart(rule.init(tasks, cpu), uniform, 0)
+        with cpu:  # wherever the model is built, such as on the meta device
+            uniform = torch.full((len(tasks),), 1 / len(tasks), dtype=stats_dtype(cpu))
+            self.restart(rule.init(tasks, cpu), uniform, 0)
 
-    def restart(self, state: State, weights: Tensor, step: int) -> None:
-        """Goes to a given point, at the start of a window."""
+    def restart(
+        self, state: State, weights: Tensor, step: int, window: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Goes to a given point.
+
+        Args:
+            state: of the rule.
+            weights: `[n]`.
+            step: number of updates so far.
+            window: what `window_state` gave; None: the start of a window.
+        """
         self.state, self.weights, self.step = state, weights, step
         self.report: StepReport | None = None
         self._before = _Point(state, weights, step)
-        self._window: _Window | None = None
-        self._calls = 0
-        self._closed = True  # whether an optimizer step follows, or followed, the last call
+        self._window = _empty_window(weights) if window is None else _read_window(window)
+        self._closed = self.window is None or self._window.calls % self.window == 0
+        self._backward_ran = False
+        self._skipped_before = False
+
+    def window_state(self) -> dict[str, Tensor]:
+        """The statistics of the window so far, by name; empty where weights do not hold for a window."""
+        if self.window is None:
+            return {}
+        total, sound, calls = self._window
+        sums = {"loss_sums": total.loss_sums, "counts": total.counts, "gram": total.gram}
+        return {**sums, "sound": sound, "calls": torch.tensor(calls)}
 
     def begin(self) -> None:
         """Begins a training call: settles what came before, and asks whether an optimizer step follows."""
         self.settle()
-        if self._closed:
-            self._before = _Point(self.state, self.weights, self.step)
-            self._window = None
-        self._calls += 1
         closes_window = self._engine.facts.closes_window
         if closes_window is not None:
             self._closed = closes_window()
         else:
-            self._closed = self.window is None or self._calls % self.window == 0
+            self._closed = self.window is None or (self._window.calls + 1) % self.window == 0
 
     def settle(self) -> None:
-        """Forgets the updates of the last window, if the engine skipped its optimizer step."""
-        updated = self.step > self._before.step
+        """At the end of an optimizer step: forgets all its updates, if the engine skipped it.
+
+        Several calls may belong to one optimizer step. It has ended where a backward ran after a call that
+        closes it, or where the engine says for the first time that it skipped one.
+        """
         skipped = self._engine.facts.skipped
-        if self._closed and updated and skipped is not None and skipped():
+        if skipped is None or not self._closed or self.step == self._before.step:
+            return
+        is_skipped = skipped()
+        if not (self._backward_ran or (is_skipped and not self._skipped_before)):
+            return
+        if is_skipped:
             self.state, self.weights, self.step = self._before
+        self._before = _Point(self.state, self.weights, self.step)
+        self._backward_ran, self._skipped_before = False, is_skipped
+
+    def follow(self, total: Tensor) -> None:
+        """Notes when the backward of this call runs, where steps may be skipped."""
+        if self._engine.facts.skipped is not None:
+            total.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
+
+    def _note_backward(self, _: Tensor) -> None:
+        self._backward_ran = True
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything to the device of the statistics."""
         if self.weights.device != device:
             self.state, self.weights, _ = _moved(_Point(self.state, self.weights, self.step), device)
             self._before = _moved(self._before, device)
+            self._window = _moved_window(self._window, device)
 
-    def decide(self, total: LocalStats, finite: Tensor, *, measured: bool) -> Tensor:
+    def hold(self, total: LocalStats) -> Tensor:
+        """`[n]` weights of one call that does not update the rule; 0 for tasks absent on all ranks."""
+        return _where_present(total, self.weights)
+
+    def decide(self, total: LocalStats, finite: Tensor, *, measured: bool, dtype: torch.dtype) -> Tensor:
         """`[n]` weights of one call; 0 for tasks absent on all ranks.
 
         Args:
             total: statistics of the call, summed over ranks.
             finite: scalar bool, whether all statistics are free of NaN and infinity.
             measured: whether they hold a Gram.
+            dtype: of the weighted total, which the weights must fit into.
         """
         held = self.weights
         if self.window is None:
-            self._update(global_stats(total, self.step, with_gram=measured), finite)
+            self._update(global_stats(total, self.step, with_gram=measured), finite, dtype)
             return _where_present(total, self.weights)
-        before = self._window
-        whole = (
-            _Window(total, finite) if before is None else _Window(before.total + total, before.sound & finite)
-        )
-        self._window = whole
+        whole = _Window(self._window.total + total, self._window.sound & finite, self._window.calls + 1)
         if self._closed:
-            self._update(global_stats(whole.total, self.step, with_gram=measured), whole.sound)
+            self._update(global_stats(whole.total, self.step, with_gram=measured), whole.sound, dtype)
+            whole = _empty_window(self.weights)
+        self._window = whole
         return _where_present(total, held)
 
     def observe(self, total: LocalStats, finite: Tensor) -> None:
@@ -139,11 +177,11 @@ class RuleProgress:
         self._errors.watch(out_of_domain, self._explanation(stats))
         self.state = _chosen(sound, state, self.state)
 
-    def _update(self, stats: TaskStats, finite: Tensor) -> None:
+    def _update(self, stats: TaskStats, finite: Tensor, dtype: torch.dtype) -> None:
         out_of_domain = self._out_of_domain(stats)
         sound = finite & ~out_of_domain
         weights, state = self.rule.update(stats.guarded(sound), self.state)
-        usable = weights.isfinite().all()
+        usable = weights.to(dtype).isfinite().all()
         refused = out_of_domain | ~usable if self._strict else out_of_domain
         self._errors.watch(refused, self._explanation(stats))
         sound = sound & usable
@@ -163,6 +201,22 @@ class RuleProgress:
 
 def _where_present(total: LocalStats, weights: Tensor) -> Tensor:
     return torch.where(total.counts > 0, weights, torch.zeros_like(weights))
+
+
+def _empty_window(weights: Tensor) -> _Window:
+    nothing = LocalStats.zeros(len(weights), weights.device)
+    return _Window(nothing, torch.ones((), dtype=torch.bool, device=weights.device), 0)
+
+
+def _read_window(state: Mapping[str, Tensor]) -> _Window:
+    total = LocalStats(*(state[name].detach().clone() for name in ("loss_sums", "counts", "gram")))
+    return _Window(total, state["sound"].detach().clone(), int(state["calls"]))
+
+
+def _moved_window(window: _Window, device: torch.device) -> _Window:
+    dtype, total = stats_dtype(device), window.total
+    sums = (part.to(device, dtype) for part in (total.loss_sums, total.counts, total.gram))
+    return _Window(LocalStats(*sums), window.sound.to(device), window.calls)
 
 
 def _moved(point: _Point, device: torch.device) -> _Point:

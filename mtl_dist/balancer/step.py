@@ -38,6 +38,8 @@ class Step:
         checker: looks at every step; None where nothing is checked.
         diagonal: notices a Gram that is diagonal by construction; None where that does not matter.
         strict: whether a NaN or infinity is an error.
+        stateful: whether the rule has a state, so that the order of its updates matters.
+        held: whether the weights stay as they are, and the rule learns nothing.
         reduced: whether the first collective of this step is done.
     """
 
@@ -53,6 +55,8 @@ class Step:
     checker: Check | None
     diagonal: DiagonalWatch | None
     strict: bool
+    held: bool = False
+    stateful: bool = False
     reduced: bool = False
     _failed: Tensor | None = None
     _finite: Tensor | None = None
@@ -88,13 +92,16 @@ class Step:
         """Raises `explain()` where `flag` holds."""
         self.errors.watch(flag, explain)
 
-    def decide(self, reduced: Reduced) -> Tensor:
+    def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[n]` weights, the same on every rank."""
+        if self.held:
+            self._checked(reduced)
+            return self.progress.hold(reduced.total)
         if self.measure and self.diagonal is not None:
             self.diagonal.look(reduced.total, self.rank)
         finite = self._checked(reduced)
         expected = self._expected(reduced, finite)
-        used = self.progress.decide(reduced.total, finite, measured=self.measure)
+        used = self.progress.decide(reduced.total, finite, measured=self.measure, dtype=dtype)
         if self.checker is not None and bool(finite):
             self.checker.look_at_weights(global_stats(reduced.total, self.step, with_gram=self.measure), used)
             if expected is not None:

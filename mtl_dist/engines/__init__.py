@@ -6,6 +6,7 @@ from mtl_dist.engines.deepspeed import deepspeed_facts, deepspeed_loss_scaler
 from mtl_dist.engines.facts import Engine
 from mtl_dist.engines.fsdp2 import UNIT_NODE, is_sharded
 from mtl_dist.engines.graph import Edge, accumulators, depends_on, edge_of, nodes
+from mtl_dist.engines.recompute import will_run_again
 from mtl_dist.engines.replay import replayed
 from mtl_dist.engines.storage import is_there, kept
 from mtl_dist.engines.view import EngineView
@@ -31,4 +32,5 @@ __all__ = [
     "nodes",
     "replayed",
     "whole_shape",
+    "will_run_again",
 ]

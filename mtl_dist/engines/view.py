@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from mtl_dist.engines.zero3 import ZERO_3
 from mtl_dist.losses import LocalLosses
 
 _LOGGER = logging.getLogger("mtl_dist")
+
+_HALF = (
+    "mtl_dist: the features are float16 and the balancer knows of no loss scale, so small gradients count as "
+    "zero. Tell it the scale: attach(...) of mtl_dist.integrations, or "
+    "balancer.set_engine(Engine(scaled=scaler.scale)) for torch's GradScaler"
+)
 
 
 class EngineView:
@@ -31,6 +38,17 @@ class EngineView:
         self.partitioned: bool | None = None
         self.units: Units | None = None
         self._looked_for_units = False
+        self._said_half = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineView:
+        """A view of the same engine, which looks at its own model again."""
+        copied = EngineView()
+        copied.facts, copied.partitioned = self.facts, self.partitioned
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the engine, which belongs to this process."""
+        return EngineView().__dict__
 
     def learn(self, facts: Engine) -> None:
         """Takes new facts, and forgets what it found under the old ones."""
@@ -67,4 +85,7 @@ class EngineView:
             self._looked_for_units, self.units = True, find_units(outputs, leaves)
         scaled = self.facts.scaled
         scale = None if scaled is None else scaled(torch.ones((), device=losses.counts.device))
+        if scale is None and not self._said_half and torch.float16 in {leaf.dtype for leaf in leaves}:
+            self._said_half = True
+            _LOGGER.warning(_HALF)
         return nullcontext(scale) if self.units is None else self.units.undisturbed(scale)

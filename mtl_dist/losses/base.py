@@ -37,6 +37,11 @@ class LocalLosses(ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the total: float64 where a loss is, else float32."""
+
+    @property
+    @abstractmethod
     def outputs(self) -> Sequence[Tensor]:
         """The tensors with a graph that `gradients` and `total` differentiate; empty where there is none."""
 

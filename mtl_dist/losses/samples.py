@@ -39,6 +39,11 @@ class SampleLosses(LocalLosses):
         return self._by_task(self.mask)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the losses."""
+        return self.losses.dtype
+
+    @property
     def outputs(self) -> Sequence[Tensor]:
         """The losses of all samples, as one tensor."""
         return [self.losses] if self.losses.requires_grad else []

@@ -31,6 +31,12 @@ class TaskLosses(LocalLosses):
     views: Views | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """float64 where a loss is, else float32."""
+        double = torch.float64 in {value.dtype for value in self.values if value is not None}
+        return torch.float64 if double else torch.float32
+
+    @property
     def outputs(self) -> Sequence[Tensor]:
         """The losses that have a graph."""
         return [value for value in self.values if value is not None and value.requires_grad]
@@ -60,8 +66,7 @@ class TaskLosses(LocalLosses):
 
     def total(self, coefficients: Tensor) -> Tensor:
         """`Σ coefficients_i l_i` in float32 (float64 for float64 losses)."""
-        double = torch.float64 in {value.dtype for value in self.values if value is not None}
-        losses = self._stacked(self.values, torch.float64 if double else torch.float32)
+        losses = self._stacked(self.values, self.dtype)
         losses = torch.where(self.counts > 0, losses, torch.zeros_like(losses))
         return torch.dot(coefficients.detach().to(losses.dtype), losses)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from mtl_dist.engines import EngineView
@@ -25,6 +26,7 @@ class StepContext(Protocol):
         rank: index of this rank among those that hold different samples.
         engine: the engine around the balancer.
         memory: what `Probe.memory` made for this balancer.
+        stateful: whether the rule has a state, so that the order of its updates matters.
     """
 
     tasks: Sequence[str]
@@ -33,6 +35,7 @@ class StepContext(Protocol):
     rank: int
     engine: EngineView
     memory: Any
+    stateful: bool
 
     def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
         """One all-reduce: the sum over ranks, and the shares of this rank.
@@ -64,8 +67,13 @@ class StepContext(Protocol):
         """
         ...
 
-    def decide(self, reduced: Reduced) -> Tensor:
-        """`[n]` weights from the global statistics, by the rule; the same on every rank. Once per step."""
+    def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[n]` weights from the global statistics, by the rule; the same on every rank. Once per step.
+
+        Args:
+            reduced: the statistics.
+            dtype: of the weighted total, which the weights must fit into.
+        """
         ...
 
 

@@ -95,7 +95,8 @@ def evaluate(
 
 def weigh(evaluation: Evaluation, reduced: Reduced, step: StepContext) -> Tensor:
     """`Σ α_i s_i l_i`, with the weights that follow from the reduced statistics."""
-    total = evaluation.losses.total(step.decide(reduced) * reduced.shares)
+    weights = step.decide(reduced, evaluation.losses.dtype)
+    total = evaluation.losses.total(weights * reduced.shares)
     return total if total.requires_grad else anchored(total, evaluation.shared.leaves)
 
 

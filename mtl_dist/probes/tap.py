@@ -39,6 +39,10 @@ class FeatureTap(Probe):
 
     at_features: ClassVar[bool] = True
 
+    def memory(self) -> _Order:
+        """The order of forwards and backwards."""
+        return _Order()
+
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """`Σ s_i l_i`, whose backward is weighted at the features."""
         if not heads.separable:
@@ -47,7 +51,8 @@ class FeatureTap(Probe):
                 "all tasks gives one gradient for all; use FeatureProbe() for a shared function"
             )
         shared = split(features, detach=False)
-        tap = _TapStep(step, shared.leaves[0].device)
+        order: _Order = step.memory
+        tap = _TapStep(step, shared.leaves[0].device, order.next_number(), order)
         anchor, branches = tap.branch(shared)
         losses = heads.on_views(branches)
         assert isinstance(losses, TaskLosses)  # separable heads give losses by task
@@ -70,12 +75,33 @@ def _check_apart(losses: TaskLosses, views: Views, shared: Features, tasks: Sequ
         )
 
 
+class _Order:
+    """The order of forwards and of their backwards."""
+
+    def __init__(self) -> None:
+        self._forwards = 0
+        self._last = 0
+
+    def next_number(self) -> int:
+        """The number of a new forward, from 1."""
+        self._forwards += 1
+        return self._forwards
+
+    def note_backward(self, number: int) -> bool:
+        """Whether a later forward had its backward before this one."""
+        late = number < self._last
+        self._last = max(self._last, number)
+        return late
+
+
 @dataclass
 class _TapStep:
     """What the backward of one step must know about its forward."""
 
     step: StepContext
     device: torch.device
+    number: int
+    order: _Order
     reduced: Reduced | None = None
     weights: Tensor | None = None
     scale: Tensor | None = None
@@ -100,6 +126,12 @@ class _TapStep:
     def decide(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """`[n]` weights, once the gradient of every task has arrived."""
         if self.weights is None:
+            if self.order.note_backward(self.number) and self.step.stateful:
+                raise RuntimeError(
+                    "FeatureTap: of two forwards before one backward the second one updated the rule first, "
+                    "because a backward runs in reverse order: call backward after each forward, or use "
+                    "FeatureProbe()"
+                )
             gram = self._local_gram(rows)
             zeros = gram.new_zeros(len(gram))
             later = self.step.reduce(LocalStats(zeros, zeros, gram))

@@ -105,6 +105,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_part_of_world(group: dist.ProcessGroup | None) -> bool:
+    """Whether `group` leaves out ranks of the job."""
+    return group is not None and is_distributed() and dist.get_world_size(group) < dist.get_world_size()
+
+
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
     """Where the collectives of `group` take their tensors: the CPU if they can, else the accelerator."""
     if is_distributed() and "cpu" not in dist.get_backend_config(group):

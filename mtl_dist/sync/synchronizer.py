@@ -6,12 +6,20 @@ exchange the numbers of their rows first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync.collectives import Collectives, GroupCollectives, collective_device, is_distributed
+from mtl_dist.sync.collectives import (
+    Collectives,
+    GroupCollectives,
+    collective_device,
+    is_distributed,
+    is_part_of_world,
+)
 from mtl_dist.sync.layout import Faults, Layout
 from mtl_dist.sync.timing import Stopwatch
 
@@ -30,6 +38,7 @@ class Synchronizer:
         connected: whether the ranks have compared their settings.
         rank: index of this rank among those that are summed; 0 before `connect`.
         world_size: W, the number of ranks that are summed; 1 before `connect`.
+        lost_group: whether it came out of a file, and had a group when it was saved.
     """
 
     def __init__(self, num_tasks: int, group: dist.ProcessGroup | None = None) -> None:
@@ -39,8 +48,18 @@ class Synchronizer:
         self.connected = False
         self.rank = 0
         self.world_size = 1
+        self.lost_group = False
         self._layout = Layout(num_tasks)
         self._collectives: Collectives | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Synchronizer:
+        """A synchronizer of the same group, which makes its own connection at its first step."""
+        return Synchronizer(self.num_tasks, self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without group and connection, which belong to this process."""
+        state = Synchronizer(self.num_tasks).__dict__
+        return {**state, "lost_group": self.lost_group or is_part_of_world(self.group)}
 
     def connect(self, fingerprint: str) -> None:
         """Makes the group and compares `fingerprint` (tasks, rule, probe) over its ranks, once.
@@ -51,6 +70,11 @@ class Synchronizer:
         if self.connected:
             return
         if self._collectives is None and is_distributed():
+            if self.lost_group:
+                raise RuntimeError(
+                    "mtl_dist: this balancer was saved with a process group, which a file cannot hold: call "
+                    "attach again, or balancer.set_group(group)"
+                )
             self._set(GroupCollectives(self.group))
         if self._collectives is not None:
             _check_agreement(self._collectives, fingerprint)
@@ -75,6 +99,7 @@ class Synchronizer:
         if self.connected:
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
         self.group = group
+        self.lost_group = False
 
     def reduce(
         self, local: LocalStats, faulty: Tensor | None = None, failed: Tensor | None = None

@@ -1,0 +1,52 @@
+"""The state of a balancer as one flat dictionary: tensors, strings and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mtl_dist.balancer.progress import RuleProgress
+
+_STATE, _WINDOW = "rule.", "window."
+
+
+def read_state(progress: RuleProgress) -> dict[str, Any]:
+    """Everything that the next step depends on."""
+    state = {_STATE + key: value.detach().clone() for key, value in progress.state.items()}
+    window = {_WINDOW + key: value.clone() for key, value in progress.window_state().items()}
+    header = {"tasks": list(progress.tasks), "rule": repr(progress.rule), "step": progress.step}
+    return {**header, "weights": progress.weights.clone(), **state, **window}
+
+
+def write_state(progress: RuleProgress, given: Mapping[str, Any]) -> None:
+    """Continues from what `read_state` gave.
+
+    Raises:
+        ValueError: it belongs to other tasks or another rule; nothing is changed then.
+    """
+    _check_same(read_state(progress), given)
+    window = None if progress.window is None else _under(_WINDOW, given)
+    weights = given["weights"].detach().clone()
+    progress.restart(_under(_STATE, given), weights, int(given["step"]), window)
+
+
+def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v.detach().clone() for k, v in state.items() if k.startswith(prefix)}
+
+
+def _check_same(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`."""
+    for key in ("tasks", "rule"):
+        if given.get(key) != expected[key]:
+            raise ValueError(
+                f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
+            )
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
+            shape = getattr(given[key], "shape", type(given[key]).__name__)
+            raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")
