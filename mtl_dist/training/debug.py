@@ -11,8 +11,8 @@ from torch import Tensor
 from mtl_dist.stats import StepReport
 from mtl_dist.training.setup import Run
 
-_HEADER = ("step", "task", "loss", "weight", "grad norm", "part", "lowest cosine")
-_WIDTHS = (7, 20, 10, 10, 10, 7, 24)
+_HEADER = ("step", "task", "loss", "weight", "grad norm", "contribution", "lowest cosine")
+_WIDTHS = (7, 20, 10, 10, 10, 13, 24)
 
 
 def make_deterministic() -> None:
