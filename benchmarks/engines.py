@@ -1,4 +1,4 @@
-"""The engines that overhead.py measures under: how one training step is taken, and what is asserted of it."""
+"""The engines of overhead.py: how they take one training step, with assertions about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def start(engine: str, num_ranks: int, device: torch.device) -> None:
 
 
 def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
-    """One training step of `net` under `engine`, optimizer included."""
+    """One training step of `net` under `engine`, including the optimizer."""
     if engine == "zero-2":
         return _zero_step(net, balancer)
     model: nn.Module = net
@@ -51,10 +51,10 @@ def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
 
 
 def _sharded(net: Any, *, keep_heads: bool) -> nn.Module:
-    """FSDP2 with the trunk, each head, and the rest as units.
+    """FSDP2 with three kinds of units: the trunk, each head, and the rest.
 
-    The heads, which the backward needs first, may be kept between forward and backward, as last layers mostly
-    are; resharded, their parameters are gathered again for each task's gradient.
+    The backward needs the heads first. Their parameters may stay gathered between forward and backward, as is
+    usual for last layers. If they are resharded, they are gathered again for the gradients of the tasks.
     """
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
     fully_shard(net.trunk, mesh=mesh)
@@ -71,7 +71,7 @@ def _zero_step(net: nn.Module, balancer: Balancer | None) -> Step:
     from mtl_dist.integrations.deepspeed import attach
 
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # read by DeepSpeed's bookkeeping only
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's bookkeeping reads it
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,

@@ -1,19 +1,20 @@
-"""Does weighting help? Every rule on the recipe Multi-Digits, beside each task trained alone.
+"""Does weighting help? Every rule on the recipe multi_digits, compared with one network per task.
 
     python -m benchmarks.multi_digits                       # 5 seeds, 2 processes: some minutes
     python -m benchmarks.multi_digits --rules equal mgda --seeds 0 1 --steps 100
 
-All runs take the same number of steps at the same learning rate, AdamW's, and the same seed gives all rules
-the same data, order and initial parameters. A task trained alone is the same network under `Fixed` weights of
-1 for that task and 0 for the others.
+All runs use AdamW with the same number of steps and the same learning rate. For one seed, all rules have the
+same data, order and initial parameters. A task that is trained alone uses the same network, with `Fixed`
+weights: 1 for that task, 0 for the others.
 
     Δm = 100/n Σᵢ sᵢ (Mᵢ - Sᵢ) / Sᵢ
 
-with Mᵢ a rule's validation metric of task i, Sᵢ that of the task alone from the same seed, sᵢ = 1 where
-higher is better and -1 where lower is; above 0 the tasks gain from each other. Its standard error is over
-seeds. The mean rank is over tasks, among the rules' means over seeds. Times are taken afterwards, paired:
-every round takes one step of each rule, in random order, and the median over rounds of time / (Equal's in the
-same round) counts. Writes `benchmarks/results/multi_digits.{md,json,png}`; the picture needs matplotlib.
+Mᵢ is the validation metric of task i under a rule. Sᵢ is the same metric of the task alone, with the same
+seed. sᵢ is 1 if higher is better, and -1 if lower is better. If Δm is above 0, the tasks gain from each
+other. Its standard error is over seeds. The mean rank is over tasks; rules are ranked by their means over
+seeds. Times are measured afterwards, in pairs: each round takes one step of each rule, in random order, and
+the result is the median over rounds of time / (time of `equal` in the same round). Writes
+`benchmarks/results/multi_digits.{md,json,png}`. The picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -59,17 +60,17 @@ RESULTS = Path(__file__).parent / "results"
 RECIPE = MultiDigits()
 BATCH = 128
 HIGHER_IS_BETTER = {"accuracy": True, "psnr": True, "mae": False}
-ALONE = "alone: "  # begins the name of a baseline
-OBSERVE_EVERY = 5  # steps between the losses that are handed to a rule which learns from held-out losses
+ALONE = "alone: "  # prefix of the name of a baseline
+OBSERVE_EVERY = 5  # a rule that learns from held-out losses gets them every this many steps
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Arguments that a rule has no defaults for, or whose defaults count steps that this run has not.
+    """Arguments without defaults, or with defaults for runs that are longer than this one.
 
     Attributes:
-        make: the rule, from the losses that label statistics give.
-        reason: for the arguments.
+        make: a function from the losses that follow from label statistics to the rule.
+        reason: why these arguments.
     """
 
     make: Callable[[Priors], Rule]
@@ -102,7 +103,7 @@ CHOICES: dict[str, Choice] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """What all runs share."""
+    """The settings that all runs have in common."""
 
     steps: int
     learning_rate: float
@@ -110,7 +111,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its validation metrics by task, or the error that ended it."""
+    """The result of one run: validation metrics by task, or the error that ended it."""
 
     name: str
     seed: int
@@ -120,7 +121,7 @@ class Outcome:
 
 @cache
 def data(seed: int) -> tuple[BatchData, BatchData, BatchData]:
-    """Training and validation samples, and other compositions of the training digits."""
+    """Training samples, validation samples, and other compositions of the training digits."""
     train, validation = RECIPE.data(seed)
     held_out, _ = RECIPE.data(10_000 + seed)
     return train, validation, held_out
@@ -128,7 +129,7 @@ def data(seed: int) -> tuple[BatchData, BatchData, BatchData]:
 
 @cache
 def priors(seed: int) -> Priors:
-    """Losses that the training labels give."""
+    """Initial and prior losses from the training labels."""
     train = data(seed)[0]
     batch = train.__getitems__(range(len(train)))
     pixels = batch["image"].flatten(1)
@@ -145,7 +146,7 @@ def priors(seed: int) -> Priors:
 
 
 def make_rule(name: str, seed: int) -> Rule:
-    """By its name in `RULES`, or the baseline of a task."""
+    """The rule with this name in `RULES`, or the baseline of a task."""
     if name.startswith(ALONE):
         return Fixed({task: float(task == name.removeprefix(ALONE)) for task in RECIPE.tasks})
     return CHOICES[name].make(priors(seed)) if name in CHOICES else RULES[name]()
@@ -162,7 +163,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), learning_rate, weight_decay=0.0)
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step, and what the rule wants to observe."""
+        """One optimizer step, and the losses that the rule observes."""
         self.model(**batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -171,7 +172,7 @@ class Training:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Hands the losses of other compositions to the rule."""
+        """Gives the rule losses of other compositions."""
         self.model.eval()
         sums = self.model(**self.held_out.__getitems__(range(BATCH)))
         self.balancer.observe(dict(zip(RECIPE.tasks, sums[:, 0] / sums[:, 2], strict=True)))
@@ -179,7 +180,7 @@ class Training:
 
 
 def train(job: tuple[str, int], schedule: Schedule) -> Outcome:
-    """One run, to its validation metrics."""
+    """Runs one training. Returns its validation metrics."""
     name, seed = job
     torch.set_num_threads(1)
     train_data, validation, _ = data(seed)
@@ -187,7 +188,7 @@ def train(job: tuple[str, int], schedule: Schedule) -> Outcome:
     try:
         for indices in StepBatches(len(train_data), BATCH, seed, 0, schedule.steps):
             training.step(train_data.__getitems__(indices))
-    except ValueError as error:  # losses or gradients that are no longer finite
+    except ValueError as error:  # losses or gradients are NaN or infinite
         return Outcome(name, seed, {}, str(error))
     row = evaluate(training.model, validation, RECIPE, Accelerator(cpu=True), 500)
     metrics = {task: row[f"eval/{task}/{metric.name}"] for task, metric in RECIPE.metrics.items()}
@@ -195,7 +196,7 @@ def train(job: tuple[str, int], schedule: Schedule) -> Outcome:
 
 
 def sweep(jobs: Sequence[tuple[str, int]], schedule: Schedule, processes: int) -> list[Outcome]:
-    """All runs, seed by seed, in a pool."""
+    """All runs, seed by seed, in a pool of processes."""
     start = time.perf_counter()
     outcomes = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -220,7 +221,7 @@ def step_times(rules: Sequence[str], rounds: int, learning_rate: float) -> dict[
             before = time.perf_counter()
             trainings[name].step(batch)
             seconds[name] = time.perf_counter() - before
-        if turn >= 3:  # the first ones warm up
+        if turn >= 3:  # the first rounds are a warm-up
             for name in rules:
                 ratios[name].append(seconds[name] / seconds["equal"])
     return {name: statistics.median(values) for name, values in ratios.items()}
@@ -228,7 +229,7 @@ def step_times(rules: Sequence[str], rounds: int, learning_rate: float) -> dict[
 
 @dataclass(frozen=True)
 class Summary:
-    """A rule's row: means over seeds; infinite and NaN where a run ended in an error."""
+    """The row of a rule: means over seeds. Infinite or NaN if a run ended with an error."""
 
     rule: str
     delta: float
@@ -240,7 +241,7 @@ class Summary:
 
 
 def summarise(outcomes: Sequence[Outcome], times: dict[str, float]) -> list[Summary]:
-    """One row a rule, the best Δm first."""
+    """One row per rule; the best Δm is first."""
     runs = {(outcome.name, outcome.seed): outcome for outcome in outcomes}
     seeds = sorted({outcome.seed for outcome in outcomes})
     means = {name: means_over([runs[name, seed] for seed in seeds]) for name in times}
@@ -256,14 +257,14 @@ def summarise(outcomes: Sequence[Outcome], times: dict[str, float]) -> list[Summ
 
 
 def means_over(runs: Sequence[Outcome]) -> dict[str, float]:
-    """Of each task's metric; the worst there is where a run failed."""
+    """Means of the metric of each task. A failed run counts as the worst possible value."""
     if any(run.error is not None for run in runs):
         return {task: -sign(task) * math.inf for task in RECIPE.tasks}
     return {task: statistics.fmean(run.metrics[task] for run in runs) for task in RECIPE.tasks}
 
 
 def sign(task: str) -> int:
-    """1 where a higher metric is better, else -1."""
+    """1 if a higher metric is better, otherwise -1."""
     return 1 if HIGHER_IS_BETTER[RECIPE.metrics[task].name] else -1
 
 
@@ -277,7 +278,7 @@ def delta(runs: dict[tuple[str, int], Outcome], name: str, seed: int) -> float:
 
 
 def mean_ranks(means: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Over tasks; 1 is the best, equal values share their ranks' mean."""
+    """Mean ranks over tasks. 1 is the best; equal values get the mean of their ranks."""
     ranks: dict[str, list[float]] = {name: [] for name in means}
     for task in RECIPE.tasks:
         scores = [sign(task) * metrics[task] for metrics in means.values()]
@@ -289,7 +290,7 @@ def mean_ranks(means: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[Summary], alone: dict[str, float], head: str) -> str:
-    """All rows with their metrics, and the choices."""
+    """All rows with their metrics, and the chosen arguments."""
     titles = [f"{task} {metric.name}" for task, metric in RECIPE.metrics.items()]
     lines = [head, "", f"| rule | Δm % | mean rank | {' | '.join(titles)} | time / Equal |"]
     lines.append("|---|---:|---:|" + "---:|" * len(titles) + "---:|")
@@ -305,7 +306,7 @@ def markdown(rows: Sequence[Summary], alone: dict[str, float], head: str) -> str
 
 
 def compact(rows: Sequence[Summary], blocks: int = 2) -> str:
-    """The README's table: all rules in the order of their Δm, side by side to save lines."""
+    """The table in docs/results.md: all rules ordered by Δm, in two columns."""
     height = -(-len(rows) // blocks)
     lines = ["| " + " | | ".join(["rule | Δm % | rank | time"] * blocks) + " |"]
     lines.append("|" + "---|".join(["---|---:|---:|---:|"] * blocks))
@@ -329,7 +330,7 @@ def cells(metrics: dict[str, float]) -> str:
 
 
 def draw(rows: Sequence[Summary], file: Path, floor: float = -60) -> None:
-    """Δm of all rules with standard errors, coloured by what a rule reads; below `floor` as a number."""
+    """Δm of all rules with standard errors. The colour shows what a rule reads. Below `floor`: a number."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -363,7 +364,7 @@ def draw(rows: Sequence[Summary], file: Path, floor: float = -60) -> None:
 
 
 def describe(arguments: argparse.Namespace, load: float) -> str:
-    """What was run and where."""
+    """The setting and the machine."""
     return (
         f"{arguments.steps} steps of AdamW at {arguments.lr:g}, batches of {BATCH}, {len(arguments.seeds)} "
         f"seeds. {datetime.date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, "
@@ -405,7 +406,7 @@ def main() -> None:
 
 
 def write(outcomes: Sequence[Outcome], times: dict[str, float], head: str, folder: Path) -> None:
-    """The three results."""
+    """Writes the three result files."""
     rows = summarise(outcomes, times)
     alone = {
         task: statistics.fmean(o.metrics[task] for o in outcomes if o.name == ALONE + task)

@@ -1,21 +1,21 @@
-"""What a balanced step costs beside a plain one: time and peak memory, paired in one run.
+"""The cost of a balanced step relative to a plain step: time and peak memory, paired in one run.
 
     python benchmarks/overhead.py                            # all columns, all variants
     python benchmarks/overhead.py --columns 1:torch 2:ddp --rounds 40 --variants plain "FeatureProbe, MGDA"
 
-A column is a number of ranks and an engine: plain torch on one; DDP, FSDP2 (the heads' parameters kept
-between forward and backward, or resharded) and DeepSpeed's ZeRO-2 on two.
+A column is a number of ranks and an engine: plain torch on one rank; DDP, FSDP2 (the parameters of the heads
+stay gathered between forward and backward, or are resharded) and DeepSpeed ZeRO-2 on two ranks.
 
-Every round takes one step of each variant, in an order that changes from round to round, and the table shows
-the median over rounds of time / (time of the plain step in the same round). Peak memory is that of a process
-that runs one variant alone, less what it held before the model was made. Writes overhead.md and overhead.json
-into benchmarks/results/.
+Each round takes one step of each variant, in an order that changes from round to round. The table shows the
+median over rounds of time / (time of the plain step in the same round). Peak memory is the memory of a
+process that runs only one variant, minus its memory before the model was created. Writes overhead.md and
+overhead.json into benchmarks/results/.
 
-The plain step is the same model under the same engine with a plain sum of its losses. "And the ranks meet" is
-the plain step with one all-reduce of its losses after the heads, whose result nobody uses: the least that
-weights cost on which all ranks agree before the backward, most of it waiting for the slower rank. TorchJD
-and "one backward a task" have no engine that is right with them, so they run on the bare model, beside plain
-torch and DDP only, and average gradients over ranks in one all-reduce afterwards.
+The plain step is the same model under the same engine, with a plain sum of its losses. "And the ranks meet"
+is the plain step with one all-reduce of its losses after the heads; its result is not used. This is the
+minimal cost of weights on which all ranks agree before the backward. Most of it is the wait for the slower
+rank. No engine works correctly with TorchJD and "one backward a task". They run on the bare model, are
+compared only with plain torch and DDP, and average gradients over ranks in one all-reduce afterwards.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from mtl_dist.weighting import (
     UPGrad,
 )
 
-LOGGING: list[float] = []  # milliseconds of the host in the logging of each logged step
+LOGGING: list[float] = []  # milliseconds that the host spends on logging, per logged step
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
 
@@ -80,7 +80,7 @@ class Shape:
 
 
 class Net(nn.Module):
-    """An MLP trunk and one linear head a task."""
+    """An MLP trunk and one linear head per task."""
 
     def __init__(self, shape: Shape, balancer: Balancer | None, *, meets: bool = False) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Net(nn.Module):
         self.balancer = balancer
 
     def loss(self, i: int, z: Tensor, labels: Tensor) -> Tensor:
-        """Of one task."""
+        """The loss of one task."""
         return F.cross_entropy(self.heads[i](z), labels[:, i])
 
     def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -115,7 +115,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Balanced:
-    """A rule and the probe it is measured with."""
+    """A rule with its probe."""
 
     rule: Rule
     probe: Probe | None = None
@@ -145,7 +145,7 @@ COLUMNS = ("1:torch", "2:ddp", "2:fsdp2", "2:fsdp2-reshard", "2:zero-2")
 
 
 def make_step(name: str, shape: Shape, device: torch.device, engine: str) -> Step:
-    """One training step of a variant, optimizer included."""
+    """One training step of a variant, including the optimizer."""
     torch.manual_seed(0)
     variant = BALANCED.get(name)
     tasks = [str(i) for i in range(shape.tasks)]
@@ -160,7 +160,7 @@ def make_step(name: str, shape: Shape, device: torch.device, engine: str) -> Ste
 
 
 def _logged(step: Step, balancer: Balancer) -> Step:
-    """The step, and its row as the training program makes it: written by rank 0 into a file."""
+    """The step and its row; rank 0 writes the row to a file, as the training program does."""
     trackers = [JsonlTracker()] if not dist.is_initialized() or dist.get_rank() == 0 else []
     log = RunLog(trackers, RunInfo(Path(tempfile.mkdtemp()), balancer.tasks, {})).__enter__()
     numbers = itertools.count(1)
@@ -264,9 +264,9 @@ def times(
 
 
 def memory(name: str, shape: Shape, device: torch.device, engine: str) -> float:
-    """Peak MB of a few steps of one variant, above what the process held before.
+    """Peak memory in MB of a few steps of one variant, minus the memory before them.
 
-    A tiny step comes first, so that what is imported or initialised once is not counted.
+    A tiny step comes first, so that imports and one-time initialisation do not count.
     """
     tiny = Shape(tasks=2, batch=2, width=4, depth=1, features=4)
     make_step("FeatureProbe, MGDA", tiny, device, engine)(*batch(tiny, device))
@@ -315,7 +315,7 @@ def launch(
         *(["--memory"] if memory else []),
     ]
     command = [sys.executable, *(launcher if world_size > 1 else []), __file__, *options]
-    # freed blocks go back to the system at once, so that resident memory follows what is held
+    # freed blocks return to the system at once, so that resident memory follows the used memory
     trimmed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if memory else {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), **trimmed}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -326,12 +326,12 @@ def launch(
 
 
 def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
-    """Median over rounds of each variant's time over the plain one's in the same round."""
+    """Median over rounds of the time of each variant / (time of the plain step in the same round)."""
     return {name: statistics.median(values) for name, values in by_round(taken).items()}
 
 
 def errors(taken: dict[str, list[float]]) -> dict[str, float]:
-    """Half the 95 % interval of these medians, `1.57 IQR / √rounds` (McGill, Tukey and Larsen 1978)."""
+    """Half of the 95 % interval of these medians, `1.57 IQR / √rounds` (McGill, Tukey and Larsen 1978)."""
     found = {}
     for name, values in by_round(taken).items():
         low, _, high = statistics.quantiles(values, n=4)
@@ -388,7 +388,7 @@ def _cell(column: dict[str, Any], kind: str, name: str) -> str:
 
 
 def parsed_column(text: str) -> tuple[int, str]:
-    """`2:ddp` is two ranks under DDP."""
+    """Parses a column: `2:ddp` is two ranks under DDP."""
     ranks, _, engine = text.partition(":")
     if not ranks.isdigit() or engine not in ENGINES or (engine == "torch") != (ranks == "1"):
         raise argparse.ArgumentTypeError(f"must be RANKS:ENGINE, as {', '.join(COLUMNS)}; got {text!r}")
@@ -396,7 +396,7 @@ def parsed_column(text: str) -> tuple[int, str]:
 
 
 def measured(column: tuple[int, str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of every variant that the engine runs, beside its own plain step."""
+    """Time and memory of every variant that the engine supports, relative to its own plain step."""
     bare = column[1] in ("torch", "ddp")
     variants = [v for v in arguments.variants if v != MEETING or column[0] > 1]
     variants = [v for v in variants if bare or v in BALANCED or v in BASELINES[:3]]

@@ -1,17 +1,17 @@
-"""What each probe costs beside a plain step: time, peak memory, and bytes between two ranks, in one run.
+"""The cost of each probe relative to a plain step: time, peak memory, bytes between two ranks, in one run.
 
     python benchmarks/probes.py                                   # all: half an hour on 2 free cores
     python benchmarks/probes.py --tasks 8 --samples shared --rounds 30 --trunk 512x4
 
-Samples are `shared` (each has a label of every task, and every task a head) or `disjoint` (each belongs to
-one task, and one head serves all). As in overhead.py, every round takes a step of each variant, in an order
-that changes, and the table shows the median over rounds of time / (time of the plain step of that round).
-A variant that measures each 10th step is timed over 10 steps. Memory is the peak of a process that runs one
-variant alone, above what it held before, over that of the plain step. Bytes are what a rank hands to this
-library's collectives in a measured step on 2 ranks. Weights are 1 / norm throughout, so that no solver is
-timed. The trunk is an MLP of 13 million parameters. What a probe does above the features does not depend
-on the trunk, so a second table shows the same ratios, at 8 tasks, for trunks and batches of several
-sizes. A third sets side-tuning beside tuning the whole trunk. Writes probes.md and probes.json.
+Samples are `shared` (each has a label for every task, and each task has a head) or `disjoint` (each belongs
+to one task, and all tasks use one head). As in overhead.py, each round takes one step of each variant, in an
+order that changes, and the table shows the median over rounds of time / (time of the plain step in that
+round). A variant that measures every 10th step is timed over 10 steps. Memory is the peak memory of a process
+that runs only one variant, minus its memory before, relative to the plain step. Bytes are what a rank passes
+to the collectives of this library in a measured step on 2 ranks. All weights are 1 / norm, so that no solver
+is timed. The trunk is an MLP with 13 million parameters. The work of a probe above the features does not
+depend on the trunk, so a second table shows the same ratios, with 8 tasks, for trunks and batches of several
+sizes. A third table compares side-tuning with tuning the whole trunk. Writes probes.md and probes.json.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ Step = Callable[[], None]
 
 
 def variants(samples: str) -> list[str]:
-    """FeatureTap needs a head a task, so it has no disjoint form."""
+    """The variants. FeatureTap needs one head per task, so it has no disjoint form."""
     named = [name for name in PROBES if samples == "shared" or name != "FeatureTap"]
     return [PLAIN, *named, AUTOGRAM, BACKWARDS]
 
 
 class Net(nn.Module):
-    """An MLP trunk that ends in a linear layer, and linear heads: one a task, or one for all."""
+    """An MLP trunk that ends with a linear layer, and linear heads: one per task, or one for all tasks."""
 
     def __init__(self, shape: Shape, num_tasks: int, samples: str, probe: Probe | None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Net(nn.Module):
         self.balancer = None if probe is None else Balancer(names, InverseGradNorm(), probe=probe)
 
     def task_losses(self, z: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
-        """`[n]`, the losses that are weighted."""
+        """`[n]`: the losses to weight."""
         if self.samples == "shared":
             return torch.stack([F.cross_entropy(h(z), labels[:, i]) for i, h in enumerate(self.heads)])
         losses = F.cross_entropy(self.heads[0](z), labels[:, 0], reduction="none")
@@ -113,7 +113,7 @@ class Net(nn.Module):
 
 
 def make_step(name: str, shape: Shape, num_tasks: int, samples: str) -> Step:
-    """One training step of a variant, optimizer included."""
+    """One training step of a variant, including the optimizer."""
     torch.manual_seed(0)
     net = Net(shape, num_tasks, samples, PROBES.get(name))
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
@@ -135,7 +135,7 @@ def _plain(net: Net, x: Tensor, labels: Tensor, tasks: Tensor) -> None:
 
 
 def _autogram(net: Net) -> Callable[..., None]:
-    """The Gram of all shared parameters by torchjd, then one weighted backward."""
+    """The Gram matrix of all shared parameters by torchjd, then one weighted backward pass."""
     from torchjd.autogram import Engine
 
     engine = Engine(net.trunk, net.last, batch_dim=None)
@@ -149,7 +149,7 @@ def _autogram(net: Net) -> Callable[..., None]:
 
 
 def _backwards(net: Net) -> Callable[..., None]:
-    """A full gradient a task, kept; their Gram; then one weighted backward."""
+    """One full gradient per task, all in memory; their Gram matrix; then one weighted backward pass."""
     shared = [*net.trunk.parameters(), *net.last.parameters()]
 
     def differentiate(net: Net, x: Tensor, labels: Tensor, tasks: Tensor) -> None:
@@ -167,7 +167,7 @@ def _backwards(net: Net) -> Callable[..., None]:
 
 
 def make_side_step(name: str, channels: int = 32, features: int = 256) -> Step:
-    """One step of side-tuning or of tuning the whole trunk, on a trunk that is large beside its ladder."""
+    """One step of side-tuning or of tuning the whole trunk, which is much larger than the side network."""
     tune, how = name.split(", ")
     recipe = SideTuning(
         num_train=128, tune=tune, channels=channels, features=features, side_channels=4, pretrain_steps=0
@@ -193,7 +193,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
 
 
 def parsed_trunk(text: str) -> tuple[int, int]:
-    """`1024x5` is five layers of 1024 units, before the last linear layer."""
+    """Parses a trunk: `1024x5` is five layers with 1024 units, before the last linear layer."""
     width, _, depth = text.partition("x")
     if not (width.isdigit() and depth.isdigit()):
         raise argparse.ArgumentTypeError(f"must be WIDTHxDEPTH, as 1024x5; got {text!r}")
@@ -204,7 +204,7 @@ def parsed_trunk(text: str) -> tuple[int, int]:
 
 
 def times(make: Callable[[str], Step], names: list[str], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a step of every variant, round by round."""
+    """Milliseconds per step of every variant, round by round."""
     steps = {name: make(name) for name in names}
     repeats = {name: PROBES[name].every if name in PROBES else 1 for name in names}
     order, taken = random.Random(0), {name: [] for name in names}
@@ -219,9 +219,9 @@ def times(make: Callable[[str], Step], names: list[str], rounds: int) -> dict[st
 
 
 def peaks(make: Callable[[str], Step], tiny: Callable[[str], Step], names: list[str]) -> dict[str, float]:
-    """Peak MB of three steps of each variant, in a process of its own.
+    """Peak memory in MB of three steps of each variant, in its own process.
 
-    A `tiny` step comes first, so that what is imported or initialised once is not counted.
+    A `tiny` step comes first, so that imports and one-time initialisation do not count.
     """
     found = {}
     for name in names:
@@ -244,7 +244,7 @@ def _peak(make: Callable[[str], Step], tiny: Callable[[str], Step], name: str, q
 
 
 def bytes_sent(shape: Shape, num_tasks: int, samples: str) -> dict[str, int]:
-    """Bytes that this rank hands to the library's collectives in a step that measures."""
+    """Bytes that this rank passes to the library's collectives in a measured step."""
     counted = 0
 
     def counting(original: Callable, position: int) -> Callable:
@@ -260,7 +260,7 @@ def bytes_sent(shape: Shape, num_tasks: int, samples: str) -> dict[str, int]:
     for name in (name for name in variants(samples) if name in PROBES):
         step = make_step(name, shape, num_tasks, samples)
         if PROBES[name].every == 1:
-            step()  # ranks compare their settings
+            step()  # in the first step ranks also compare their settings
         dist.all_reduce, dist.all_gather = counting(originals[0], 0), counting(originals[1], 1)
         mtl_dist.sync._reduce_scatter = counting(originals[2], 1)
         counted = 0
@@ -299,13 +299,13 @@ def worker(arguments: argparse.Namespace) -> dict[str, Any]:
 def launch(
     arguments: argparse.Namespace, kind: str, samples: str = "shared", tasks: int = 8
 ) -> dict[str, Any]:
-    """What a process of its own measures; two for bytes."""
+    """Measures in a new process (in two processes for bytes)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *(launcher if kind == "bytes" else []), __file__, "--worker", kind]
     command += ["--samples", samples, "--tasks", str(tasks), "--batch", str(arguments.batch)]
     command += ["--trunk", "x".join(map(str, arguments.trunk))]
     command += ["--rounds", str(arguments.rounds)]
-    # freed blocks go back to the system at once, so that resident memory follows what is held
+    # freed blocks return to the system at once, so that resident memory follows the used memory
     trimmed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(trimmed if kind in ("memory", "side") else {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -316,7 +316,7 @@ def launch(
 
 
 def ratios(taken: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Median over rounds of each variant's time over the base's in the same round."""
+    """Median over rounds of the time of each variant / (time of the base in the same round)."""
     return {
         name: statistics.median(a / b for a, b in zip(values, taken[base], strict=True))
         for name, values in taken.items()

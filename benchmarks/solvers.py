@@ -1,16 +1,16 @@
-"""How long every rule takes to turn statistics into weights, beside torchjd's weighting of the same name.
+"""The time that each rule needs to compute weights from statistics, compared with the same method in torchjd.
 
     python -m benchmarks.solvers [--sizes 2 8 32 128] [--kinds normal] [--repeats 15]
 
-Both see the same Gram matrix on the CPU, in float64, alternating in the same run. Beside each time stands the
-certificate of the weights: how far they are from what the rule defines, 0 being exact (see
-`tests/weighting/certificates.py`); "-" for rules whose weights are a formula. Times are medians in
-milliseconds of the process's CPU time, which on one thread is the wall clock's on a quiet machine. Rows that
-miss a goal of `GOALS` are listed below the table. Writes `benchmarks/results/solvers.{md,json}`; of other
-kinds of gradients than normal ones, `solvers_hard.{md,json}`.
+Both get the same Gram matrix on the CPU, in float64, and alternate in the same run. Beside each time is the
+certificate of the weights: their distance from the definition of the rule; 0 is exact (see
+`tests/weighting/certificates.py`). "-" marks rules whose weights are a formula. Times are medians, in
+milliseconds, of the CPU time of the process; with one thread on an idle machine this is the wall time. Rows
+that miss a goal of `GOALS` are listed below the table. Writes `benchmarks/results/solvers.{md,json}`, or
+`solvers_hard.{md,json}` for gradients other than normal ones.
 
-torchjd's Nash-MTL needs the package `ecos`, which is no dependency of the tests: without it the column is
-empty. It starts from its own weights of the call before, on the same gradients.
+Nash-MTL of torchjd needs the package `ecos`, which the tests do not install. Without it, the column is empty.
+It starts from its own weights of the previous call, for the same gradients.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RESULTS = Path(__file__).parent / "results"
 
 Solve = Callable[[], Tensor]
 
-# milliseconds on one core at n = 128, the default for rules not named
+# milliseconds on one core at n = 128, with a default for the other rules
 GOALS = {"upgrad": 60.0}
 GOAL = 20.0
 
 
 def nash() -> Callable[[Tensor], Tensor]:
-    """Of torchjd; it reads gradients, so the Gram is taken apart first; once, which is not measured."""
+    """Nash-MTL of torchjd. It reads gradients, so the Gram matrix is factorised first (not measured)."""
     aggregators: dict[int, tjd.NashMTL] = {}
     vectors: dict[int, Tensor] = {}
 
@@ -60,7 +60,7 @@ def nash() -> Callable[[Tensor], Tensor]:
     return solve
 
 
-# torchjd's weighting of the same name, of a Gram matrix
+# torchjd's weighting of the same name, from a Gram matrix
 NEIGHBOURS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "aligned_mtl": tjd.AlignedMTLWeighting,
     "cagrad": lambda: tjd.CAGradWeighting(c=0.5),
@@ -96,7 +96,7 @@ def theirs(name: str, gram: Tensor) -> Solve | None:
 
 
 def median_ms(solvers: list[Solve], repeats: int) -> list[float]:
-    """Medians of alternating calls; slow solvers are called less often."""
+    """Median times of alternating calls. Slow solvers are called less often."""
     times: list[list[float]] = [[] for _ in solvers]
     for solve in solvers:
         solve()
@@ -150,7 +150,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 
 def misses(rows: list[dict[str, object]]) -> str:
-    """A line for each goal that is missed: slower than torchjd, or than the goal at n = 128."""
+    """One line per missed goal: slower than torchjd, or slower than the goal at n = 128."""
     lines = []
     for row in rows:
         where = f"`{row['rule']}`, n = {row['n']}, {row['kind']}: {row['ms']:.3f} ms"

@@ -3,15 +3,16 @@
     nice -n 19 python -m benchmarks.text_mixture                  # 5 seeds, one core: about 20 minutes
     python -m benchmarks.text_mixture --rules equal mgda --seeds 0 --steps 50 --out /tmp/here
 
-The recipe `text_mixture` as shipped: one small language model for code, docstrings, numbers and prose, each
-sequence of one kind. Gradients are measured by `SharedLayerProbe` at the output head. The same seed gives all
-rules the same data, order and initial parameters; all take the same number of steps at the same learning
-rate, AdamW's; nothing was tuned. `tokens` is what a language model is trained on without this library: the
-mean over tokens, so that each domain counts by its share of the batch.
+It trains the recipe `text_mixture`: one small language model for code, docstrings, numbers and prose. Every
+sequence is of one kind. `SharedLayerProbe` measures the gradients at the output head. For one seed, all rules
+have the same data, order and initial parameters. All use AdamW with the same number of steps and the same
+learning rate. Nothing was tuned. `tokens` is the usual loss of a language model, without this library: the
+mean over tokens, in which each domain counts by its number of tokens in the batch.
 
-Reported are bits per byte on documents that training never saw: lower is better. `vs equal` is the mean over
-domains minus that of `equal` from the same seed, with its standard error over seeds. The mean rank is over
-domains, among the rules' means. Writes `text_mixture.{md,json}`; a run that was interrupted goes on.
+The results are bits per byte on documents that are not in the training data. Lower is better. `vs equal` is
+the mean over domains minus that of `equal` with the same seed, with its standard error over seeds. The mean
+rank is over domains; rules are ranked by their means. Writes `text_mixture.{md,json}`. An interrupted
+benchmark continues when it is started again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from mtl_dist.weighting import Rule
 RECIPE = TextMixture()
 TASKS = RECIPE.tasks
 BATCH = 32
-TOKENS = "tokens"  # the baseline: the mean over tokens, which no rule of the library is
+TOKENS = "tokens"  # the baseline: the mean over tokens; no rule of the library computes it
 CHOSEN = (
     *(TOKENS, "equal", "uncertainty", "relobralo", "inverse_grad_norm"),
     *("mgda", "imtlg", "pcgrad", "upgrad"),
@@ -55,16 +56,16 @@ def data(seed: int) -> tuple[BatchData, BatchData]:
 
 
 class OverTokens(torch.nn.Module):
-    """Stands where the balancer does, and returns the mean over all tokens."""
+    """Replaces the balancer, and returns the mean over all tokens."""
 
     def forward(self, hidden: Tensor, losses: object, *, layer: torch.nn.Module, task_ids: Tensor) -> Tensor:
-        """As the balancer's."""
+        """The mean over all tokens; arguments as of the balancer."""
         mean: Tensor = losses(layer(hidden)).mean()  # type: ignore[operator]
         return mean
 
 
 def make_balancer(name: str) -> torch.nn.Module:
-    """By its name in `RULES`, all arguments as they come, or the baseline."""
+    """A balancer with the rule of this name, with default arguments, or the baseline."""
     if name == TOKENS:
         return OverTokens()
     rule: Rule = RULES[name]()
@@ -72,7 +73,7 @@ def make_balancer(name: str) -> torch.nn.Module:
 
 
 def train(name: str, seed: int, steps: int, learning_rate: float) -> Metrics:
-    """One run, to its validation metrics."""
+    """Runs one training. Returns its validation metrics."""
     samples, validation = data(seed)
     torch.manual_seed(seed)
     model = RECIPE.model(make_balancer(name))
@@ -89,7 +90,7 @@ def train(name: str, seed: int, steps: int, learning_rate: float) -> Metrics:
 
 
 def table(results: Results, names: Sequence[str]) -> str:
-    """One row a rule, the best mean first."""
+    """One row per rule; the best mean is first."""
     means = {name: {task: mean_over(results[name], task) for task in TASKS} for name in names}
     lines = [
         f"| rule | {' | '.join(TASKS)} | mean | vs equal | mean rank |",
@@ -107,7 +108,7 @@ def mean_over(runs: Mapping[str, Metrics], task: str) -> float:
 
 
 def mean_rank(means: Mapping[str, Metrics], name: str) -> float:
-    """Over domains; 1 is the best, equal values share their ranks' mean."""
+    """Mean rank over domains. 1 is the best; equal values get the mean of their ranks."""
     ranks = []
     for task in TASKS:
         better = sum(other[task] < means[name][task] for other in means.values())
@@ -117,7 +118,7 @@ def mean_rank(means: Mapping[str, Metrics], name: str) -> float:
 
 
 def versus(results: Results, name: str) -> str:
-    """Difference to `equal` from the same seeds, with its standard error."""
+    """Difference from `equal` with the same seeds, with its standard error."""
     differences = [
         statistics.fmean(metrics.values()) - statistics.fmean(results["equal"][seed].values())
         for seed, metrics in results[name].items()
@@ -129,7 +130,7 @@ def versus(results: Results, name: str) -> str:
 
 
 def describe(arguments: argparse.Namespace) -> str:
-    """What was run and where."""
+    """The setting and the machine."""
     sizes = data(0)[0]
     share = torch.bincount(sizes.domains, minlength=len(TASKS)) / len(sizes)  # type: ignore[attr-defined]
     drawn = ", ".join(f"{task} {part:.0%}" for task, part in zip(TASKS, share.tolist(), strict=True))

@@ -1,11 +1,12 @@
-"""The toy problem of CAGrad, Nash-MTL and FAMO: two objectives of a plane, five starts, every rule.
+"""The toy problem of CAGrad, Nash-MTL and FAMO: two objectives on a plane, five starting points, every rule.
 
     python -m benchmarks.toy [--steps 35000] [--rules mgda nash_mtl ...]
 
-Between the starts and the Pareto front (`x₂ = -8.3552`, `|x₁| <= 7`) lie a conflict and a difference in scale
-of 10. Published: equal weights stay stuck from (9, 9), as do PCGrad and CAGrad; MGDA, IMTL-G, Nash-MTL and
-FAMO reach the front from all five. Objectives, Adam with rate 1e-3 and 35000 steps are those of the Nash-MTL
-repository. Writes `benchmarks/results/toy.{md,png}`; the picture needs matplotlib.
+On the way from the starting points to the Pareto front (`x₂ = -8.3552`, `|x₁| <= 7`) the objectives conflict,
+and their scales differ by a factor of 10. Published results: equal weights, PCGrad and CAGrad do not reach
+the front from (9, 9). MGDA, IMTL-G, Nash-MTL and FAMO reach it from all five points. The objectives, Adam
+with learning rate 1e-3, and 35000 steps are those of the Nash-MTL repository. Writes
+`benchmarks/results/toy.{md,png}`. The picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ SCALE = 0.1  # of L1
 LOWER_BOUNDS = (-21.0 * SCALE, -21.0)
 _FLOOR = 5e-6
 
-# rules with arguments that the toy has an answer for; all others run with their defaults
+# rules with arguments for this problem; all others run with their defaults
 SETTINGS: dict[str, Rule] = {
-    "famo": FAMO(weight_decay=0.0),  # as in its authors' run of the toy
-    "fixed": Fixed({"L1": 10.0, "L2": 1.0}),  # undoes the difference in scale
+    "famo": FAMO(weight_decay=0.0),  # as in the toy problem of its authors
+    "fixed": Fixed({"L1": 10.0, "L2": 1.0}),  # compensates the difference in scale
     "generalized_mean": GeneralizedMean(2.0),
     "pcd": PCD("L1"),
     "primary_auxiliary": PrimaryAuxiliary("L1"),
@@ -42,7 +43,7 @@ SETTINGS: dict[str, Rule] = {
 
 
 def objectives(x: Tensor) -> Tensor:
-    """`[..., 2]` points to `[..., 2]` losses."""
+    """The losses `[..., 2]` at points `[..., 2]`."""
     x1, x2 = x[..., 0], x[..., 1]
     f1 = (0.5 * (-x1 - 7) - torch.tanh(-x2)).abs().clamp(min=_FLOOR).log() + 6
     f2 = (0.5 * (-x1 + 3) + torch.tanh(-x2) + 2).abs().clamp(min=_FLOOR).log() + 6
@@ -53,7 +54,7 @@ def objectives(x: Tensor) -> Tensor:
 
 
 def losses_and_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of many points at once: `[k, 2]` losses and `[k, 2, 2]` gradients, by task."""
+    """Losses `[k, 2]` and gradients `[k, 2, 2]`, by task, at k points."""
     x = x.detach().requires_grad_()
     losses = objectives(x)
     first, second = (torch.autograd.grad(losses[:, i].sum(), x, retain_graph=i == 0)[0] for i in (0, 1))
@@ -61,10 +62,10 @@ def losses_and_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descend(rules: Mapping[str, Rule], steps: int, lr: float = 1e-3, records: int = 200) -> dict[str, Tensor]:
-    """`[records, 5, 2]` points on the way of each rule from each start, the last one last.
+    """Points `[records, 5, 2]` on the path of each rule from each starting point. The last record is the end.
 
-    One autograd call and one Adam step serve all rules and starts; rules see losses above their lower bounds,
-    because some take logarithms, and a constant moves no gradient.
+    One autograd call and one Adam step handle all rules and starting points. Rules get losses minus their
+    lower bounds, because some rules take logarithms; a constant does not change the gradients.
     """
     device = torch.device("cpu")
     runs = [(name, rule) for name, rule in rules.items() for _ in STARTS]
@@ -93,7 +94,7 @@ def descend(rules: Mapping[str, Rule], steps: int, lr: float = 1e-3, records: in
 
 
 def reached(points: Tensor) -> Tensor:
-    """`[..., 2]` points: which are on the front, or in the valley on the way down to it."""
+    """Which of the points `[..., 2]` are on the front, or in the valley that leads to it."""
     return (points[..., 1] < -4.5) & (points[..., 0].abs() < 7.2)
 
 
@@ -112,9 +113,9 @@ def markdown(paths: Mapping[str, Tensor]) -> str:
 
 
 def draw(paths: Mapping[str, Tensor], file: Path) -> None:
-    """One panel a rule: contours of the sum, the front in grey, and a path from each start.
+    """One panel per rule: contours of the sum, the front in grey, and one path per starting point.
 
-    Blue paths reach the front, red ones do not.
+    Blue paths reach the front; red paths do not.
     """
     import matplotlib as mpl
 
@@ -148,8 +149,8 @@ def draw(paths: Mapping[str, Tensor], file: Path) -> None:
 
 
 def shrink(file: Path) -> None:
-    """To 64 colours, a quarter of the bytes: git keeps every version of a picture."""
-    from PIL import Image  # matplotlib needs it, so it is there
+    """Reduces the picture to 64 colours, a quarter of the bytes, because git keeps every version."""
+    from PIL import Image  # installed, because matplotlib needs it
 
     with Image.open(file) as image:
         # median cut, the default, mixes the few red pixels with the few black ones
@@ -159,7 +160,7 @@ def shrink(file: Path) -> None:
 
 
 def run(rules: Mapping[str, Rule], steps: int, lr: float, processes: int) -> dict[str, Tensor]:
-    """`descend`, the rules dealt to some processes."""
+    """Runs `descend`, with the rules divided over several processes."""
     parts = [dict(list(rules.items())[k::processes]) for k in range(min(processes, len(rules)))]
     with multiprocessing.get_context("spawn").Pool(len(parts)) as pool:
         done = pool.starmap(descend, [(part, steps, lr) for part in parts])

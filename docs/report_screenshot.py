@@ -1,4 +1,4 @@
-"""Makes docs/img/report.png: the HTML report of three rules on Multi-Digits. Under two minutes on two cores.
+"""Makes docs/img/report.png, the report of three rules on Multi-Digits, in two minutes on two cores.
 
     for rule in equal inverse_grad_norm mgda; do
       python -m mtl_dist.train configs/recipe/multi_digits.yaml \
@@ -7,7 +7,7 @@
     mtl-dist report runs/report/{equal,inverse_grad_norm,mgda} -o runs/report/report.html
     python docs/report_screenshot.py runs/report/report.html
 
-Needs Chromium (apt install chromium), and playwright and pillow, which `pip install -e .[test]` brings.
+It needs Chromium (apt install chromium), playwright and pillow (`pip install -e .[test]`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 TARGET = Path(__file__).parent / "img" / "report.png"
-WIDTH, HEIGHT = 1280, 1130  # of a view, in pixels
+WIDTH, HEIGHT = 1280, 1130  # size of a view, in pixels
 
 
 def main() -> int:
-    """Light above, dark with the cosines below, in one picture."""
+    """One picture: above the light page, below the dark page with the cosines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("report", type=Path, help="HTML file that mtl-dist report wrote")
     report: Path = parser.parse_args().report
@@ -49,13 +49,13 @@ def main() -> int:
     both.paste(overview, (0, 0))
     both.paste(cosines, (0, HEIGHT))
     TARGET.parent.mkdir(exist_ok=True)
-    # few colours are in the page: a palette makes the file much smaller
+    # the page has few colours: a palette makes the file much smaller
     both.quantize(255, dither=Image.Dither.NONE).save(TARGET, optimize=True)
     return 0
 
 
 def picture(page: Page) -> Image.Image:
-    """What the window shows."""
+    """The visible part of the page."""
     return Image.open(io.BytesIO(page.screenshot()))
 
 

@@ -1,9 +1,9 @@
-"""Makes docs/img/tensorboard.png and docs/img/trackio.png: three rules on Multi-Digits, beside each other.
+"""Makes docs/img/tensorboard.png and docs/img/trackio.png: three rules on Multi-Digits.
 
-    python docs/screenshots.py            # trains first where there is nothing yet, minutes on two cores
+    python docs/screenshots.py            # trains first if there are no runs; takes minutes on two cores
 
-Trains into runs/screenshots, serves both trackers on this machine alone, and photographs them in Chromium.
-Needs Chromium (apt install chromium), and what `pip install -e .[test]` brings.
+It trains into runs/screenshots, serves both trackers on this machine only, and takes screenshots with
+Chromium. It needs Chromium (apt install chromium) and the packages of `pip install -e .[test]`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TRACKIO_DIR": str(FOLDER / "trackio"),
     "HF_HUB_OFFLINE": "1",
-    "BROWSER": "true",  # trackio show opens one
+    "BROWSER": "true",  # trackio show opens a browser
 }
 
 
 def train(steps: int) -> None:
-    """One run for each rule, with both trackers."""
+    """One run per rule, with both trackers."""
     trackers = f"trackers=[tensorboard, {{name: trackio, project: {PROJECT}}}]"
     for rule in RULES:
         output = FOLDER / "runs" / rule
@@ -66,7 +66,7 @@ def train(steps: int) -> None:
 
 @contextlib.contextmanager
 def served(command: list[str], port: int) -> Iterator[str]:
-    """The address of a server that answers, until the end of the block."""
+    """Starts a server and yields its address when it answers. Stops the server at the end of the block."""
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, "GRADIO_SERVER_PORT": str(port)})
     try:
@@ -83,21 +83,21 @@ def served(command: list[str], port: int) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A port that no program uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def tensorboard(page: Page, url: str) -> None:
-    """The tab CUSTOM SCALARS: all tasks of all runs in one chart."""
+    """A picture of the tab CUSTOM SCALARS: all tasks of all runs in one chart."""
     page.set_viewport_size({"width": 1500, "height": 730})
     page.goto(f"{url}/#custom_scalars")
     page.wait_for_timeout(15000)
 
 
 def trackio(page: Page, url: str) -> None:
-    """Contributions and losses, one chart each, runs beside each other."""
+    """A picture of contributions and losses: one chart per column, with all runs."""
     page.set_viewport_size({"width": 1850, "height": 1000})
     page.goto(f"{url}/?project={PROJECT}")
     page.wait_for_timeout(10000)
@@ -106,14 +106,14 @@ def trackio(page: Page, url: str) -> None:
 
 
 def save(page: Page, name: str) -> None:
-    """The picture in as many colours as it needs, which is few."""
+    """Saves the picture with few colours, because it needs no more."""
     image = Image.open(io.BytesIO(page.screenshot(timeout=PATIENCE, animations="disabled"))).convert("RGB")
     IMAGES.mkdir(parents=True, exist_ok=True)
     image.quantize(128, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
 
 
 def main() -> int:
-    """Trains, serves, takes pictures."""
+    """Trains, starts the servers and takes the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     train(parser.parse_args().steps)

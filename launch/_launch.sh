@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Shared by the scripts in launch/ that train: source it after _setup.sh.
+# Functions for the scripts in launch/ that train. Source this file after _setup.sh.
 
-# Prints the usage (the comment that a script begins with, as far as the first empty line) for -h and --help, and
-# where arguments are missing.
+# For -h and --help, prints the usage: the comment at the top of a script, up to the first empty line. Stops with an
+# error if arguments are missing.
 manual() { # script minimum given...
   local script="$1" minimum="$2"
   shift 2
@@ -23,7 +23,7 @@ engines() {
   printf '%s' "$names"
 }
 
-# Sets ENGINE_FILE and EXTRA, what must be installed, from the name of an engine or a file.
+# Sets ENGINE_FILE and EXTRA (what to install) from the name of an engine or the path of a file.
 find_engine() { # engine
   ENGINE="$1"
   # shellcheck disable=SC2034 # read by the scripts
@@ -33,12 +33,12 @@ find_engine() { # engine
     *) ENGINE_FILE="$ROOT/configs/engine/$ENGINE.yaml" ;;
   esac
   [ -f "$ENGINE_FILE" ] ||
-    fail "no engine '$ENGINE'; there are $(engines), or name a file for accelerate launch --config_file"
+    fail "no engine '$ENGINE'; choose one of $(engines), or give a file for accelerate launch --config_file"
   # shellcheck disable=SC2034
   if grep -q '^distributed_type: *DEEPSPEED' "$ENGINE_FILE"; then EXTRA=recipes,deepspeed; fi
 }
 
-# Checks the settings in one process, as a launcher would bury the message, and sets NUM_GPUS.
+# Checks the settings in one process, because a launcher would hide the message. Sets NUM_GPUS.
 check_settings() { # config key=value...
   local program='import sys, torch; from mtl_dist.train import main; print(torch.cuda.device_count()); sys.exit(main(sys.argv[1:]))'
   case "${ACCELERATE_USE_CPU:-}" in 1 | true | yes) export CUDA_VISIBLE_DEVICES="" ;; esac
@@ -46,10 +46,10 @@ check_settings() { # config key=value...
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
-# Without GPU: the engine's form for CPU processes, and the variables that make it what it says.
+# Without a GPU, chooses the engine's file for CPU processes and sets the variables that it needs.
 choose_device() {
   [ "$NUM_GPUS" = 0 ] || return 0
-  unset ACCELERATE_USE_CPU # beside DeepSpeed it would silently make plain data parallelism of it
+  unset ACCELERATE_USE_CPU # with it, Accelerate would silently replace DeepSpeed by plain data parallelism
   if [ "$ENGINE_FILE" = "$ROOT/configs/engine/$ENGINE.yaml" ] && [ -f "${ENGINE_FILE%.yaml}_cpu.yaml" ]; then
     ENGINE_FILE="${ENGINE_FILE%.yaml}_cpu.yaml"
   fi
@@ -57,14 +57,14 @@ choose_device() {
     DEEPSPEED*)
       export DS_ACCELERATOR=cpu
       command -v "${CXX:-c++}" >/dev/null 2>&1 ||
-        fail "DeepSpeed on a CPU compiles an operator and finds no '${CXX:-c++}'; install one (apt install g++)"
+        fail "DeepSpeed on a CPU compiles an operator, but finds no '${CXX:-c++}'; install one (apt install g++)"
       ;;
-    FSDP*) fail "no GPU is visible, and Accelerate runs FSDP on accelerators only; to debug on a CPU take zero3" ;;
+    FSDP*) fail "no GPU is visible, and Accelerate runs FSDP only on accelerators; to debug on a CPU, use zero3" ;;
     *) export ACCELERATE_USE_CPU=true ;;
   esac
 }
 
-# Replaces this shell by `accelerate launch`. The training compares MTL_DIST_NUM_PROCESSES with what it got.
+# Replaces this shell by `accelerate launch`. The training compares MTL_DIST_NUM_PROCESSES with the real number.
 start() { # accelerate's options, --, config key=value...
   local options=()
   while [ "$1" != -- ]; do
@@ -74,7 +74,7 @@ start() { # accelerate's options, --, config key=value...
   shift
   if [ -n "${MIXED_PRECISION:-}" ]; then options+=(--mixed_precision "$MIXED_PRECISION"); fi
   if [ "$MTL_DIST_NUM_PROCESSES" = 1 ] && ! grep -qE '^distributed_type: *(DEEPSPEED|FSDP)' "$ENGINE_FILE"; then
-    export ACCELERATE_MIXED_PRECISION="${MIXED_PRECISION:-no}" # Accelerate's launcher takes no single process
+    export ACCELERATE_MIXED_PRECISION="${MIXED_PRECISION:-no}" # Accelerate's launcher cannot start a single process
     exec "$VENV/bin/python" -m mtl_dist.train "$@"
   fi
   exec "$VENV/bin/accelerate" launch --config_file "$ENGINE_FILE" --num_processes "$MTL_DIST_NUM_PROCESSES" \

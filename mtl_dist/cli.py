@@ -1,4 +1,4 @@
-"""The command `mtl-dist`: one line below for each sub-command."""
+"""The command `mtl-dist`. `COMMANDS` has one line per sub-command."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from mtl_dist.commands import dashboard, report, rules
 AddArguments = Callable[[argparse.ArgumentParser], None]
 RunCommand = Callable[[argparse.Namespace], int]
 
-# name: what it does, its arguments, what runs it and gives the exit status
+# name: description, function that adds its arguments, function that runs it and returns the exit status
 COMMANDS: dict[str, tuple[str, AddArguments, RunCommand]] = {
     "train": ("train a recipe", train.add_arguments, train.run_command),
-    "dashboard": ("make the W&B workspace for our rows", dashboard.add_arguments, dashboard.run_command),
-    "doctor": ("find out whether a launch trains what it should", doctor.add_arguments, doctor.run_command),
-    "report": ("write one HTML file of one or several runs", report.add_arguments, report.run_command),
+    "dashboard": ("create a W&B workspace for the metrics", dashboard.add_arguments, dashboard.run_command),
+    "doctor": ("check whether a launch trains correctly", doctor.add_arguments, doctor.run_command),
+    "report": ("write one HTML file for one or several runs", report.add_arguments, report.run_command),
     "rules": ("list the weighting rules", rules.add_arguments, rules.run_command),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mtl-dist", description="Synchronised multi-task loss weighting.")
+    parser = argparse.ArgumentParser(
+        prog="mtl-dist", description="Multi-task loss weighting for data-parallel training."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (what, add_arguments, _) in COMMANDS.items():
         add_arguments(commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + "."))

@@ -1,4 +1,4 @@
-"""Train a recipe: `python -m mtl_dist.train CONFIG key=value ...`, under any launcher of Accelerate."""
+"""Trains a recipe: `python -m mtl_dist.train CONFIG key=value ...`, under any launcher of Accelerate."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mtl_dist.training.summary import summarise, table, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit status, 2 where a setting is wrong."""
+    """Entry point of the command line. Returns the exit status: 2 if a setting is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtl_dist.train", description=__doc__)
     add_arguments(parser)
     return run_command(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `train`, shared with `mtl-dist train`."""
-    parser.add_argument("--check", action="store_true", help="check the settings and stop, before any launch")
+    """Adds the arguments of `train`, which `mtl-dist train` uses too."""
+    parser.add_argument("--check", action="store_true", help="check the settings and stop")
     parser.add_argument(
         "config", metavar="CONFIG", help="YAML file, such as configs/recipe/multi_digits.yaml"
     )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Trains from parsed arguments. Wrong settings are told by one process, a line each."""
+    """Trains with the parsed arguments. If settings are wrong, rank 0 alone prints why, one line each."""
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         find_checkpoint(settings)
@@ -53,7 +53,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"mtl_dist.train: {error}", file=sys.stderr)
         else:
-            time.sleep(2)  # a launcher kills the others when one ends: let rank 0 tell first
+            time.sleep(2)  # a launcher kills all processes when one ends: rank 0 must print first
         return 2
     if not arguments.check:
         train(settings)
@@ -61,17 +61,17 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Trains from the start, or from a checkpoint, to `settings.steps`; call it on every rank.
+    """Trains until `settings.steps`, from the start or from a checkpoint. Call it on every rank.
 
     Returns:
-        what is also in `summary.json`.
+        the content of `summary.json`.
 
     Raises:
-        ValueError: settings that cannot work together.
-        RuntimeError: the launcher started something else than was asked for.
+        ValueError: settings that do not work together.
+        RuntimeError: the launcher did not start what was asked for.
     """
     accelerator, summary = _trained(settings)
-    # the model has gone before its group: one that outlives a Gloo group can hang at exit (torch 2.13)
+    # free the model before its process group: otherwise a Gloo group can hang at exit (torch 2.13)
     accelerator.free_memory()
     accelerator.end_training()
     return summary
@@ -101,7 +101,7 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
 
 
 def _loop(run: Run, done: int, log: RunLog) -> Row:
-    """The training loop; returns the row of the last step, with its validation columns."""
+    """The training loop. Returns the row of the last step, with its validation columns."""
     settings, accelerator = run.settings, run.accelerator
     hidden = not accelerator.is_main_process
     clock = StepClock()
@@ -134,7 +134,7 @@ def _loop(run: Run, done: int, log: RunLog) -> Row:
 
 
 def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
-    """Writes the summary and tells the user."""
+    """Writes the summary and the report, and prints the results."""
     folder = run.settings.output_dir
     write_json(folder / SUMMARY, summary)
     report = write_report([folder])

@@ -33,7 +33,7 @@ def test_four_virtual_ranks_are_four_processes(tmp_path: Path) -> None:
         )
         weights = [key for key in a if key.startswith("mtl/weight/")]
         assert [b[key] for key in weights] == pytest.approx([a[key] for key in weights], rel=1e-6)
-    assert "checked every step: nothing found" in out
+    assert "checked every step: no findings" in out
     assert json.loads((virtual / "summary.json").read_text())["findings"] == []
     table = [line.split() for line in out.splitlines() if line.startswith(("1 ", "step "))]
     assert table[0][:3] == ["step", "task", "loss"]
@@ -46,4 +46,4 @@ def test_virtual_ranks_are_for_one_process(tmp_path: Path) -> None:
         sys.executable, *torchrun, "-m", "mtl_dist.train", CONFIG, f"output_dir={tmp_path}", "virtual_ranks=2"
     )
     assert done.returncode != 0
-    assert "virtual_ranks=2 is for one process, and 2 were started" in done.stderr
+    assert "virtual_ranks=2 needs one process, but 2 were started" in done.stderr

@@ -26,7 +26,7 @@ def test_one_process_is_sound() -> None:
     done = run(BIN / "mtl-dist", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert verdicts(done) == dict.fromkeys(("versions", "launch", "training", "agreement", "sync"), "ok")
-    assert done.stdout.rstrip().endswith("sound")
+    assert done.stdout.rstrip().endswith("no failures")
 
 
 @pytest.mark.timeout(200)
@@ -62,7 +62,7 @@ def test_the_silent_fallback_to_one_process_fails() -> None:
 def test_another_number_of_processes_fails() -> None:
     done = run(BIN / "mtl-dist", "doctor", "--num-processes", 4)
     assert done.returncode == 1
-    assert "4 processes were asked for, and this run has 1" in done.stdout
+    assert "4 processes were asked for, but this run has 1" in done.stdout
     assert "does not train what you asked for" in done.stdout
 
 
@@ -77,7 +77,7 @@ def test_wrong_weights_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(trial, "_train_alone", lambda size: right(size) * 1.001)
     line = examined(monkeypatch, tmp_path)["training"]
     assert line.verdict == "FAIL"
-    assert "ranks do not train on one set of gradients" in line.advice
+    assert "ranks do not train with the same gradients" in line.advice
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -96,7 +96,7 @@ def test_versions_out_of_bounds_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     installed = versions._installed
     monkeypatch.setattr(versions, "_installed", lambda name: old[name] if name in old else installed(name))
     problems = " ".join(versions.version_problems())
-    assert "torch is 2.1.0+cu121, and >=2.9 is needed" in problems
+    assert "torch is 2.1.0+cu121, but >=2.9 is needed" in problems
     assert "deepspeed is 0.10.0" in problems
     assert "pyyaml is missing: pip install 'pyyaml>=6.0.1'" in problems
 

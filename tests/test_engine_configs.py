@@ -169,7 +169,7 @@ def test_fsdp2_on_a_cpu_is_refused_rather_than_something_else_run(tmp_path):
     command = documented("fsdp2.yaml").replace("--num_processes 8", "--num_processes 2")
     done = launch(command, tmp_path, "steps=3")
     assert done.returncode != 0
-    assert "ACCELERATE_USE_FSDP asks for FSDP, and Accelerate runs" in done.stderr
+    assert "ACCELERATE_USE_FSDP asks for FSDP, but Accelerate runs" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

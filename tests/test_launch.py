@@ -199,13 +199,16 @@ def test_a_changed_pyproject_asks_for_a_new_installation(clone):
         ("debug.sh", "what to train is missing; see bash launch/debug.sh --help"),
         (
             f"node.sh zero4 {RECIPE}",
-            "no engine 'zero4'; there are ddp, fsdp2, zero0, zero1, zero2, zero3, or name a file for "
+            "no engine 'zero4'; choose one of ddp, fsdp2, zero0, zero1, zero2, zero3, or give a file for "
             "accelerate launch --config_file",
         ),
-        (f"multinode.sh ddp {RECIPE}", "NNODES='': how many machines? (one: launch/node.sh)"),
+        (
+            f"multinode.sh ddp {RECIPE}",
+            "NNODES='': give the number of machines, 2 or more (for one: launch/node.sh)",
+        ),
         (
             f"slurm.sh ddp {RECIPE}",
-            f"this is no SLURM job; submit it: sbatch launch/slurm.sh ddp {RECIPE}",
+            f"this is not a SLURM job; submit it: sbatch launch/slurm.sh ddp {RECIPE}",
         ),
     ],
 )
@@ -218,13 +221,13 @@ def test_what_is_missing_is_one_line(clone, command, error):
 def test_a_rendezvous_without_host_and_port_is_one_line(clone, head):
     env = {"NNODES": "2", "HEAD": head}
     error = one_line(run("bash", clone / "launch/multinode.sh", "ddp", RECIPE, env=env), clone)
-    assert error == f"error: HEAD='{head}': name host:port of one of the machines, as HEAD=node0:29500"
+    assert error == f"error: HEAD='{head}': give host:port of one of the machines, such as HEAD=node0:29500"
 
 
 def test_fsdp2_without_gpu_is_one_line(clone):
     installed(clone, "recipes")
     error = one_line(run("bash", clone / "launch/node.sh", "fsdp2", RECIPE), clone)
-    assert error.startswith("error: no GPU is visible, and Accelerate runs FSDP on accelerators only;")
+    assert error.startswith("error: no GPU is visible, and Accelerate runs FSDP only on accelerators;")
 
 
 def test_deepspeed_without_compiler_is_one_line(clone):
@@ -358,4 +361,4 @@ def free_port() -> int:
 def test_a_job_submitted_elsewhere_says_so(tmp_path):
     done = run("bash", ROOT / "launch/slurm.sh", "ddp", RECIPE, env={"SLURM_SUBMIT_DIR": str(tmp_path)})
     assert done.returncode == 1
-    assert done.stderr == f"error: submit this job in the repository; {tmp_path} is not it\n"
+    assert done.stderr == f"error: submit this job in the repository; {tmp_path} is not the repository\n"

@@ -287,23 +287,23 @@ def test_one_process_synchronises_with_itself():
 @pytest.mark.parametrize("loss", ["initial_loss", "prior_loss"])
 def test_no_labels(statistics, loss):
     empty = filled(statistics, torch.zeros(0, 2))
-    with pytest.raises(ValueError, match="no labels were counted"):
+    with pytest.raises(ValueError, match="no labels yet"):
         getattr(empty, loss)
 
 
 @pytest.mark.parametrize(
     ("statistics", "labels", "message"),
     [
-        (Categorical(3), [0, 3, 3, 1], r"0 to 2 or ignore_index -100; 2 of 4 are not, their mean is 3$"),
-        (Categorical(3), [0, -1], r"1 of 2 are not, their mean is -1$"),
-        (Categorical(3), [0.0, 1.5], r"1 of 2 are not, their mean is 1.5$"),
+        (Categorical(3), [0, 3, 3, 1], r"0 to 2 or ignore_index -100; 2 of 4 are not, and their mean is 3$"),
+        (Categorical(3), [0, -1], r"1 of 2 are not, and their mean is -1$"),
+        (Categorical(3), [0.0, 1.5], r"1 of 2 are not, and their mean is 1.5$"),
         (Categorical(3), [0.0, math.nan], r"their mean is nan$"),
         (Categorical(3), [0.0, math.inf], r"their mean is inf$"),
-        (Binary(), [0, 2], r"from 0 to 1; 1 of 2 are not, their mean is 2$"),
+        (Binary(), [0, 2], r"from 0 to 1; 1 of 2 are not, and their mean is 2$"),
         (Binary(), [0, -1], r"their mean is -1$"),
-        (Binary(missing=-1), [0, math.nan], r"or missing \(-1\); 1 of 2 are not, their mean is nan$"),
+        (Binary(missing=-1), [0, math.nan], r"or missing \(-1\); 1 of 2 are not, and their mean is nan$"),
         (MultiLabel(1, missing=math.nan), [[0], [-1]], r"or missing \(nan\); 1 of 2"),
-        (Regression(), [0.0, math.nan], r"must be finite; 1 of 2 are not, their mean is nan$"),
+        (Regression(), [0.0, math.nan], r"must be finite; 1 of 2 are not, and their mean is nan$"),
         (Regression(), [0.0, -math.inf], r"their mean is -inf$"),
     ],
 )
@@ -396,9 +396,9 @@ def test_estimate_priors_names_the_task_in_errors():
     with pytest.raises(ValueError, match=r"task 'digit': Categorical.*2 of 8"):
         estimate_priors(batches(), losses, labels=lambda batch: batch)
     losses = {"digit": Categorical(3), "sum": Regression(), "other": Binary()}
-    with pytest.raises(ValueError, match=r"task 'other': .*no labels were counted"):
+    with pytest.raises(ValueError, match=r"task 'other': .*no labels yet"):
         estimate_priors(batches(), losses, labels=lambda batch: batch)
-    with pytest.raises(ValueError, match=r"labels were given for 'sum'; the tasks are \['digit'\]"):
+    with pytest.raises(ValueError, match=r"got labels for 'sum'; the tasks are \['digit'\]"):
         estimate_priors(batches(), {"digit": Categorical(3)}, labels=lambda batch: batch)
     with pytest.raises(ValueError, match="at least one task"):
         estimate_priors(batches(), {}, labels=lambda batch: batch)

@@ -184,7 +184,7 @@ def test_a_launch_that_fell_back_to_one_process_is_refused(tmp_path):
     program = ["-m", "mtl_dist.train", CONFIG, f"output_dir={tmp_path}", "steps=2"]
     done = run(*launch, *program, "num_processes=2")
     assert done.returncode != 0
-    assert "2 processes were asked for, and this run has 1" in done.stderr
+    assert "2 processes were asked for, but this run has 1" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -193,4 +193,4 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     program = ["-m", "mtl_dist.train", CONFIG, f"output_dir={tmp_path}", "batch_size=63"]
     done = run(BIN / "python", *torchrun, *program)
     assert done.returncode != 0
-    assert "batch_size=63 is global and must divide by 2 processes" in done.stderr
+    assert "batch_size=63 is global and must be divisible by the 2 processes" in done.stderr

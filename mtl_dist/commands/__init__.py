@@ -1,1 +1,1 @@
-"""The sub-commands of `mtl-dist` without a room of their own: `add_arguments` and `run_command` of each."""
+"""Sub-commands of `mtl-dist` without a package of their own: each has `add_arguments` and `run_command`."""

@@ -1,4 +1,4 @@
-"""`mtl-dist dashboard`: the W&B workspace for our rows, saved to an account or written to a file."""
+"""`mtl-dist dashboard`: creates the W&B workspace for the rows of mtl_dist, in an account or as a file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mtl_dist.tracking.dashboard import build_workspace, workspace_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the workspace goes and what it shows."""
+    """Adds the arguments of `mtl-dist dashboard`."""
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", required=True, help="W&B project")
     parser.add_argument("--name", default="mtl_dist", help="name of the view")
     parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks to show; default: all that runs have"
+        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks to show; default: all tasks of the runs"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the specification there; needs no account"
+        "--json", type=Path, metavar="FILE", help="write the workspace to this file; needs no account"
     )
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Saves the workspace, or writes it; returns 2 for wrong arguments and 1 where W&B did not take it."""
+    """Saves the workspace, or writes it to a file. Returns 2 for wrong arguments, 1 if W&B rejects it."""
     try:
         workspace = build_workspace(arguments.entity, arguments.project, arguments.tasks, arguments.name)
     except ValueError as error:
@@ -37,11 +37,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
     try:
         workspace.save()
-    except Exception as error:  # whatever W&B raises for keys, networks and rights
+    except Exception as error:  # W&B raises various errors for keys, networks and permissions
         reason = str(error).rstrip(".")
         sys.stderr.write(
-            f"mtl-dist dashboard: W&B did not take the workspace: {reason}. Run `wandb login`, check entity "
-            "and project (which must exist), or write it with --json FILE\n"
+            f"mtl-dist dashboard: W&B did not accept the workspace: {reason}. Run `wandb login`, check that "
+            "entity and project exist, or write it to a file with --json FILE\n"
         )
         return 1
     sys.stdout.write(f"saved {workspace.url}\n")

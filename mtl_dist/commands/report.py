@@ -1,4 +1,4 @@
-"""`mtl-dist report`: one self-contained HTML file of one or several runs."""
+"""`mtl-dist report`: writes one self-contained HTML file for one or several runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mtl_dist.tracking.report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mtl-dist report`."""
+    """Adds the arguments of `mtl-dist report`."""
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=f"folder of a run, with {METRICS}")
     parser.add_argument(
         "-o",
         "--output",
         metavar="FILE",
-        help=f"default: {REPORT} in the run's folder, or here for several runs",
+        help=f"default: {REPORT} in the run's folder, or in the current folder for several runs",
     )
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Writes the report; status 2 and one line where that is not possible."""
+    """Writes the report. If that is not possible, prints one line and returns 2."""
     try:
         path = write_report(arguments.runs, arguments.output)
     except (ValueError, OSError) as error:

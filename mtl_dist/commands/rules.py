@@ -1,4 +1,4 @@
-"""`mtl-dist rules`: every weighting rule, what it reads, where it comes from, what it costs, what it does."""
+"""`mtl-dist rules`: lists the weighting rules: what they read, their paper, their cost, and what they do."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _COLUMNS = ("name", "needs", "paper", "cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the table is written."""
-    parser.add_argument("--json", action="store_true", help="write JSON, a record for each rule")
+    """Adds the arguments of `mtl-dist rules`."""
+    parser.add_argument("--json", action="store_true", help="write JSON, with one record per rule")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Writes the table: one line for each rule, as wide as the terminal where there is one."""
+    """Writes the table, one line per rule. In a terminal, lines are cut at its width."""
     if arguments.json:
         sys.stdout.write(json.dumps(rules_records(), indent=1, ensure_ascii=False) + "\n")
         return 0
@@ -31,13 +31,13 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def rules_records() -> list[dict[str, Any]]:
-    """Of every registered rule and combinator: name, class, needs, paper, cost, what it does."""
+    """One record per rule and combinator: name, class, needs, paper, cost, what it does."""
     records = [_record(name, cls, cls.needs.name.lower()) for name, cls in sorted(RULES.items())]
     return records + [_record(name, cls, "of its rule") for name, cls in sorted(COMBINATORS.items())]
 
 
 def rules_table(width: int | None = None) -> str:
-    """One line for each rule; cut at `width` characters, where one is given."""
+    """One line per rule, cut at `width` characters if it is given."""
     records = rules_records()
     widths = {column: max(len(column), *(len(r[column]) for r in records)) for column in _COLUMNS}
     header = {column: column for column in _COLUMNS} | {"what": "what it does"}

@@ -1,4 +1,4 @@
-"""Whether a machine and its launcher train what was asked for, found out by training.
+"""Checks with a small training whether a machine and its launcher do what was asked for.
 
 mtl-dist doctor                                                      one process
 torchrun --nproc_per_node 2 -m mtl_dist.doctor                       any launcher

@@ -8,7 +8,7 @@ from mtl_dist.doctor import add_arguments, run_command
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m mtl_dist.doctor", description="Finds out whether this launch trains what it should."
+        prog="python -m mtl_dist.doctor", description="Checks whether this launch trains correctly."
     )
     add_arguments(parser)
     raise SystemExit(run_command(parser.parse_args()))

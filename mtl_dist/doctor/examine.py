@@ -1,4 +1,4 @@
-"""The examination: each line says what was found, and what to change where it is not well."""
+"""The checks. Each line says what was found, and what to change if there is a problem."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SLOW_MS = 5.0  # Gloo within an idle node takes 0.4 ms
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         verdict: "ok", "warn" or "FAIL".
-        name: of the thing.
+        name: name of the check.
         detail: what was found.
-        advice: what to change; empty where nothing is to be done.
+        advice: what to change; empty if there is nothing to change.
     """
 
     verdict: str
@@ -41,16 +41,16 @@ class Line:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mtl-dist doctor`."""
+    """Adds the arguments of `mtl-dist doctor`."""
     parser.add_argument(
         "--num-processes",
         type=int,
-        help="how many processes there should be (default: what the launcher says)",
+        help="expected number of processes (default: that of the launcher)",
     )
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Prints the examination on the main process; status 1 where a line fails, on every process."""
+    """Runs the checks and prints them on the main process. Every process returns 1 if a check failed."""
     lines: list[Line] = []
     main = int(os.environ.get("RANK", "0")) == 0
     for line in examine(arguments.num_processes):
@@ -63,12 +63,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     if main:
         sys.stdout.write(_verdict(failed, warned))
     elif failed:
-        time.sleep(2)  # a launcher ends the others with the first: let the main process tell
+        time.sleep(2)  # a launcher kills all processes when one ends: the main process must print first
     return 1 if failed else 0
 
 
 def examine(num_processes: int | None) -> Iterator[Line]:
-    """The lines, in the order of what depends on what; the first failure of the launch is the last line."""
+    """The lines, one per check. If the launch itself fails, there are no further checks."""
     problems = version_problems()
     yield Line("FAIL" if problems else "ok", "versions", versions_text(), "; ".join(problems))
     try:
@@ -90,16 +90,18 @@ def _launch(accelerator: Accelerator) -> Iterator[Line]:
     visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cpu" and visible:
-        advice = "unset ACCELERATE_USE_CPU, or drop cpu=True, to use them"
+        advice = "to use them, unset ACCELERATE_USE_CPU or remove cpu=True"
         yield Line(
-            "warn", "devices", f"{visible} accelerator(s) are visible and the run is on the CPU", advice
+            "warn", "devices", f"{visible} accelerator(s) are visible, but the run is on the CPU", advice
         )
     elif visible > local:
-        advice = f"start {visible} processes on this node, or hide the rest (CUDA_VISIBLE_DEVICES)"
-        yield Line("warn", "devices", f"{visible} accelerators are visible and {local} are used", advice)
+        advice = f"start {visible} processes on this machine, or hide the others (CUDA_VISIBLE_DEVICES)"
+        yield Line(
+            "warn", "devices", f"{visible} accelerators are visible, but only {local} are used", advice
+        )
     if accelerator.gradient_accumulation_steps > 1:
         steps = accelerator.gradient_accumulation_steps
-        advice = f"for one set of weights an optimizer step, give Balancer(window={steps})"
+        advice = f"for one set of weights per optimizer step, use Balancer(window={steps})"
         yield Line("warn", "window", f"the launcher accumulates {steps} micro-batches", advice)
 
 
@@ -108,8 +110,10 @@ def _try(accelerator: Accelerator) -> Iterator[Line]:
         data_parallel_group(accelerator)
         trial = run_trial(accelerator)
     except Exception as error:
-        # whatever an engine raises is what this command is there to tell
-        advice = "the engine could not train a small model with the balancer in its forward; see the error"
+        # an engine may raise anything, and this command reports it
+        advice = (
+            "the engine could not train a small model that calls the balancer in its forward; see the error"
+        )
         yield Line("FAIL", "training", f"{type(error).__name__}: {error}", advice)
         return
     ranks = accelerator.num_processes
@@ -117,7 +121,7 @@ def _try(accelerator: Accelerator) -> Iterator[Line]:
     right = trial.error <= trial.tolerance
     advice = (
         f"more than the {trial.tolerance:.0e} that {accelerator.mixed_precision!r} precision explains: ranks "
-        "do not train on one set of gradients. Look at the launch line above, and at the engine's gradient "
+        "do not train with the same gradients. Check the launch line above, and the engine's gradient "
         "clipping, loss scaling and accumulation"
     )
     yield Line("ok" if right else "FAIL", "training", detail, "" if right else advice)
@@ -125,8 +129,8 @@ def _try(accelerator: Accelerator) -> Iterator[Line]:
     yield Line(
         "ok" if trial.agree else "FAIL",
         "agreement",
-        f"all ranks hold {same}",
-        "" if trial.agree else "ranks run different hardware or versions: make them the same",
+        f"all ranks have {same}",
+        "" if trial.agree else "ranks have different hardware or versions: make them equal",
     )
 
 
@@ -138,8 +142,9 @@ def _reduction(accelerator: Accelerator) -> Line:
     if median <= _SLOW_MS:
         return Line("ok", "sync", detail)
     advice = (
-        "slow for 0.5 kB: look for a slow network interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), for "
-        "busy CPUs (OMP_NUM_THREADS=1), or weigh every k-th step only (weighting={name: every, ...})"
+        "slow for 0.5 kB: check the network interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and the "
+        "load of the CPUs (OMP_NUM_THREADS=1), or update the weights only every k-th step (rule "
+        "{name: every, interval: k, ...})"
     )
     return Line("warn", "sync", detail, advice)
 
@@ -147,4 +152,4 @@ def _reduction(accelerator: Accelerator) -> Line:
 def _verdict(failed: int, warned: int) -> str:
     if failed:
         return f"\n{failed} failure(s): this launch does not train what you asked for\n"
-    return f"\nsound{f', with {warned} thing(s) to look at' if warned else ''}\n"
+    return f"\nno failures{f', {warned} warning(s)' if warned else ''}\n"

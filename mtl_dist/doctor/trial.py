@@ -1,4 +1,4 @@
-"""A few steps of a small model on the real engine, beside the same steps of one plain process."""
+"""Trains a small model for a few steps on the real engine, and for comparison on one plain process."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from mtl_dist.weighting import MGDA
 TASKS = ("a", "b", "c")
 STEPS = 6
 PER_RANK = 8  # samples
-TOLERANCE = {"no": 1e-5, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}  # of the largest weight, by precision
+TOLERANCE = {
+    "no": 1e-5,
+    "bf16": 5e-2,
+    "fp16": 2e-2,
+    "fp8": 1e-1,
+}  # relative to the largest weight, by precision
 _REDUCTIONS = 60
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came out.
+    """The result of the comparison.
 
     Attributes:
-        error: largest difference of any weight at any step, relative to the largest weight.
-        tolerance: what the engine's precision explains.
-        agree: whether all ranks hold bitwise the same weights.
+        error: largest difference of a weight at any step, relative to the largest weight.
+        tolerance: the error that the precision of the engine explains.
+        agree: whether all ranks have bitwise the same weights.
     """
 
     error: float
@@ -51,7 +56,7 @@ class _Net(nn.Module):
 
         def losses(z: Tensor) -> dict[str, Tensor]:
             outputs = [head(z) for head in self.heads]
-            # small: clipping at a norm of 1, which configurations turn on, must not bite
+            # small losses: gradient clipping at a norm of 1, which many configurations use, must not act
             return {
                 task: 0.02 * (i + 1) * (out.float() - inputs[:, 2 * i : 2 * i + 2]).square().mean()
                 for i, (task, out) in enumerate(zip(TASKS, outputs, strict=True))
@@ -62,7 +67,7 @@ class _Net(nn.Module):
 
 
 def run_trial(accelerator: Accelerator) -> Trial:
-    """Trains on the engine and, on every rank, alone on the concatenated batches."""
+    """Trains on the engine, and on every rank also alone on the concatenated batches."""
     size = accelerator.num_processes
     got = _train(accelerator, size).cpu()
     expected = _train_alone(size)
@@ -75,7 +80,7 @@ def run_trial(accelerator: Accelerator) -> Trial:
 
 
 def time_all_reduce(accelerator: Accelerator) -> tuple[float, float]:
-    """Median and 95th percentile, in milliseconds, of reducing one step's statistics of 8 tasks."""
+    """Median and 95th percentile of the time to reduce one step's statistics of 8 tasks, in milliseconds."""
     synchronizer = Synchronizer(8)
     synchronizer.connect("doctor")
     stats = LocalStats.zeros(8, accelerator.device)
@@ -84,7 +89,7 @@ def time_all_reduce(accelerator: Accelerator) -> tuple[float, float]:
         start = time.perf_counter()
         synchronizer.reduce(stats)[0].counts.cpu()  # waits for the device
         times.append(1e3 * (time.perf_counter() - start))
-    ordered = sorted(times[_REDUCTIONS // 6 :])  # the first ones connect the ranks
+    ordered = sorted(times[_REDUCTIONS // 6 :])  # without the first ones, which connect the ranks
     return ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
 
 
@@ -108,7 +113,7 @@ def _train(accelerator: Accelerator, size: int) -> Tensor:
 
 def _train_alone(size: int) -> Tensor:
     net, optimizer = _build()
-    alone = VirtualRanks(1, net.balancer, net)  # whatever the job, this process meets nobody
+    alone = VirtualRanks(1, net.balancer, net)  # this process communicates with no other
     rows = []
     for step in range(STEPS):
         inputs = _batch(step, size)

@@ -1,4 +1,4 @@
-"""Installed packages against what mtl_dist asks for."""
+"""Compares the installed packages with the requirements of mtl_dist."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-_ENGINES = ("deepspeed", "transformers")  # shown where they are installed, required where they are used
+_ENGINES = ("deepspeed", "transformers")  # optional: shown if they are installed
 
 
 def versions_text() -> str:
-    """Python and the packages that matter, in one line."""
+    """The versions of Python and of the important packages, in one line."""
     names = ["mtl-dist", "torch", "accelerate", "numpy", *_ENGINES]
     found = [f"{name} {installed}" for name in names if (installed := _installed(name)) is not None]
     return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def version_problems() -> list[str]:
-    """What is missing or out of bounds; empty where all is well."""
+    """The packages that are missing or have a wrong version. Empty: all is well."""
     try:
         wanted = [Requirement(line) for line in requires("mtl-dist") or []]
     except PackageNotFoundError:
-        return ["mtl-dist is imported without being installed: pip install -c constraints.txt -e ."]
+        return ["mtl-dist is imported, but not installed: pip install -c constraints.txt -e ."]
     problems = []
     for requirement in wanted:
         optional = "extra" in str(requirement.marker or "")
@@ -35,7 +35,7 @@ def version_problems() -> list[str]:
         elif installed is not None and not requirement.specifier.contains(
             _public(installed), prereleases=True
         ):
-            problems.append(f"{requirement.name} is {installed}, and {requirement.specifier} is needed")
+            problems.append(f"{requirement.name} is {installed}, but {requirement.specifier} is needed")
     return problems
 
 

@@ -14,21 +14,21 @@ _LOGGER = logging.getLogger("mtl_dist")
 
 
 def deepspeed_facts(engine: Any) -> Engine:
-    """What a balancer must know of the engine: ZeRO stage, accumulation, skipped steps, loss scale.
+    """What a balancer must know about the engine: ZeRO stage, accumulation, skipped steps, loss scale.
 
     Raises:
-        ValueError: DeepSpeed's torch_autocast in float16, whose skipped steps it does not tell of.
+        ValueError: DeepSpeed runs torch_autocast in float16, for which it does not report skipped steps.
     """
     if _has_gradient_scaler(engine):
         raise ValueError(
-            "DeepSpeed's torch_autocast in float16 does not tell which steps its gradient scaler skipped: "
+            "DeepSpeed's torch_autocast in float16 does not report the steps that its gradient scaler skips: "
             'use "dtype": "bfloat16" there, or the "fp16" section instead of "torch_autocast"'
         )
     managed = engine.managed_gradient_accumulation()
     return Engine(
         accumulation=engine.gradient_accumulation_steps(),
         partitioned=engine.zero_optimization_partition_weights(),
-        # an engine whose accumulation is managed by the caller knows of the boundary at step() only
+        # if the caller manages the accumulation, the engine knows the boundary only at step()
         closes_window=engine.is_gradient_accumulation_boundary if managed else None,
         skipped=_skip_detector(engine),
         scaled=deepspeed_loss_scaler(lambda: engine.optimizer) if engine.fp16_enabled() else None,
@@ -45,7 +45,7 @@ def deepspeed_loss_scaler(optimizer: Callable[[], Any]) -> Callable[[Tensor], Te
 
 
 def _skip_detector(engine: Any) -> Callable[[], bool]:
-    """Whether the last step was skipped: DeepSpeed's optimizers for reduced precision tell by `overflow`."""
+    """A function that says whether the last step was skipped, from `overflow` of DeepSpeed's optimizer."""
     told = False
 
     def skipped() -> bool:
@@ -54,8 +54,8 @@ def _skip_detector(engine: Any) -> Callable[[], bool]:
         if overflow is None and engine.fp16_enabled() and not told:
             told = True
             _LOGGER.warning(
-                "mtl_dist: DeepSpeed's %s does not tell which steps it skips for an overflow, so every step "
-                "counts as taken and the rule also learns from skipped ones",
+                "mtl_dist: DeepSpeed's %s does not report the steps that it skips because of an overflow. "
+                "The rule therefore learns from skipped steps too",
                 type(engine.optimizer).__name__,
             )
         return bool(overflow)

@@ -1,1 +1,1 @@
-"""Thin glue to training frameworks; each module imports its framework, the library does not."""
+"""Integrations with training frameworks. Only these modules import a framework."""

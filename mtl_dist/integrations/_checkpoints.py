@@ -1,4 +1,4 @@
-"""A balancer in `accelerator.save_state` and `load_state`: files of its own through hooks, no pickle."""
+"""Adds a balancer to `accelerator.save_state` and `load_state`: hooks and its own files, without pickle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtl_dist.balancer import Balancer
 
 
 class Checkpointer(Protocol):
-    """The part of `accelerate.Accelerator` that is used here."""
+    """The part of `accelerate.Accelerator` that this module uses."""
 
     is_main_process: bool
     is_local_main_process: bool
@@ -27,21 +27,21 @@ _ATTACHED: WeakKeyDictionary[Any, dict[str, ReferenceType[Balancer]]] = WeakKeyD
 
 
 def register(balancer: Balancer, accelerator: Checkpointer, name: str) -> None:
-    """Makes `balancer` part of the accelerator's checkpoints, as `<name>.json` and its tensors.
+    """Adds `balancer` to the checkpoints of the accelerator, as `<name>.json` and its tensors.
 
-    Every rank takes part in packing (an error of the step before is then raised on all of them), the main
-    process writes (one of each machine under `save_on_each_node`), every rank reads.
+    Every rank packs the state, so that an error of the previous step is raised on all ranks. The main process
+    writes it (with `save_on_each_node`, one process per machine). Every rank reads it.
 
     Raises:
-        ValueError: the balancer is attached already, or another one has the name.
+        ValueError: the balancer is already attached, or another balancer has this name.
     """
     attached = _ATTACHED.setdefault(accelerator, {})
     if any(other() is balancer for other in attached.values()):
-        raise ValueError("this balancer is attached already: call attach once")
+        raise ValueError("this balancer is already attached: call attach once")
     if name in attached:
         raise ValueError(
-            f"a balancer named {name!r} is attached already, and its checkpoint would be overwritten: "
-            "attach(balancer, accelerator, name=...) gives this one another name"
+            f"a balancer named {name!r} is already attached, and its checkpoint would be overwritten: "
+            "use attach(balancer, accelerator, name=...) with another name"
         )
     attached[checkpoint.checked_name(name)] = ref(balancer)
 

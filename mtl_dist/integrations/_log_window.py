@@ -1,4 +1,4 @@
-"""Mean rows between two logging steps of a framework that logs by itself."""
+"""Mean rows between two logging steps, for frameworks that do their own logging."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.stats import StepReport
 from mtl_dist.tracking import STEP_KEY, Row, Snapshot
 
-_PENDING = 128  # optimizer steps whose reports wait on the device before they are summed on the host
+_PENDING = 128  # number of steps whose reports stay on the device before they are summed on the host
 
 
 class LogWindow:
-    """Gathers a balancer's reports, and gives the mean of its rows since the last one.
+    """Collects the reports of a balancer, and returns the mean of the rows since the last call.
 
     Args:
-        balancer: whose reports.
-        prefix: put into each key behind its first part: `mtl/<prefix>weight/<task>`.
+        balancer: the balancer with the reports.
+        prefix: inserted into each key after its first part: `mtl/<prefix>weight/<task>`.
     """
 
     def __init__(self, balancer: Balancer, prefix: str) -> None:
@@ -23,7 +23,7 @@ class LogWindow:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything, and takes the balancer's report of now for an old one."""
+        """Removes all collected reports. The current report of the balancer counts as old."""
         self._last: StepReport | None = self._balancer.report
         self._micro_batches: list[StepReport] = []
         self._pending: list[list[StepReport]] = []
@@ -32,14 +32,14 @@ class LogWindow:
         self._steps = 0
 
     def add_micro_batch(self) -> None:
-        """Takes the balancer's report, if it is a new one."""
+        """Adds the balancer's report, if it is new."""
         report = self._balancer.report
         if report is not None and report is not self._last:
             self._micro_batches.append(report)
             self._last = report
 
     def close_step(self) -> None:
-        """An optimizer step is done."""
+        """Ends an optimizer step."""
         if self._micro_batches:
             self._pending.append(self._micro_batches)
             self._micro_batches = []
@@ -47,7 +47,7 @@ class LogWindow:
             self._sum()
 
     def row(self) -> Row:
-        """The mean row; each key over the steps that have it, `mtl/held` over all. Starts anew."""
+        """The mean row: each key over the steps that have it, `mtl/held` over all. Starts a new mean."""
         self._sum()
         counts = {**self._counts, "mtl/held": self._steps}
         means = {self._named(key): value / counts[key] for key, value in self._sums.items()}
@@ -55,11 +55,11 @@ class LogWindow:
         return means
 
     def _sum(self) -> None:
-        snapshots = [Snapshot(reports) for reports in self._pending]  # all copies are on their way
+        snapshots = [Snapshot(reports) for reports in self._pending]  # starts all copies
         self._pending = []
         for snapshot in snapshots:
             row = snapshot.row(0)
-            del row[STEP_KEY], row["train/loss"]  # the framework has its own
+            del row[STEP_KEY], row["train/loss"]  # the framework logs its own
             self._steps += 1
             for key, value in row.items():
                 self._sums[key] = self._sums.get(key, 0.0) + value

@@ -1,12 +1,12 @@
-"""Accelerate: one call ties a balancer to an `Accelerator`, and refuses launches that fell back silently.
+"""Accelerate: one call connects a balancer to an `Accelerator` and detects launches that fell back silently.
 
     accelerator = Accelerator()
     balancer = attach(Balancer(tasks, MGDA()), accelerator)
 
-Loss scale and gradient accumulation need nothing more: statistics are true values, and a step that the
-scaler skips leaves the rule as it was. With accumulation (`with accelerator.accumulate(model)`), each
-micro-batch is a step of the balancer with its own weights, or, with `Balancer(..., window=k)`, the weights
-hold for the k micro-batches of an optimizer step.
+Nothing else is needed for loss scaling and gradient accumulation. Statistics are true values, without the
+loss scale. If the scaler skips a step, the rule stays as it was. With accumulation
+(`with accelerator.accumulate(model)`), each micro-batch updates the rule and has its own weights. With
+`Balancer(..., window=k)`, all k micro-batches of an optimizer step have the same weights.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import register
 
-EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # set by launch/ scripts; anyone may set it
+EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # the scripts in launch/ set it; you may set it too
 
 
 def attach(
     balancer: Balancer, accelerator: Accelerator, *, name: str = "balancer", accumulation: int | None = None
 ) -> Balancer:
-    """Ties `balancer` to `accelerator`: data-parallel group and checkpoints. Call it before the first step.
+    """Connects `balancer` to `accelerator` (process group, engine, checkpoints) before the first step.
 
-    The balancer's state is then part of `accelerator.save_state` and `load_state`, in files of its own
-    (`mtl_dist.checkpoint`); a checkpoint from before it was attached is refused.
+    `accelerator.save_state` and `load_state` then include the balancer's state, in its own files
+    (`mtl_dist.checkpoint`). Loading a checkpoint that was saved without it raises an error.
 
     Args:
-        balancer: of the model that the accelerator prepares.
-        accelerator: of this process.
-        name: of the balancer's files in checkpoints; a model's second balancer needs another one.
-        accumulation: micro-batches of an optimizer step, where the accelerator does not know (HF Trainer).
+        balancer: the balancer in the model that the accelerator prepares.
+        accelerator: the accelerator of this process.
+        name: name of the balancer's files in checkpoints. A second balancer needs another name.
+        accumulation: micro-batches per optimizer step, if the accelerator does not know it (HF Trainer).
 
     Returns:
         The same balancer.
 
     Raises:
         RuntimeError: the launch fell back silently (`check_launch`).
-        ValueError: a combination that cannot work, with what to change.
+        ValueError: a combination that does not work; the message says what to change.
     """
     check_launch(accelerator)
     balancer.set_engine(engine_of(accelerator, accumulation))
@@ -56,11 +56,11 @@ def attach(
 
 
 def start(num_processes: int | None = None, data: DataLoaderConfiguration | None = None) -> Accelerator:
-    """An Accelerator that runs the launcher's engine, on a CPU too, on as many processes as were asked for.
+    """An Accelerator with the engine and the number of processes that were asked for, also on a CPU.
 
     Args:
-        num_processes: to insist on; None: what the launcher was asked for.
-        data: how it deals batches to ranks.
+        num_processes: the required number of processes. None: the number that the launcher was asked for.
+        data: how batches are divided over the ranks.
 
     Raises:
         RuntimeError: the launch fell back silently (`check_launch`).
@@ -69,7 +69,7 @@ def start(num_processes: int | None = None, data: DataLoaderConfiguration | None
     has_device = torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
     handlers = []
     if has_engine and not has_device:
-        # without a named backend Accelerate sees one process; with cpu=True it turns the engine into DDP
+        # without a backend Accelerate sees only one process; with cpu=True it turns the engine into DDP
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         cpu=not has_device and not has_engine, dataloader_config=data, kwargs_handlers=handlers
@@ -80,11 +80,11 @@ def start(num_processes: int | None = None, data: DataLoaderConfiguration | None
 
 
 def engine_of(accelerator: Accelerator, accumulation: int | None = None) -> Engine:
-    """What a balancer must know of the engine: accumulation, skipped steps, loss scale, partitioning.
+    """What a balancer must know about the engine: accumulation, skipped steps, loss scale, partitioning.
 
     Args:
-        accelerator: of this process.
-        accumulation: micro-batches of an optimizer step, where the accelerator does not know.
+        accelerator: the accelerator of this process.
+        accumulation: micro-batches per optimizer step, if the accelerator does not know it.
     """
     plugin = accelerator.state.deepspeed_plugin
     return Engine(
@@ -102,7 +102,7 @@ def _loss_scaler(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
         scale: Callable[[Tensor], Tensor] = scaler.scale
         return scale
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "fp16":
-        # DeepSpeed keeps its scale in the optimizer, which exists once `prepare` was called
+        # DeepSpeed's loss scale is in the optimizer, which exists only after `prepare`
         return deepspeed_loss_scaler(lambda: accelerator._optimizers[0].optimizer)
     return None
 
@@ -110,11 +110,11 @@ def _loss_scaler(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
 def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """The ranks that hold different samples; None for all ranks.
 
-    With a device mesh these are the ranks along its data-parallel axes, so that tensor-parallel ranks, which
-    hold the same samples, are not counted twice.
+    With a device mesh, these are the ranks along its data-parallel axes. Tensor-parallel ranks hold the same
+    samples, so they are not counted twice.
 
     Raises:
-        ValueError: a mesh without a data-parallel axis of a known name.
+        ValueError: the mesh has no data-parallel axis with a known name.
     """
     mesh = accelerator.torch_device_mesh
     if mesh is None:
@@ -122,7 +122,7 @@ def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     axes = [name for name in (mesh.mesh_dim_names or ()) if name.startswith("dp")]
     if not axes:
         raise ValueError(
-            f"no data-parallel axis in the device mesh {mesh.mesh_dim_names}; give the group yourself: "
+            f"no data-parallel axis in the device mesh {mesh.mesh_dim_names}; pass the group yourself: "
             "Balancer(..., group=mesh[axis].get_group())"
         )
     name = axes[0] if len(axes) == 1 else "dp"  # Accelerate flattens dp_replicate and dp_shard into dp
@@ -131,33 +131,33 @@ def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
 
 
 def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
-    """Compares what the launcher was asked for with what this process got.
+    """Compares what the launcher was asked for with what really runs.
 
-    Known silent fallbacks: `accelerate launch --cpu --num_processes 2` runs one process;
-    `Accelerator(cpu=True)` turns a DeepSpeed or FSDP configuration into plain data parallelism;
-    `Accelerator()` on a CPU without a backend makes every rank believe it is alone.
+    Known silent fallbacks: `accelerate launch --cpu --num_processes 2` runs one process.
+    `Accelerator(cpu=True)` turns a DeepSpeed or FSDP configuration into plain data parallelism.
+    `Accelerator()` on a CPU without a backend makes every rank believe that it is alone.
 
     Raises:
-        RuntimeError: they differ; the message says what to change.
+        RuntimeError: the two differ; the message says what to change.
     """
     got, kind = accelerator.num_processes, accelerator.distributed_type
     asked = _asked_processes(environment)
     if asked is not None and asked != got:
         raise RuntimeError(
-            f"{asked} processes were asked for, and this run has {got} ({kind.value}). Start it with "
+            f"{asked} processes were asked for, but this run has {got} ({kind.value}). Start it with "
             f"`torchrun --nproc_per_node {asked}` or `accelerate launch --multi_gpu --num_processes {asked}`"
-            ", and on a CPU make `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
+            ". On a CPU, also use `Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true"
         )
     if asked is None and got == 1 and _launched_alone(environment):
         raise RuntimeError(
-            "accelerate launch was asked for several processes on the CPU and started one, because its --cpu "
+            "accelerate launch was asked for several processes on the CPU but started one, because its --cpu "
             "launcher needs MPI. Use `torchrun --nproc_per_node N`, or ACCELERATE_USE_CPU=true and "
             "`accelerate launch --multi_gpu --num_processes N`"
         )
     for variable, wanted in _ENGINES.items():
         if _flag(variable, environment) and kind != wanted:
             raise RuntimeError(
-                f"{variable} asks for {wanted.value}, and Accelerate runs {kind.value}. "
+                f"{variable} asks for {wanted.value}, but Accelerate runs {kind.value}. "
                 + _WITHOUT_DEVICE[wanted]
             )
 
@@ -169,11 +169,11 @@ _ENGINES = {
 
 _WITHOUT_DEVICE = {
     DistributedType.DEEPSPEED: (
-        "Do not pass cpu=True to Accelerator and do not set ACCELERATE_USE_CPU; on a CPU give DeepSpeed its "
-        'backend: Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
+        "Do not pass cpu=True to Accelerator, and do not set ACCELERATE_USE_CPU. On a CPU, give DeepSpeed "
+        'its backend: Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
     ),
     DistributedType.FSDP: (
-        "Accelerate runs FSDP on accelerators only, and with cpu=True on none; on a CPU use DeepSpeed "
+        "Accelerate runs FSDP only on accelerators, and never with cpu=True. On a CPU, use DeepSpeed "
         "ZeRO-3, or torch's fully_shard without Accelerate"
     ),
 }
@@ -191,6 +191,6 @@ def _asked_processes(environment: Mapping[str, str]) -> int | None:
 
 
 def _launched_alone(environment: Mapping[str, str]) -> bool:
-    """Accelerate's one-process launcher sets a master address when it was asked for several, but no ranks."""
+    """Whether Accelerate started one process instead of several: it then sets a master port, but no rank."""
     launched = "ACCELERATE_MIXED_PRECISION" in environment
     return launched and "MASTER_PORT" in environment and "RANK" not in environment

@@ -1,4 +1,4 @@
-"""DeepSpeed without Accelerate: one call ties a balancer to what `deepspeed.initialize` returned.
+"""DeepSpeed without Accelerate: one call connects a balancer to the engine of `deepspeed.initialize`.
 
     engine, *_ = deepspeed.initialize(model=net, config=config)
     attach(balancer, engine)
@@ -6,9 +6,9 @@
     engine.backward(engine(batch))
     engine.step()
 
-Statistics are true values: DeepSpeed's loss scale and accumulation factor are divided out, and a step that it
-skips for an overflow leaves the rule as it was. Checkpoints: `save_checkpoint(balancer, engine, folder)` and
-`load_checkpoint` put the balancer's files (`mtl_dist.checkpoint`) into the engine's.
+Statistics are true values: DeepSpeed's loss scale and accumulation factor are divided out. If DeepSpeed skips
+a step because of an overflow, the rule stays as it was. `save_checkpoint(balancer, engine, folder)` and
+`load_checkpoint` add the balancer's files (`mtl_dist.checkpoint`) to the engine's checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtl_dist.engines import deepspeed_facts
 
 
 def attach(balancer: Balancer, engine: Any) -> Balancer:
-    """Ties `balancer` to a `DeepSpeedEngine`: data-parallel group, ZeRO stage, loss scale, accumulation.
+    """Connects `balancer` to a `DeepSpeedEngine`: process group, ZeRO stage, loss scale, accumulation.
 
     Call it before the first step.
 
@@ -32,8 +32,8 @@ def attach(balancer: Balancer, engine: Any) -> Balancer:
         The same balancer.
 
     Raises:
-        TypeError: not a `DeepSpeedEngine`, or a pipeline's.
-        ValueError: a combination that cannot work, with what to change.
+        TypeError: `engine` is not a `DeepSpeedEngine`, or it is a `PipelineEngine`.
+        ValueError: a combination that does not work; the message says what to change.
     """
     check_engine(engine)
     balancer.set_engine(deepspeed_facts(engine))
@@ -50,12 +50,12 @@ def save_checkpoint(
     name: str = "balancer",
     **others: Any,
 ) -> None:
-    """`engine.save_checkpoint(folder, tag, **others)`, with the balancer's state in it. All ranks call it.
+    """`engine.save_checkpoint(folder, tag, **others)` plus the balancer's state. Call it on all ranks.
 
-    The balancer's files are written first, so that `latest` names a checkpoint that has them.
+    The balancer's files are written first, so that `latest` always names a checkpoint that has them.
 
     Raises:
-        ValueError: the name cannot be one of a file.
+        ValueError: the name cannot be a file name.
     """
     tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
     packed = checkpoint.pack(balancer)
@@ -74,19 +74,19 @@ def load_checkpoint(
     name: str = "balancer",
     **others: Any,
 ) -> Any:
-    """`engine.load_checkpoint(folder, tag, **others)` and the balancer's state from it. All ranks call it.
+    """`engine.load_checkpoint(folder, tag, **others)` plus the balancer's state. Call it on all ranks.
 
     Returns:
-        What the engine returns: path and client state.
+        The result of the engine: path and client state.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or none of the balancer in it.
-        ValueError: the balancer's is damaged or of another balancer; nothing is changed then.
+        FileNotFoundError: there is no such checkpoint, or it does not include the balancer.
+        ValueError: the balancer's state is damaged or belongs to another balancer. Nothing is changed then.
     """
     if tag is None:
         latest = Path(folder) / "latest"
         if not latest.is_file():
-            raise FileNotFoundError(f"{str(latest)!r} is missing: give the tag, or a folder of checkpoints")
+            raise FileNotFoundError(f"{str(latest)!r} is missing: give the tag, or a folder with checkpoints")
         tag = latest.read_text(encoding="utf-8").strip()
     checkpoint.load(balancer, Path(folder) / tag, name)
     return engine.load_checkpoint(str(folder), tag=tag, **others)
@@ -98,7 +98,7 @@ def check_engine(engine: Any) -> None:
 
     if isinstance(engine, PipelineEngine):
         raise TypeError(
-            "a PipelineEngine runs features and heads on different ranks and calls the backward itself: "
+            "a PipelineEngine runs features and heads on different ranks, and calls the backward itself: "
             "use ZeRO, or call balancer(losses) with a losses-only rule in the last stage's loss function"
         )
     if not isinstance(engine, DeepSpeedEngine):
@@ -110,10 +110,10 @@ def check_engine(engine: Any) -> None:
 def data_parallel_group(engine: Any) -> dist.ProcessGroup:
     """The ranks that hold different samples, over which the engine averages gradients.
 
-    With tensor parallelism (an `mpu`) ranks that hold the same samples are not counted twice.
+    With tensor parallelism (an `mpu`), ranks that hold the same samples are not counted twice.
 
     Raises:
-        ValueError: sequence parallelism, under which DeepSpeed sums where it otherwise averages.
+        ValueError: sequence parallelism, under which DeepSpeed sums gradients instead of averaging them.
     """
     if engine.sequence_parallel_size > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""HF Trainer: a model whose forward returns the balancer's scalar as its loss, and the stock `Trainer`.
+"""HF Trainer: the model's forward returns the balancer's scalar as its loss, and `Trainer` is unchanged.
 
     class Net(PreTrainedModel):
         def forward(self, input_ids, topic, tone):
@@ -9,9 +9,10 @@
     attach(trainer.model.balancer, trainer)
     trainer.train()
 
-Weights, losses and norms then stand in Trainer's logs beside its own loss, and the balancer's state in each
-checkpoint's `trainer_state.json`. Each micro-batch is a step of the rule; with
-`Balancer(..., window=args.gradient_accumulation_steps)` the weights hold for a whole optimizer step.
+Trainer's logs then have weights, losses and norms beside its own loss, and `trainer_state.json` in each
+checkpoint has the balancer's state. Each micro-batch updates the rule. With
+`Balancer(..., window=args.gradient_accumulation_steps)` all micro-batches of an optimizer step have the same
+weights.
 """
 
 from __future__ import annotations
@@ -28,37 +29,38 @@ from mtl_dist.integrations._log_window import LogWindow
 
 
 def attach(balancer: Balancer, trainer: Trainer, *, name: str = "balancer") -> Balancer:
-    """Ties `balancer` to `trainer`: data-parallel group, accumulation, logs, checkpoints. Before `train`.
+    """Connects `balancer` to `trainer` (process group, accumulation, logs, checkpoints) before `train`.
 
     Args:
-        balancer: of the model that the trainer trains.
-        trainer: the stock one, or a subclass that leaves the loss to the model.
-        name: of the balancer in checkpoints; a model's second balancer needs another one, which then also
-            stands in its keys (`mtl/<name>/weight/<task>`).
+        balancer: the balancer in the model of the trainer.
+        trainer: a `Trainer`, or a subclass in which the model still computes the loss.
+        name: name of the balancer in checkpoints. A second balancer needs another name, which is then also
+            part of its keys (`mtl/<name>/weight/<task>`).
 
     Returns:
         The same balancer.
 
     Raises:
         RuntimeError: the launch fell back silently (`accelerate.check_launch`).
-        ValueError: a combination that cannot work, with what to change.
+        ValueError: a combination that does not work; the message says what to change.
     """
     _check(trainer)
     accelerate.attach(
         balancer, trainer.accelerator, name=name, accumulation=trainer.args.gradient_accumulation_steps
     )
-    # The scalar is a mean over its micro-batch. A model with **kwargs would be taken to divide by the number
-    # of labels in the whole step, and its loss multiplied by the world size.
+    # The scalar is a mean over its micro-batch. If the model's forward has **kwargs, Trainer assumes that the
+    # loss is already divided by the number of labels in the whole step, and multiplies it by the world size.
     trainer.model_accepts_loss_kwargs = False
     _callback_of(trainer).add(balancer, name)
     return balancer
 
 
 class BalancerCallback(TrainerCallback, ExportableState):
-    """Puts balancers into Trainer's logs and checkpoints; `attach` makes it.
+    """Adds balancers to Trainer's logs and checkpoints. `attach` creates it.
 
-    Its row is the mean over the optimizer steps since the last log, as Trainer's own loss is, and comes to
-    the host on logging steps only. It stands first among the callbacks, so that trackers see the row.
+    Its row is the mean over the optimizer steps since the last log, like Trainer's own loss. It is copied to
+    the host only on logging steps. This callback is the first one, so that the callbacks of trackers see the
+    row.
     """
 
     def __init__(self) -> None:
@@ -66,7 +68,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
         self._windows: dict[str, LogWindow] = {}
 
     def add(self, balancer: Balancer, name: str) -> None:
-        """Takes another balancer."""
+        """Adds another balancer."""
         self._balancers[name] = balancer
         self._windows[name] = LogWindow(balancer, "" if name == "balancer" else f"{name}/")
 
@@ -78,10 +80,11 @@ class BalancerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restores the balancers where Trainer resumes from a checkpoint.
+        """Restores the balancers if Trainer resumes from a checkpoint.
 
         Raises:
-            ValueError: it holds none, or another state than the balancer can take; nothing is changed then.
+            ValueError: the checkpoint has no state of the balancer, or one that does not fit. Nothing is
+                changed then.
         """
         for window in self._windows.values():
             window.clear()
@@ -102,7 +105,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A micro-batch of an optimizer step is done."""
+        """Called after each micro-batch but the last of an optimizer step."""
         if args.logging_strategy != "no":
             for window in self._windows.values():
                 window.add_micro_batch()
@@ -110,7 +113,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last micro-batch of an optimizer step is done."""
+        """Called after the last micro-batch of an optimizer step."""
         self.on_substep_end(args, state, control)
         for window in self._windows.values():
             window.close_step()
@@ -124,7 +127,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Adds the row to Trainer's training log."""
-        if logs is None or "loss" not in logs:  # evaluation, or the closing summary
+        if logs is None or "loss" not in logs:  # evaluation, or the final summary
             return
         for window in self._windows.values():
             row = window.row()
@@ -137,23 +140,23 @@ def _check(trainer: Trainer) -> None:
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         given = "compute_loss_func" if trainer.compute_loss_func is not None else "label_smoothing_factor"
         raise ValueError(
-            f"{given} replaces the loss that the model returns, and the balancer's scalar with it: compute "
-            "the tasks' losses in the model's forward, and return the balancer's scalar as its loss"
+            f"{given} replaces the loss that the model returns, which is the balancer's scalar: compute "
+            "the tasks' losses in the model's forward, and return the balancer's scalar as the loss"
         )
     if trainer.loss_is_scaled_for_ga:
         raise ValueError(
             "loss_is_scaled_for_ga=True, but the balancer's scalar is a mean over one micro-batch, which "
-            "Trainer must divide by the accumulation steps: leave it None"
+            "Trainer must divide by the accumulation steps: set it to None"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"Trainer runs {args.n_gpu} GPUs in one process (DataParallel), where each has its own balancer: "
+            f"Trainer runs {args.n_gpu} GPUs in one process (DataParallel), each with its own balancer: "
             f"start it with `torchrun --nproc_per_node {args.n_gpu}`"
         )
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
-            "restore_callback_states_from_checkpoint makes new callbacks, without their balancers: leave it "
-            "False; the balancer is restored anyway"
+            "restore_callback_states_from_checkpoint creates new callbacks without their balancers: set it "
+            "to False. The balancer is restored without it"
         )
 
 
@@ -163,5 +166,5 @@ def _callback_of(trainer: Trainer) -> BalancerCallback:
         if isinstance(callback, BalancerCallback):
             return callback
     callback = BalancerCallback()
-    callbacks.insert(0, callback)  # before the trackers' callbacks, which read what it adds
+    callbacks.insert(0, callback)  # before the callbacks of trackers, which read what it adds
     return callback

@@ -1,8 +1,8 @@
-"""Initial and prior losses from label statistics: what a task's loss is before anything is learned.
+"""Initial and prior losses from label statistics: the loss of a task before the model has learned anything.
 
-The initial loss is that of a model that knows nothing (zero logits, zero outputs), the prior loss that of the
-best constant prediction (the label marginal). Both need labels only, one streaming pass, and are the natural
-units of a task's loss: https://kexue.fm/archives/8870.
+The initial loss is the loss of a model that knows nothing (zero logits, zero outputs). The prior loss is the
+loss of the best constant prediction (the label marginal). Both need one streaming pass over the labels, and
+nothing else. They are natural units for the loss of a task: https://kexue.fm/archives/8870.
 
     =========== ============ ====================
     loss        initial      prior

@@ -1,12 +1,12 @@
-"""What every accumulator of label statistics shares: streaming, merging, and the two losses.
+"""The base of all accumulators of label statistics: streaming, merging, all ranks, and the two losses.
 
-An accumulator holds a vector of sums, which add, and one scalar of squares about its own mean, which does not
-(Chan, Golub and LeVeque 1979): moved to a common mean it adds too,
+An accumulator has a vector of sums and one scalar, the squares about its own mean. The sums of two
+accumulators add. The squares add only about a common mean (Chan, Golub and LeVeque 1979):
 
     T = Σ_p T_p
     S = Σ_p (S_p + n_p ‖T_p / n_p - T / n‖²)
 
-The parts p are batches, accumulators or ranks: `update`, `+` and `synchronize` are this one pair of sums.
+The parts p are batches (`update`), accumulators (`+`) or ranks (`synchronize`).
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="LabelStatistics")
 
-_HEADER = 3  # labels counted, labels refused, sum of the refused ones
+_HEADER = 3  # number of counted labels, number of invalid labels, sum of the invalid labels
 
 
 @dataclass(eq=False)
 class LabelStatistics(ABC):
-    """Statistics of one task's labels, from which its initial and its prior loss follow.
+    """Label statistics of one task. Its initial loss and its prior loss follow from them.
 
-    Fields of subclasses say how the task's loss is defined. Sums are float64, live on the device of the
-    latest labels, and are read back only by the properties, so `update` never waits for a device.
+    The fields of a subclass define the loss of the task. Sums are float64 and are on the device of the latest
+    labels. Only the properties read them, so `update` never waits for a device.
     """
 
-    _sums: Tensor = field(init=False, repr=False)  # `[3 + s]`: the header, then what the subclass sums
-    _squares: Tensor = field(init=False, repr=False)  # scalar, about the mean of these labels
+    _sums: Tensor = field(init=False, repr=False)  # `[3 + s]`: the header, then the sums of the subclass
+    _squares: Tensor = field(init=False, repr=False)  # scalar: squares about the mean of these labels
 
     def __post_init__(self) -> None:
         self._sums = torch.zeros(_HEADER + self._num_sums, dtype=torch.float64)
         self._squares = torch.zeros((), dtype=torch.float64)
 
     def update(self, labels: Tensor) -> None:
-        """Counts the labels of one batch in. Nothing is read back to the host.
+        """Adds the labels of one batch. Nothing is copied to the host.
 
-        Labels that are out of range or not finite are counted too, and raise when a loss is read.
+        Labels that are out of range or not finite are counted too. They raise an error when a loss is read.
 
         Args:
-            labels: any device and any real dtype, in the shape the class states; may be empty.
+            labels: any device, any real dtype, in the shape that the class documents; may be empty.
 
         Raises:
-            ValueError: the shape is not the one the class states.
+            ValueError: the labels have another shape.
         """
         if labels.numel() == 0:
             return
@@ -71,27 +71,27 @@ class LabelStatistics(ABC):
             ValueError: the two define different losses.
         """
         if repr(self) != repr(other):
-            raise ValueError(f"only statistics of the same loss add, got {self!r} and {other!r}")
+            raise ValueError(f"only statistics of the same loss can be added, got {self!r} and {other!r}")
         return self.holding(*combined([self, other._to(self._sums.device)]))
 
     def synchronize(self, group: ProcessGroup | None = None) -> Self:
-        """Statistics of the labels of all ranks, as a new object; a collective, to be called on every rank.
+        """Statistics of the labels of all ranks, as a new object. A collective: call it on every rank.
 
         Args:
             group: the data-parallel ranks; None for all.
 
         Raises:
-            ValueError: on every rank, where ranks define different losses.
+            ValueError: on every rank, if ranks define different losses.
         """
         return synchronize({"labels": self}, group)["labels"]
 
     def empty(self) -> Self:
-        """The same loss, no labels yet."""
+        """The same loss, without labels."""
         return replace(self)
 
     @property
     def count(self) -> int:
-        """Number of labels (elements, for vectors) counted: those neither ignored nor refused."""
+        """Number of counted labels (elements, for vectors), without ignored and invalid ones."""
         return int(self._sums[0].item())
 
     @property
@@ -105,7 +105,7 @@ class LabelStatistics(ABC):
 
     @property
     def prior_loss(self) -> float:
-        """Loss of the best constant prediction: the label marginal. 0 where all labels are the same.
+        """Loss of the best constant prediction, the label marginal. 0 if all labels are the same.
 
         Raises:
             ValueError: no labels, or labels out of range or not finite.
@@ -119,7 +119,7 @@ class LabelStatistics(ABC):
         return new
 
     def squares_about(self, total: Tensor) -> Tensor:
-        """Scalar, the squares about the mean of `total`, the sums of all parts; 0 where a loss needs none."""
+        """Scalar: squares about the mean of `total`, the sums of all parts. 0 if the loss needs none."""
         return self._squares
 
     @property
@@ -130,15 +130,15 @@ class LabelStatistics(ABC):
     @property
     @abstractmethod
     def _valid(self) -> str:
-        """Which labels are allowed, as the words after "labels must be"."""
+        """The allowed labels, as the words after "labels must be"."""
 
     @abstractmethod
     def _measured(self, labels: Tensor) -> Self:
-        """Statistics of one batch, not empty."""
+        """Statistics of one batch that is not empty."""
 
     @abstractmethod
     def _losses(self, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Initial and prior loss, scalars, from the `[s]` sums without header and the squares."""
+        """Initial and prior loss, scalars, from the `[s]` sums without the header, and the squares."""
 
     def _checked(self) -> tuple[Tensor, Tensor]:
         sums, squares = self._sums.cpu(), self._squares.cpu()
@@ -146,34 +146,34 @@ class LabelStatistics(ABC):
         if refused:
             raise ValueError(
                 f"{self!r}: labels must be {self._valid}; {refused:.0f} of {counted + refused:.0f} are not, "
-                f"their mean is {refused_sum / refused:g}"
+                f"and their mean is {refused_sum / refused:g}"
             )
         if not counted:
-            raise ValueError(f"{self!r}: no labels were counted; call `update` with labels first")
+            raise ValueError(f"{self!r}: no labels yet; call `update` with labels first")
         return sums[_HEADER:], squares
 
     def _to(self, device: torch.device) -> Self:
         return self.holding(self._sums.to(device), self._squares.to(device))
 
     def _part(self, labels: Tensor, counted: Tensor, refused: Tensor, sums: Tensor) -> Self:
-        """Statistics of labels, from masks of those counted and refused, and the `[s]` sums."""
+        """Statistics of labels, from the masks of counted and invalid labels, and the `[s]` sums."""
         refused_sum = torch.where(refused, labels, 0).sum()
         header = torch.stack([counted.sum(), refused.sum(), refused_sum]).to(sums.dtype)
         return self.holding(torch.cat([header, sums]), sums.new_zeros(()))
 
 
 def synchronize(statistics: Mapping[str, S], group: ProcessGroup | None = None) -> dict[str, S]:
-    """Statistics of the labels of all ranks, by task; a collective, to be called on every rank.
+    """Statistics of the labels of all ranks, by task. A collective: call it on every rank.
 
-    Three all-reduces, whose sizes depend on the tasks alone: a comparison of the tasks, all sums, all squares
-    about the global means.
+    It makes three all-reduces: a comparison of the tasks, all sums, and all squares about the global means.
+    Their sizes depend only on the tasks.
 
     Args:
-        statistics: of this rank, by task name; any of them may have seen no labels.
+        statistics: task -> statistics of this rank. Any of them may have no labels.
         group: the data-parallel ranks; None for all.
 
     Raises:
-        ValueError: on every rank, where ranks have different tasks or define different losses.
+        ValueError: on every rank, if ranks have different tasks or define different losses.
     """
     device = collective_device(group)
     check_agreement({task: repr(one) for task, one in statistics.items()}, device, group)
@@ -191,7 +191,7 @@ def synchronize(statistics: Mapping[str, S], group: ProcessGroup | None = None) 
 
 
 def combined(parts: Sequence[LabelStatistics]) -> tuple[Tensor, Tensor]:
-    """Sums and squares of all parts together."""
+    """Sums and squares over all parts."""
     # T = Σ_p T_p
     sums = _sum(part._sums for part in parts)
     # S = Σ_p (S_p + n_p ‖T_p / n_p - T / n‖²)
@@ -203,9 +203,9 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def entropy(masses: Tensor) -> Tensor:
-    """`Σ_k a_k (-log(a_k / A))` with `A = Σ_k a_k`, over the last dimension; masses >= 0, 0 where all are 0.
+    """`Σ_k a_k (-log(a_k / A))`, `A = Σ_k a_k`, over the last dimension; masses >= 0; 0 if all are 0.
 
-    This is the least value of `Σ_k a_k (-log q_k)` over distributions q, reached at `q = a / A`.
+    This is the minimum of `Σ_k a_k (-log q_k)` over distributions q. It is reached at `q = a / A`.
     """
     total = masses.sum(-1, keepdim=True)
     shares = masses / torch.where(total > 0, total, 1)

@@ -14,13 +14,13 @@ from mtl_dist.priors._base import LabelStatistics, entropy
 
 @dataclass(eq=False)
 class _Bernoulli(LabelStatistics):
-    """L labels per sample, each 0, 1, a probability between, or missing."""
+    """L labels per sample. Each is 0, 1, a probability in between, or missing."""
 
     missing: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.missing is not None and 0 <= self.missing <= 1:
-            raise ValueError(f"missing must be outside [0, 1], where labels are, got {self.missing}")
+            raise ValueError(f"missing must be outside [0, 1], the range of labels, got {self.missing}")
         super().__post_init__()
 
     @property
@@ -30,7 +30,7 @@ class _Bernoulli(LabelStatistics):
 
     @property
     def _num_sums(self) -> int:
-        return 2 * self._width  # mass of the ones, then of the zeros
+        return 2 * self._width  # mass of ones, then mass of zeros
 
     @property
     def _valid(self) -> str:
@@ -41,7 +41,7 @@ class _Bernoulli(LabelStatistics):
         kept = ~self._is_missing(labels)
         known = (labels >= 0) & (labels <= 1)
         counted = kept & known
-        # the loss is linear in the label, so a label of 0.3 is 0.3 of a one and 0.7 of a zero
+        # the loss is linear in the label: a label of 0.3 counts as 0.3 of a one and 0.7 of a zero
         ones, zeros = (torch.where(counted, mass, 0).sum(0) for mass in (labels, 1 - labels))
         return self._part(labels, counted, kept & ~known, torch.cat([ones, zeros]))
 
@@ -58,17 +58,17 @@ class _Bernoulli(LabelStatistics):
 
 @dataclass(eq=False)
 class Binary(_Bernoulli):
-    """Labels of `F.binary_cross_entropy_with_logits(logits, labels)`, one constant logit for all elements.
+    """Labels of `F.binary_cross_entropy_with_logits(logits, labels)`, with one constant logit.
 
-    Initial loss `log 2` and prior loss `H(p) = -p log p - (1 - p) log(1 - p)`, p the rate of positive labels
-    (https://kexue.fm/archives/8870, K = 2).
+    Initial loss `log 2` and prior loss `H(p) = -p log p - (1 - p) log(1 - p)`, with the rate p of
+    positive labels (https://kexue.fm/archives/8870, K = 2).
 
-    `update` takes labels of any shape (every element is a label): 0, 1, bool, probabilities between, or
+    `update` takes labels of any shape; every element is a label: 0, 1, bool, a probability in between, or
     `missing`.
 
     Attributes:
-        missing: value of labels that are not given and that the loss masks out, such as -1 or NaN; None
-            where there are none.
+        missing: the value of missing labels, which the loss masks out, such as -1 or NaN. None: no label is
+            missing.
 
     Raises:
         ValueError: `missing` is in [0, 1].
@@ -77,18 +77,18 @@ class Binary(_Bernoulli):
 
 @dataclass(eq=False)
 class MultiLabel(_Bernoulli):
-    """Labels of `F.binary_cross_entropy_with_logits(logits, labels)`, one constant logit for each of L.
+    """Labels of `F.binary_cross_entropy_with_logits(logits, labels)`, with one constant logit per label.
 
-    Initial loss `log 2` and prior loss `Σ_l n_l H(p_l) / Σ_l n_l`, with `n_l` labels given for l and `p_l`
-    their positive rate: the mean over given labels, which is the mean over l where none are missing
-    (https://kexue.fm/archives/8870, K = 2 for each label).
+    Initial loss `log 2` and prior loss `Σ_l n_l H(p_l) / Σ_l n_l`, where `n_l` is the number of given labels
+    l and `p_l` their positive rate: the mean over the given labels. It is the mean over l if no label is
+    missing (https://kexue.fm/archives/8870, K = 2 for each label).
 
-    `update` takes `[..., L]`: 0, 1, bool, probabilities between, or `missing`.
+    `update` takes `[..., L]`: 0, 1, bool, probabilities in between, or `missing`.
 
     Attributes:
         num_labels: L.
-        missing: value of labels that are not given and that the loss masks out, such as -1 or NaN; None
-            where there are none.
+        missing: the value of missing labels, which the loss masks out, such as -1 or NaN. None: no label is
+            missing.
 
     Raises:
         ValueError: a field is out of range, or the last dimension of labels is not L.

@@ -17,19 +17,19 @@ from mtl_dist.priors._base import LabelStatistics, entropy
 class Categorical(LabelStatistics):
     """Labels of `F.cross_entropy(logits, labels, ...)` with its default mean reduction.
 
-    With `n_k` labels of class k, initial loss `log K` and prior loss `-Σ_k p_k log p_k`, `p_k = n_k / Σ n`
-    (https://kexue.fm/archives/8870). With class weights `w` and label smoothing `ε`, a constant prediction q
-    costs `Σ_k a_k (-log q_k)` with
+    With `n_k` labels of class k, the initial loss is `log K` and the prior loss `-Σ_k p_k log p_k`,
+    `p_k = n_k / Σ n` (https://kexue.fm/archives/8870). With class weights `w` and label smoothing `ε`, a
+    constant prediction q costs `Σ_k a_k (-log q_k)` with
 
         a_k = ((1 - ε) w_k n_k + (ε / K) w_k Σ_j n_j) / Σ_j w_j n_j
 
-    so the initial loss is `A log K`, `A = Σ_k a_k`, and the prior loss `-Σ_k a_k log(a_k / A)`.
+    so the initial loss is `A log K`, `A = Σ_k a_k`, and the prior loss is `-Σ_k a_k log(a_k / A)`.
 
-    `update` takes class indices of any shape (every element is a label), integers or whole floats.
+    `update` takes class indices of any shape; every element is a label: an integer or a whole float.
 
     Attributes:
         num_classes: K.
-        ignore_index: label that is left out, as in `F.cross_entropy`.
+        ignore_index: labels with this value are ignored, as in `F.cross_entropy`.
         weight: `[K]` class weights >= 0, or None for 1.
         label_smoothing: ε in [0, 1].
 
@@ -69,7 +69,7 @@ class Categorical(LabelStatistics):
         known = (labels >= 0) & (labels < self.num_classes) & (labels == labels.floor())
         counted = kept & known
         index = torch.where(counted, labels, 0).long()
-        # n_k = Σ_i [y_i = k]; not bincount, which waits for the device
+        # n_k = Σ_i [y_i = k]; bincount would wait for the device
         counts = labels.new_zeros(self.num_classes).index_add_(0, index, counted.double())
         return self._part(labels, counted, kept & ~known, counts)
 

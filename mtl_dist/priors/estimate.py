@@ -18,12 +18,12 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Priors:
-    """What `InitialLoss(losses=priors.initial)` and `PriorLoss(losses=priors.prior)` take.
+    """The losses for `InitialLoss(losses=priors.initial)` and `PriorLoss(losses=priors.prior)`.
 
     Attributes:
-        initial: loss of a model that knows nothing, by task.
-        prior: loss of the best constant prediction, by task; 0 where all labels are the same.
-        counts: number of labels behind them, by task.
+        initial: task -> loss of a model that knows nothing.
+        prior: task -> loss of the best constant prediction; 0 if all labels are the same.
+        counts: task -> number of labels.
     """
 
     initial: dict[str, float]
@@ -32,10 +32,11 @@ class Priors:
 
     @classmethod
     def of(cls, statistics: Mapping[str, LabelStatistics]) -> Priors:
-        """The losses that `statistics`, by task name, give.
+        """The losses that follow from `statistics` (task -> label statistics).
 
         Raises:
-            ValueError: a task has no labels, or labels out of range or not finite; the message names it.
+            ValueError: a task has no labels, or labels that are out of range or not finite; the message names
+                the task.
         """
         for task, one in statistics.items():
             try:
@@ -56,7 +57,7 @@ def estimate_priors(
     labels: Callable[[Batch], Mapping[str, Tensor | None]],
     group: ProcessGroup | None = None,
 ) -> Priors:
-    """Initial and prior loss of every task, from one pass over `loader` on every rank.
+    """Initial and prior loss of every task, from one pass over `loader` on each rank.
 
         priors = estimate_priors(
             loader,
@@ -65,19 +66,20 @@ def estimate_priors(
         )
         balancer = Balancer(["left", "sum"], weighting=PriorLoss(losses=priors.prior))
 
-    Where the loader is sharded over ranks, the result is that of all shards, the same on every rank; samples
-    that a distributed sampler repeats to fill its shards count twice. Where every rank reads the same data,
-    so is the result of one. `itertools.islice(loader, k)` estimates from k batches.
+    If the loader is sharded over ranks, the result covers all shards and is the same on every rank. If a
+    distributed sampler repeats samples to fill its shards, those samples count twice. If every rank reads the
+    same data, the result is the same as on one rank. `itertools.islice(loader, k)` estimates from k batches.
 
     Args:
-        loader: batches; ranks may have different numbers of them, or none.
-        losses: how each task's loss is defined; not modified, labels they already hold do not count.
-        labels: the tasks' labels in a batch; None, or no entry, where a task has none.
-        group: the data-parallel ranks; None for all. The call is a collective.
+        loader: batches. Ranks may have different numbers of batches, or none.
+        losses: task -> definition of its loss. They are not modified; labels that they already have do not
+            count.
+        labels: a function from a batch to task -> labels. None, or no entry: the task has no labels there.
+        group: the data-parallel ranks; None for all. The call is a collective: call it on every rank.
 
     Raises:
-        ValueError: no task, labels for an unknown task, a task without labels, labels of a wrong shape or
-            out of range, or ranks with different tasks; on every rank, but for unknown tasks and shapes.
+        ValueError: there is no task, a task has no labels or labels out of range, or ranks have different
+            tasks (on every rank); labels belong to an unknown task or have a wrong shape (on this rank).
     """
     if not losses:
         raise ValueError("losses must name at least one task, got none")
@@ -85,7 +87,7 @@ def estimate_priors(
     for batch in loader:
         for task, values in labels(batch).items():
             if task not in statistics:
-                raise ValueError(f"labels were given for {task!r}; the tasks are {list(statistics)}")
+                raise ValueError(f"got labels for {task!r}; the tasks are {list(statistics)}")
             if values is not None:
                 statistics[task].update(values)
     return Priors.of(synchronize(statistics, group))

@@ -15,11 +15,12 @@ from mtl_dist.priors._base import LabelStatistics
 class Regression(LabelStatistics):
     """Targets of `F.mse_loss(outputs, targets)`, one vector of D elements per sample.
 
-    Initial loss `E‖y‖²` and prior loss `E‖y - μ‖²`, `μ = E y` (https://kexue.fm/archives/8870), divided by D
-    where the loss is the mean over elements. The best constant is a vector: every element has its own mean.
+    The initial loss is `E‖y‖²` and the prior loss `E‖y - μ‖²`, `μ = E y` (https://kexue.fm/archives/8870).
+    Both are divided by D if the loss is the mean over elements. The best constant is a vector: each element
+    has its own mean.
 
-    `update` takes `[batch, ...]` with D elements per sample. D is said beforehand, so that a rank without
-    samples knows it.
+    `update` takes `[batch, ...]` with D elements per sample. D is an argument, so that a rank without samples
+    knows it.
 
     Attributes:
         size: D, number of elements of one sample's target; 1 for a scalar.
@@ -27,7 +28,7 @@ class Regression(LabelStatistics):
             (and the mean over samples).
 
     Raises:
-        ValueError: a field is out of range, or labels have another number of elements per sample.
+        ValueError: a field is out of range, or labels do not have D elements per sample.
     """
 
     size: int = 1
@@ -52,7 +53,7 @@ class Regression(LabelStatistics):
         if labels.ndim == 0 or labels[0].numel() != self.size:
             raise ValueError(
                 f"{self!r} takes labels [batch, ...] of {self.size} elements per sample, got shape "
-                f"{list(labels.shape)}; say size= for vectors, flatten where every element is a sample"
+                f"{list(labels.shape)}; give size= for vectors, or flatten if every element is a sample"
             )
         labels = labels.reshape(-1, self.size).double()
         samples = labels.new_full((1,), len(labels))
@@ -79,6 +80,6 @@ class Regression(LabelStatistics):
         return (variance + mean.square().sum()) / elements, variance / elements
 
     def _moments(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of samples, scalar, and mean, `[D]` (0 without samples)."""
+        """Number of samples (scalar) and mean `[D]` (0 if there are no samples)."""
         num, total = sums[-1 - self.size], sums[-self.size :]
         return num, total / num.clamp(min=1)

@@ -1,4 +1,4 @@
-"""The shipped trainings. `RECIPES` is the one list that configuration, CLI and tests read."""
+"""The trainings that come with the library. Configuration, CLI and tests all read `RECIPES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of a shipped training: data, model and metrics, chosen by name in a configuration."""
+"""The interface of a recipe: data, model and metrics. A configuration names the recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = dict[str, Tensor]  # field -> [B, ...]; the keyword arguments of the mod
 
 
 class BatchData(Protocol):
-    """Samples that are fetched a batch at a time, which saves collating them one by one."""
+    """Samples that are fetched one batch at a time. This is faster than collating single samples."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -24,11 +24,11 @@ class BatchData(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that is a function of a mean, so that its sums and counts add exactly over ranks and batches.
+    """A metric that is a function of a mean. Its sums and counts add exactly over ranks and batches.
 
     Attributes:
         name: last part of the key `eval/<task>/<name>`.
-        finish: from the mean over all samples to the metric.
+        finish: the function from the mean over all samples to the metric.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Metric:
 
 
 class Recipe(ABC):
-    """A training: frozen dataclass of its hyperparameters, everything deterministic from `seed`.
+    """A training, as a frozen dataclass of its hyperparameters. It depends only on them and on `seed`.
 
     Attributes:
-        metrics: the metric of each task; its keys are the tasks, in the order of every vector.
+        metrics: task -> metric. The keys are the tasks, in the order of every vector.
     """
 
     metrics: ClassVar[Mapping[str, Metric]]
@@ -51,13 +51,13 @@ class Recipe(ABC):
 
     @abstractmethod
     def data(self, seed: int) -> tuple[BatchData, BatchData]:
-        """Training and validation samples, which share no source of data."""
+        """Training and validation samples. They have no source of data in common."""
 
     @abstractmethod
     def model(self, balancer: nn.Module) -> nn.Module:
-        """A model whose parameters come from torch's global generator.
+        """A model. Its initial parameters come from torch's global random generator.
 
-        Its `forward(**batch)` returns the balancer's scalar in training mode. In eval mode it returns
-        `[n, 3]` sums over the samples of this rank, which may be none, in `stats_dtype`: loss, metric and
-        number of samples of each task.
+        In training mode, its `forward(**batch)` returns the balancer's scalar. In eval mode it returns
+        `[n, 3]` sums over the samples of this rank, in `stats_dtype`: loss, metric and number of samples of
+        each task. A rank may have no samples.
         """

@@ -1,6 +1,6 @@
-"""Four kinds of text that are on every machine with this Python: no network, no download.
+"""Four kinds of text from files of Python and scikit-learn. Nothing is downloaded.
 
-Documents depend on the versions of Python and scikit-learn alone, and come in a fixed order.
+Documents depend only on the versions of Python and scikit-learn, and have a fixed order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# pure Python, one file each, in every version from 3.11
+# modules in pure Python, one file each, which exist in every version from 3.11
 _MODULES = (
     *("argparse", "calendar", "codecs", "configparser", "csv", "dataclasses", "difflib", "dis", "enum"),
     *("fractions", "ftplib", "functools", "heapq", "imaplib", "inspect", "ipaddress", "mailbox", "pdb"),
@@ -23,14 +23,14 @@ _MODULES = (
     *("threading", "traceback", "typing", "weakref"),
 )
 _TABLES = ("digits", "breast_cancer", "wine", "diabetes", "iris")
-_TABLE_ROWS = 20  # of a document
-_HELD_OUT = 5  # one document of so many is for validation
+_TABLE_ROWS = 20  # per document
+_HELD_OUT = 5  # one of this many documents is for validation
 
 Documents = Iterator[tuple[str, str]]  # name, text
 
 
 def code() -> Documents:
-    """Python's standard library without its docstrings and comment lines."""
+    """Python's standard library, without docstrings and comment lines."""
     for name, source, tree in _modules():
         lines = source.splitlines()
         for node in _docstrings(tree):
@@ -41,20 +41,20 @@ def code() -> Documents:
 
 
 def docstrings() -> Documents:
-    """Python's standard library, its docstrings alone."""
+    """The docstrings of Python's standard library."""
     for name, _, tree in _modules():
         texts = (ast.literal_eval(node.value) for node in _docstrings(tree))
         yield name, "\n\n".join("\n".join(line.strip() for line in text.splitlines()) for text in texts)
 
 
 def numbers() -> Documents:
-    """Rows of scikit-learn's data sets.
+    """Rows of the data sets of scikit-learn.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
     try:
-        from sklearn import datasets  # an extra: the library itself does not need it
+        from sklearn import datasets  # an optional dependency, for recipes only
     except ImportError as error:
         raise ImportError(
             'the recipe text_mixture needs scikit-learn: pip install "mtl-dist[recipes]"'
@@ -71,7 +71,7 @@ def numbers() -> Documents:
 
 
 def prose() -> Documents:
-    """The reference manual of the language, as `help("topics")` shows it."""
+    """The reference manual of Python, as `help("topics")` shows it."""
     from pydoc_data.topics import topics  # half a megabyte
 
     yield from sorted(topics.items())
@@ -87,7 +87,7 @@ DOMAINS: Mapping[str, Callable[[], Documents]] = {
 
 @cache
 def streams(domain: str) -> tuple[Tensor, Tensor]:
-    """Training and validation bytes of a domain, `[N]` uint8 each, of different documents."""
+    """Training and validation bytes of a domain, `[N]` uint8 each, from different documents."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for name, text in DOMAINS[domain]():
         held_out = zlib.crc32(name.encode()) % _HELD_OUT == 0
@@ -98,7 +98,7 @@ def streams(domain: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def _modules() -> list[tuple[str, str, ast.Module]]:
-    """Name, source and syntax tree."""
+    """Name, source and syntax tree of each module."""
     folder = Path(os.__file__).parent
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
     return [(name, source, ast.parse(source)) for name, source in sources.items()]

@@ -1,8 +1,8 @@
 """Multi-Digits: two handwritten digits on one canvas, four tasks whose losses differ by orders of magnitude.
 
-The images are scikit-learn's digits (1797 real scans of 8x8 pixels), which ship in its wheel. Every sample
-puts one digit into the left half and one into the right half of a 12x16 canvas, each at a random offset, so
-that they may overlap by up to four columns.
+The images are the digits of scikit-learn (1797 real scans of 8x8 pixels), which its package contains. Every
+sample has one digit in the left half and one in the right half of a 12x16 canvas, each at a random offset.
+The two digits may overlap by up to four columns.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mtl_dist.stats import stats_dtype
 DIGIT = 8  # side of a source image, pixels
 HEIGHT, WIDTH = 12, 16  # of the canvas, pixels
 _LEFT_OFFSETS, _RIGHT_OFFSETS = (0, 2), (6, 8)  # inclusive ranges of a digit's first column
-_SPLIT_SEED = 20180207  # which digits are for validation does not depend on the seed of a run
+_SPLIT_SEED = 20180207  # fixed: the validation digits do not depend on the seed of a run
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in decibels of pixels in [0, 1]."""
+    """Peak signal-to-noise ratio in decibels, for pixels in [0, 1]."""
     return -10 * math.log10(mean_squared_error) if mean_squared_error > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class ComposedDigits:
-    """Samples composed of pairs of source digits.
+    """Samples, each composed of two source digits.
 
     Attributes:
         images: `[N, 1, 12, 16]` float32 in [0, 1].
-        digits: `[N, 2]` int64, the left and the right digit.
-        sources: `[N, 2]` int64, which of scikit-learn's images they are.
+        digits: `[N, 2]` int64: left and right digit.
+        sources: `[N, 2]` int64: indices of their images in scikit-learn.
     """
 
     images: Tensor
@@ -49,22 +49,24 @@ class ComposedDigits:
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Image, left and right digit of the samples at `indices`."""
+        """Images, left digits and right digits of the samples at `indices`."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         left, right = self.digits[index].unbind(1)
         return {"image": self.images[index], "left": left, "right": right}
 
 
 def source_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's digits `[1797, 8, 8]` in [0, 1], their labels, which to train on, which to validate on.
+    """The digits of scikit-learn, `[1797, 8, 8]` in [0, 1], their labels, training and validation indices.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # an extra: the library itself does not need it
+        from sklearn.datasets import load_digits  # an optional dependency, for recipes only
     except ImportError as error:
-        raise ImportError('recipes of digits need scikit-learn: pip install "mtl-dist[recipes]"') from error
+        raise ImportError(
+            'the recipes multi_digits and side_tuning need scikit-learn: pip install "mtl-dist[recipes]"'
+        ) from error
 
     digits = load_digits()
     scans = torch.from_numpy(digits.images).float() / 16
@@ -77,14 +79,14 @@ def source_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def compose(
     scans: Tensor, labels: Tensor, sources: Tensor, size: int, generator: torch.Generator
 ) -> ComposedDigits:
-    """Draws `size` pairs from some source digits and puts each pair on a canvas; the brighter pixel wins.
+    """Draws `size` pairs of source digits and puts each pair on a canvas. The brighter pixel wins.
 
     Args:
-        scans: `[M, 8, 8]` all source images, in [0, 1].
-        labels: `[M]` their digits.
-        sources: `[m]` indices of the source images to draw from.
+        scans: `[M, 8, 8]`: all source images, in [0, 1].
+        labels: `[M]`: their digits.
+        sources: `[m]`: indices of the source images to draw from.
         size: number of samples.
-        generator: source of all randomness.
+        generator: random generator for all draws.
     """
 
     def draw(low: int, high: int) -> Tensor:
@@ -101,12 +103,12 @@ def compose(
 
 
 class MultiDigitsNet(nn.Module):
-    """A small convolutional trunk and one head per task. No dropout and no batch statistics.
+    """A small convolutional trunk and one head per task, without dropout and batch statistics.
 
     Args:
         balancer: turns features and heads into the scalar loss.
-        channels: of the first convolution; the second has twice as many.
-        features: length of the shared representation.
+        channels: channels of the first convolution; the second has twice as many.
+        features: number of shared features.
     """
 
     def __init__(self, balancer: nn.Module, channels: int, features: int) -> None:
@@ -123,7 +125,7 @@ class MultiDigitsNet(nn.Module):
         self.image = nn.Linear(features, HEIGHT * WIDTH)
 
     def forward(self, image: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The balancer's scalar in training mode, the sums described in `Recipe.model` in eval mode.
+        """In training mode the balancer's scalar, in eval mode the sums that `Recipe.model` describes.
 
         Args:
             image: `[B, 1, 12, 16]` in [0, 1].
@@ -145,7 +147,7 @@ class MultiDigitsNet(nn.Module):
         return scalar
 
     def _sums(self, z: Tensor, left: Tensor, right: Tensor, total: Tensor, pixels: Tensor) -> Tensor:
-        """`[4, 3]` in the dtype of statistics: sums of loss and metric over the batch, and its size."""
+        """`[4, 3]` in the dtype of statistics: sums of loss and metric, and number of samples."""
         error = self.sum(z).squeeze(1) - total
         pixel_error = (self.image(z) - pixels).square()
         per_sample = [  # loss and metric, each [B]
@@ -162,16 +164,16 @@ class MultiDigitsNet(nn.Module):
 
 @dataclass(frozen=True)
 class MultiDigits(Recipe):
-    """Classify both digits, regress their sum, reconstruct the canvas.
+    """Classifies both digits, regresses their sum, and reconstructs the canvas.
 
     At the start the losses are about 2.3, 2.3 (cross-entropy), 100 (squared error) and 30 (squared error
-    summed over pixels), and their gradients differ more.
+    summed over pixels). Their gradients differ even more.
 
     Attributes:
-        num_train: training samples, composed of 4/5 of the source digits.
-        num_validation: validation samples, composed of the others.
-        channels: of the first convolution.
-        features: length of the shared representation.
+        num_train: number of training samples, composed of 4/5 of the source digits.
+        num_validation: number of validation samples, composed of the other source digits.
+        channels: channels of the first convolution.
+        features: number of shared features.
     """
 
     num_train: int = 8192
@@ -192,7 +194,7 @@ class MultiDigits(Recipe):
                 raise ValueError(f"MultiDigits: {name} must be at least 1, got {getattr(self, name)}")
 
     def data(self, seed: int) -> tuple[BatchData, BatchData]:
-        """Training and validation samples, composed of disjoint sets of source digits.
+        """Training and validation samples. Their source digits are disjoint.
 
         Raises:
             ImportError: scikit-learn is not installed.

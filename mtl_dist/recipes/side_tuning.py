@@ -1,9 +1,9 @@
-"""Ladder side-tuning: a pretrained trunk is frozen, and a small side network beside it learns the tasks.
+"""Ladder side-tuning: the pretrained trunk is frozen, and a small side network beside it learns the tasks.
 
-The trunk runs under `no_grad`; each of its stages hands its activations over a rung to the side network,
-which is all that is shared and trained (Sung, Cho and Bansal, "LST: Ladder Side-Tuning for Parameter and
-Memory Efficient Transfer Learning", NeurIPS 2022). No gradient ever crosses the trunk, so that a gradient a
-task of all shared parameters, and their exact Gram matrix (`ParameterProbe`), cost little.
+The trunk runs under `no_grad`. Each of its stages passes its activations through a rung to the side network.
+Only the side network is shared and trained (Sung, Cho and Bansal, "LST: Ladder Side-Tuning for Parameter and
+Memory Efficient Transfer Learning", NeurIPS 2022). No gradient passes through the trunk. One gradient per
+task of all shared parameters, and their exact Gram matrix (`ParameterProbe`), therefore cost little.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _CLASSES = 10
 
 
 class Ladder(nn.Module):
-    """A frozen convolutional trunk with a side network, in place of the trunk.
+    """A frozen convolutional trunk with a side network. It replaces the trunk.
 
     Args:
-        trunk: of `MultiDigitsNet`: two convolutions and a linear layer, each with its activation.
-        channels: of the side network.
+        trunk: the trunk of `MultiDigitsNet`: two convolutions and a linear layer, each with its activation.
+        channels: channels of the side network.
     """
 
     def __init__(self, trunk: nn.Sequential, channels: int) -> None:
@@ -45,7 +45,7 @@ class Ladder(nn.Module):
         self.side = nn.Linear(channels * (HEIGHT // 2) * (WIDTH // 2), last.out_features)
 
     def forward(self, image: Tensor) -> Tensor:
-        """`[B, features]` from `[B, 1, 12, 16]`: the trunk's features and what the side network adds."""
+        """From `[B, 1, 12, 16]` to `[B, features]`: the features of trunk and side network, added."""
         side: Tensor | None = None
         h = image
         for stage, rung, step, gate in zip(self.stages, self.rungs, self.steps, self.gates, strict=False):
@@ -64,13 +64,13 @@ class Ladder(nn.Module):
 
 @dataclass(frozen=True)
 class SideTuning(MultiDigits):
-    """Multi-Digits from a trunk that was pretrained to classify the left digit alone.
+    """Multi-Digits with a trunk that was pretrained to classify only the left digit.
 
     Attributes:
-        tune: "side": the trunk is frozen, a side network is trained. "full": the trunk is trained, for
-            comparison.
-        side_channels: of the side network.
-        pretrain_steps: optimizer steps of the trunk's pretraining, on batches of 64; 0: a random trunk.
+        tune: "side": the trunk is frozen and a side network is trained. "full": the whole trunk is trained,
+            for comparison.
+        side_channels: channels of the side network.
+        pretrain_steps: optimizer steps of the pretraining, on batches of 64. 0: a random trunk.
     """
 
     tune: Literal["side", "full"] = "side"
@@ -86,7 +86,7 @@ class SideTuning(MultiDigits):
                 raise ValueError(f"SideTuning: {name} must be at least {least}, got {getattr(self, name)}")
 
     def model(self, balancer: nn.Module) -> nn.Module:
-        """The network of Multi-Digits, its trunk pretrained and behind a ladder."""
+        """The network of Multi-Digits, with a pretrained trunk and a ladder."""
         net = MultiDigitsNet(balancer, self.channels, self.features)
         pretrain(net.trunk, self.features, self.pretrain_steps)
         if self.tune == "side":
@@ -96,17 +96,17 @@ class SideTuning(MultiDigits):
 
 
 def pretrain(trunk: nn.Module, features: int, steps: int) -> None:
-    """Trains `trunk`, in place, to classify the left digit of canvases; seconds on a CPU.
+    """Trains `trunk` in place to classify the left digit of canvases. Takes seconds on a CPU.
 
     Args:
-        trunk: from images to `[B, features]`.
-        features: length of the representation.
+        trunk: a module from images to `[B, features]`.
+        features: number of features.
         steps: optimizer steps.
     """
     if steps == 0:
         return
     scans, labels, training, _ = source_digits()
-    seed = int(torch.randint(2**31, ()))  # of the global generator, as the parameters
+    seed = int(torch.randint(2**31, ()))  # from the global generator, like the parameters
     samples = compose(scans, labels, training, _PRETRAIN_SAMPLES, torch.Generator().manual_seed(seed))
     net = nn.Sequential(trunk, nn.Linear(features, _CLASSES))
     optimizer = torch.optim.AdamW(net.parameters(), lr=_PRETRAIN_RATE)

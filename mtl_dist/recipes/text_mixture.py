@@ -1,7 +1,8 @@
-"""Text mixture: one small language model for four kinds of text, every sequence of one kind.
+"""Text mixture: one small language model for four kinds of text. Every sequence is of one kind.
 
-Tasks are the kinds, so each sample has one task: gradients of different tasks are orthogonal at the features
-by construction, and meet in the weights only. `SharedLayerProbe` measures them at the output head.
+The tasks are the kinds of text, so every sample has one task. At the features, gradients of different tasks
+are orthogonal, because no sample belongs to two tasks. They meet only in the parameters. `SharedLayerProbe`
+measures them at the output head.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def bits(nats: float) -> float:
 
 @dataclass(frozen=True)
 class ByteWindows:
-    """Windows of byte streams.
+    """Sequences of bytes, cut out of longer texts.
 
     Attributes:
-        texts: a `[N_d]` uint8 stream a domain.
-        domains: `[N]` int64, the domain of each window.
-        starts: `[N]` int64, its first byte in that stream.
-        length: bytes of a window.
+        texts: one `[N_d]` uint8 text per domain.
+        domains: `[N]` int64, the domain of each sequence.
+        starts: `[N]` int64, its first byte in the text of its domain.
+        length: number of bytes of a sequence.
     """
 
     texts: tuple[Tensor, ...]
@@ -44,11 +45,11 @@ class ByteWindows:
     length: int
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Number of sequences."""
         return len(self.domains)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Bytes and domain of the windows at `indices`."""
+        """Bytes and domains of the sequences at `indices`."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         windows = [
             self.texts[domain][start : start + self.length]
@@ -60,12 +61,12 @@ class ByteWindows:
 
 
 class TextMixtureNet(nn.Module):
-    """A causal transformer of `transformers`, and one output head for all domains.
+    """A causal transformer from `transformers`, with one output head for all domains.
 
     Args:
         balancer: turns hidden states and per-token losses into the scalar loss.
-        trunk: from `input_ids` to `last_hidden_state`.
-        width: of the hidden states.
+        trunk: a module from `input_ids` to `last_hidden_state`.
+        width: size of the hidden states.
     """
 
     def __init__(self, balancer: nn.Module, trunk: nn.Module, width: int) -> None:
@@ -75,7 +76,7 @@ class TextMixtureNet(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, domain: Tensor) -> Tensor:
-        """The balancer's scalar in training mode, the sums described in `Recipe.model` in eval mode.
+        """In training mode the balancer's scalar, in eval mode the sums that `Recipe.model` describes.
 
         Args:
             tokens: `[B, T + 1]` int64, bytes.
@@ -95,7 +96,7 @@ class TextMixtureNet(nn.Module):
         return scalar
 
     def _sums(self, losses: Tensor, domain: Tensor) -> Tensor:
-        """`[4, 3]`: sums of the loss over tokens, twice, and numbers of tokens."""
+        """`[4, 3]`: the sum of the loss over tokens (as loss and as metric), and the number of tokens."""
         nats = losses.to(stats_dtype(losses.device))
         columns = torch.stack([nats.sum(1), nats.sum(1), torch.ones_like(nats).sum(1)], dim=1)
         return columns.new_zeros(len(DOMAINS), 3).index_add_(0, domain, columns)
@@ -103,20 +104,21 @@ class TextMixtureNet(nn.Module):
 
 @dataclass(frozen=True)
 class TextMixture(Recipe):
-    """Predict the next byte of code, docstrings, tables of numbers, and English prose.
+    """Predicts the next byte of code, docstrings, tables of numbers, and English prose.
 
-    Sequences are drawn as `datasets.interleave_datasets` does: the domain first, with probability
-    `p_d ∝ size_d^(1 / temperature)`, then a window of its text. Validation windows are evenly spaced over
-    documents that training never sees; they do not depend on the seed.
+    Sequences are drawn as in `datasets.interleave_datasets`: first the domain, with probability
+    `p_d ∝ size_d^(1 / temperature)`, then a sequence of its text. Validation sequences are evenly spaced over
+    documents that are not in the training data. They do not depend on the seed.
 
     Attributes:
-        num_train: training windows.
-        num_validation: validation windows of each domain.
-        length: T, bytes that the model reads of a window.
-        temperature: 1 draws domains by their size, infinity all alike.
-        width: of the hidden states.
-        layers: of the transformer.
-        attention_heads: of each layer.
+        num_train: number of training sequences.
+        num_validation: number of validation sequences per domain.
+        length: T, the number of bytes of a sequence that the model reads.
+        temperature: 1: the probability of a domain is proportional to its size. Infinity: all domains are
+            equally likely.
+        width: size of the hidden states.
+        layers: number of layers of the transformer.
+        attention_heads: number of attention heads per layer.
     """
 
     num_train: int = 16384
@@ -142,7 +144,7 @@ class TextMixture(Recipe):
             )
 
     def data(self, seed: int) -> tuple[BatchData, BatchData]:
-        """Training and validation windows, of different documents.
+        """Training and validation sequences, from different documents.
 
         Raises:
             ImportError: scikit-learn is not installed.
@@ -151,13 +153,13 @@ class TextMixture(Recipe):
         return self._drawn(train, seed), self._spaced(validation)
 
     def model(self, balancer: nn.Module) -> nn.Module:
-        """A Llama of the recipe's size, from its configuration, with random weights.
+        """A Llama model of the recipe's size, with random parameters.
 
         Raises:
             ImportError: transformers is not installed.
         """
         try:
-            from transformers import LlamaConfig, LlamaModel  # an extra: the library itself does not need it
+            from transformers import LlamaConfig, LlamaModel  # an optional dependency, for this recipe only
         except ImportError as error:
             raise ImportError(
                 'the recipe text_mixture needs transformers: pip install "mtl-dist[transformers,recipes]"'
@@ -171,7 +173,7 @@ class TextMixture(Recipe):
             num_attention_heads=self.attention_heads,
             num_key_value_heads=self.attention_heads,
             max_position_embeddings=self.length,
-            # bytes alone: no sign begins or ends a text
+            # the vocabulary has only bytes, and no special tokens
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
@@ -179,7 +181,7 @@ class TextMixture(Recipe):
         return TextMixtureNet(balancer, LlamaModel(config), self.width)
 
     def _drawn(self, texts: tuple[Tensor, ...], seed: int) -> ByteWindows:
-        """Windows at random, domains by temperature."""
+        """Random sequences. The temperature sets the probabilities of the domains."""
         generator = torch.Generator().manual_seed(seed)
         sizes = torch.tensor([len(text) for text in texts], dtype=torch.float64)
         # p_d ∝ size_d^(1 / temperature)
@@ -190,7 +192,7 @@ class TextMixture(Recipe):
         return ByteWindows(texts, domains, (fractions * room).long(), self.length + 1)
 
     def _spaced(self, texts: tuple[Tensor, ...]) -> ByteWindows:
-        """The same number of windows of each domain, evenly spaced."""
+        """The same number of sequences per domain, evenly spaced."""
         starts = [
             torch.arange(self.num_validation) * ((len(text) - self.length - 1) // self.num_validation)
             for text in texts

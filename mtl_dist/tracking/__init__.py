@@ -1,7 +1,7 @@
-"""From step reports to rows, files and charts.
+"""Turns step reports into rows, files and charts.
 
-A program makes one row per optimizer step (`RunLog`, or `step_row` by hand) and hands it to trackers, which
-are chosen by the names in `TRACKERS`. Their packages are imported when a run starts, never before.
+A program makes one row per optimizer step (with `RunLog`, or with `step_row`) and gives it to trackers.
+`TRACKERS` maps their names to their classes. The package of a tracker is imported only when a run starts.
 """
 
 from __future__ import annotations

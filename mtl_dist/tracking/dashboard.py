@@ -1,4 +1,4 @@
-"""The W&B workspace that goes with our rows, as code: charts with all tasks in one, runs side by side."""
+"""The W&B workspace for the rows of `mtl_dist`, as code: each chart shows all tasks and compares the runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mtl_dist.tracking.tracker import require
 
 
 def build_workspace(entity: str, project: str, tasks: Sequence[str] = (), name: str = "mtl_dist") -> Any:
-    """A `wandb_workspaces.workspaces.Workspace`, made without account or network.
+    """A `wandb_workspaces.workspaces.Workspace`; this needs no account and no network.
 
     Args:
         entity: user or team.
-        project: of W&B.
-        tasks: to show; none: whatever tasks the runs have, and no bar chart of final weights.
-        name: of the view.
+        project: W&B project.
+        tasks: the tasks to show. Empty: all tasks of the runs, without a bar chart of the final weights.
+        name: name of the view.
 
     Raises:
-        ValueError: wandb-workspaces is not installed, or a task's name cannot be part of a key.
+        ValueError: wandb-workspaces is not installed, or a task name cannot be part of a key.
     """
     require("wandb_workspaces", "dashboard", "wandb")
     check_task_names(tasks)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydantic's, about the package's own validators (0.4.13)
+        warnings.simplefilter("ignore")  # from pydantic, about the validators of wandb-workspaces 0.4.13
         import wandb_workspaces.workspaces as ws
 
         sections = [
@@ -46,7 +46,7 @@ def build_workspace(entity: str, project: str, tasks: Sequence[str] = (), name: 
 
 def workspace_spec(workspace: Any) -> dict[str, Any]:
     """What `Workspace.save()` sends, as plain data."""
-    # the package has no public way to it; pinned below 0.5 for this line
+    # the package has no public function for this; this line is why it is pinned below 0.5
     spec: dict[str, Any] = workspace._to_model().spec.model_dump(
         mode="json", by_alias=True, exclude_none=True
     )
@@ -69,7 +69,7 @@ def _sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
     sections = {
         "Tasks": [
             lines("Weights", f"mtl/weight/{one}"),
-            lines("Contributions: share of the update", f"mtl/contribution/{one}"),
+            lines("Contributions: part of the update", f"mtl/contribution/{one}"),
             lines("Losses", f"mtl/loss/{one}", log_y=True),
             lines("Gradient norms", f"mtl/grad_norm/{one}", log_y=True),
             lines("Validation losses", f"eval/loss/{one}", log_y=True),
@@ -86,9 +86,9 @@ def _sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
     place = _places()
     sections["Run"] = [
         single("Weighted total", "train/loss", log_y=True),
-        single("Milliseconds a step", "perf/step_ms"),
-        single("Milliseconds in our collectives", "perf/sync_ms"),
-        single("Steps held for non-finite statistics", "mtl/held"),
+        single("Milliseconds per step", "perf/step_ms"),
+        single("Milliseconds in the collectives of mtl_dist", "perf/sync_ms"),
+        single("Steps held because of NaN or infinite statistics", "mtl/held"),
     ]
     place = _places()
     heatmap = wr.MediaBrowser(
@@ -106,14 +106,14 @@ def _sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _places() -> Any:
-    """Three panels a line, on W&B's grid of 24 columns."""
+    """Places for three panels per line, on the grid of W&B with 24 columns."""
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
 
     return (wr.Layout(x=8 * (i % 3), y=7 * (i // 3), w=8, h=7) for i in range(100))
 
 
 def _any_but(word: str) -> str:
-    """A pattern for one part of a key that is not `word`; W&B's patterns cannot look ahead."""
+    """A pattern for one part of a key that is not `word`. The patterns of W&B have no look-ahead."""
     starts = [f"{re.escape(word[:i])}[^/{re.escape(c)}][^/]*" for i, c in enumerate(word)]
     shorter = [re.escape(word[:i]) for i in range(1, len(word))]
     return f"({'|'.join([*starts, *shorter, re.escape(word) + '[^/]+'])})"

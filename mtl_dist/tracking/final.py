@@ -1,4 +1,4 @@
-"""Where a run ended: its weights and cosines, as tables and as a picture."""
+"""The final weights and cosines of a run, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CELL = 26  # pixels
 
 
 def final_weights(row: Row, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """A record for each task: weight, loss, gradient norm, contribution; None for what does not exist."""
+    """One record per task: weight, loss, gradient norm, contribution. A missing value is None."""
     keys = keys_of(tuple(tasks))
     columns = zip(tasks, keys.weight, keys.loss, keys.grad_norm, keys.contribution, strict=True)
     return [
@@ -30,7 +30,7 @@ def final_weights(row: Row, tasks: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def cosine_matrix(row: Row, tasks: Sequence[str]) -> Matrix | None:
-    """`[n, n]` cosines, None where there is no angle; None altogether where none was measured."""
+    """`[n, n]` cosines. An entry without a value is None. The result is None if no cosine was measured."""
     n, found = len(tasks), iter(keys_of(tuple(tasks)).cosine)
     matrix: Matrix = [[1.0 if i == j else None for j in range(n)] for i in range(n)]
     for i in range(n):
@@ -41,7 +41,7 @@ def cosine_matrix(row: Row, tasks: Sequence[str]) -> Matrix | None:
 
 
 def cosine_svg(tasks: Sequence[str], matrix: Matrix) -> str:
-    """A heatmap: red where gradients conflict, blue where they agree; hovering a cell shows its number."""
+    """A heatmap: red for conflicts, blue for agreement. Hovering over a cell shows its number."""
     left = 12 + 7 * max(map(len, tasks))
     side = left + _CELL * len(tasks) + 4
     marks = []
@@ -52,7 +52,7 @@ def cosine_svg(tasks: Sequence[str], matrix: Matrix) -> str:
     for i, line in enumerate(matrix):
         for j, value in enumerate(line):
             place = f'x="{left + _CELL * j}" y="{left + _CELL * i}" width="{_CELL - 1}" height="{_CELL - 1}"'
-            shown = "no angle" if value is None else f"{value:.3f}"
+            shown = "no value" if value is None else f"{value:.3f}"
             title = f"{html.escape(tasks[i])}, {html.escape(tasks[j])}: {shown}"
             marks.append(f'<rect {place} fill="{_colour(value)}"><title>{title}</title></rect>')
     return (

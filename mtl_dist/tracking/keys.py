@@ -1,4 +1,4 @@
-"""Names of the columns: a contract that every tracker, dashboard and report reads."""
+"""Names of the columns. Every tracker, dashboard and report relies on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Keys:
-    """The columns of one list of tasks, each in the order of the tasks, pairs as `itertools.combinations`."""
+    """The columns of some tasks, in task order. Pairs are ordered as by `itertools.combinations`."""
 
     weight: tuple[str, ...]
     loss: tuple[str, ...]
@@ -28,7 +28,7 @@ def keys_of(tasks: tuple[str, ...]) -> Keys:
     """The columns of `tasks`.
 
     Raises:
-        ValueError: a name that no column can carry.
+        ValueError: a task name cannot be part of a column name.
     """
     check_task_names(tasks)
     weight, loss, grad_norm, contribution = (
@@ -40,14 +40,14 @@ def keys_of(tasks: tuple[str, ...]) -> Keys:
 
 
 def check_task_names(tasks: Sequence[str]) -> None:
-    """Refuses names that would not survive as part of a key.
+    """Raises an error for task names that cannot be part of a key.
 
     Raises:
-        ValueError: a name with other characters than letters, digits, `_`, `.` and `-`, or with `__`.
+        ValueError: a name has characters besides letters, digits, `_`, `.` and `-`, or contains `__`.
     """
     for task in tasks:
         if not _NAME.fullmatch(task) or "__" in task:
             raise ValueError(
-                f"task {task!r} cannot be the name of a column: use letters, digits, '.', '-' and single '_' "
-                "('__' stands between the two tasks of a cosine)"
+                f"task {task!r} cannot be part of a column name: use letters, digits, '.', '-' and "
+                "single '_' ('__' separates the two tasks of a cosine)"
             )

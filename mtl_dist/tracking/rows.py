@@ -1,27 +1,28 @@
-"""StepReport -> one flat row of numbers for every optimizer step.
+"""Turns a StepReport into one flat row of numbers per optimizer step.
 
-    train/global_step        optimizer steps done, from 1; the x axis of every chart
+    train/global_step        number of optimizer steps done, from 1; the x axis of every chart
     train/loss               the weighted total, over all ranks
-    mtl/weight/<task>        0 where the task was absent on all ranks
+    mtl/weight/<task>        weight; 0 if the task was absent on all ranks
     mtl/loss/<task>          global mean loss
-    mtl/grad_norm/<task>     norm of the task's gradient at the shared features
-    mtl/contribution/<task>  share of the task in the update: |aᵢ|‖gᵢ‖ / Σⱼ |aⱼ|‖gⱼ‖
-    mtl/cosine/<a>__<b>      between the gradients of two tasks, a before b in task order
-    mtl/conflict_rate        share of those pairs with a negative cosine
-    mtl/weight_entropy       of the normalised weights, in nats; log n when all are equal
-    mtl/held                 1 at steps whose statistics were not finite; the key is absent otherwise
-    perf/sync_ms             in the collectives of the statistics, waiting for the slowest rank included
+    mtl/grad_norm/<task>     norm of the gradient of the task, where the probe measures it
+    mtl/contribution/<task>  part of the update that the task makes: |αᵢ|‖gᵢ‖ / Σⱼ |αⱼ|‖gⱼ‖
+    mtl/cosine/<a>__<b>      cosine between the gradients of two tasks, a before b in task order
+    mtl/conflict_rate        fraction of those pairs with a negative cosine
+    mtl/weight_entropy       entropy of the normalised weights, in nats; log n if all weights are equal
+    mtl/held                 1 at held steps (NaN or infinite statistics); the key is absent otherwise
+    perf/sync_ms             time in the collectives, including the wait for the slowest rank
 
-The program that measures time adds `perf/step_ms`, the wall time of the step in milliseconds.
-A key whose value does not exist at a step (an absent task, gradients not measured, a zero gradient's angle)
-is left out of the row.
+A program that measures time adds `perf/step_ms`, the wall time of the step in milliseconds.
+If a value does not exist at a step (an absent task, gradients that were not measured, the cosine of a zero
+gradient), the row does not have its key.
 
-Where several micro-batches make one optimizer step, the row is of all of them together. With c the counts of
-micro-batch k, as in `mtl_dist.stats`,
+If a step has several micro-batches, one row describes all of them. With the counts cᵏ of micro-batch k, as in
+`mtl_dist.stats`,
 
     Lᵢ = Σₖ cᵢᵏ Lᵢᵏ / Cᵢ,    Gᵢⱼ = Σₖ cᵢᵏ cⱼᵏ Gᵢⱼᵏ / (Cᵢ Cⱼ),    Cᵢ = Σₖ cᵢᵏ
 
-and the weight is the mean over the micro-batches that had the task. `train/loss` is the mean of their totals.
+The weight is the mean over the micro-batches in which the task was present. `train/loss` is the mean of the
+totals of the micro-batches.
 """
 
 from __future__ import annotations
@@ -36,40 +37,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl_dist.stats import StepReport
-from mtl_dist.tracking._window import Array, MicroBatch, merged
+from mtl_dist.tracking._merge import Array, MicroBatch, merged
 from mtl_dist.tracking.keys import STEP_KEY, keys_of
 
 Row = dict[str, float]
 
 
 def step_row(report: StepReport, global_step: int) -> Row:
-    """The row of one optimizer step. Copies the report to the host, once, and waits for it.
+    """The row of one optimizer step. Copies the report to the host once, and waits for the copy.
 
     Args:
-        report: what the balancer reports of the step.
-        global_step: optimizer steps done, this one included.
+        report: the balancer's report of the step.
+        global_step: number of optimizer steps done, including this one.
 
     Raises:
-        ValueError: a task's name cannot be part of a key.
+        ValueError: a task name cannot be part of a key.
     """
     return Snapshot([report]).row(global_step)
 
 
 class Snapshot:
-    """The numbers of one optimizer step on their way to the host.
+    """The numbers of one optimizer step, while they are copied to the host.
 
-    One copy; on an accelerator it runs beside the next step, and `row` waits for it.
+    There is one copy. On an accelerator it runs during the next step, and `row` waits for it.
 
     Args:
-        reports: of the micro-batches that make the step.
+        reports: one report per micro-batch of the step.
 
     Raises:
-        ValueError: there are none, or a task's name cannot be part of a key.
+        ValueError: there is no report, or a task name cannot be part of a key.
     """
 
     def __init__(self, reports: Sequence[StepReport]) -> None:
         if not reports:
-            raise ValueError("a row is made of one report or more: the model's forward called no balancer")
+            raise ValueError("a row needs at least one report: the model's forward did not call the balancer")
         self._keys = keys_of(reports[0].tasks)
         self._has_gram = [report.stats.gram is not None for report in reports]
         self._elapsed = [report.sync for report in reports]
@@ -84,11 +85,11 @@ class Snapshot:
 
     @property
     def ready(self) -> bool:
-        """Whether `row` returns at once."""
+        """Whether `row` returns without waiting."""
         return self._event is None or self._event.query()
 
     def row(self, global_step: int) -> Row:
-        """The row, when the copy has arrived."""
+        """The row. Waits until the copy has finished."""
         if self._event is not None:
             self._event.synchronize()
         step = merged(list(self._micro_batches()))
@@ -118,7 +119,7 @@ class Snapshot:
 
 
 def entropy(weights: list[float]) -> float:
-    """Entropy in nats of `|w| / Σ|w|`; 0 where one task has everything, or none has anything."""
+    """Entropy in nats of `|w| / Σ|w|`; 0 if one task has all the weight, or if all weights are 0."""
     total = math.fsum(abs(weight) for weight in weights)
     if not 0 < total < math.inf:
         return 0.0
@@ -134,7 +135,7 @@ def _parts(report: StepReport) -> Iterator[Tensor]:
 
 
 def _there(keys: tuple[str, ...], values: Array, present: NDArray[np.bool_]) -> Row:
-    """The values of tasks that were present, without those that do not exist."""
+    """The values of the tasks that were present, without NaN."""
     found = zip(keys, values.tolist(), present.tolist(), strict=True)
     return {key: value for key, value, there in found if there and not math.isnan(value)}
 

@@ -1,4 +1,4 @@
-"""From the steps of a run to the rows of its trackers."""
+"""Turns the steps of a run into the rows of its trackers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _LOGGER = logging.getLogger("mtl_dist")
 
 
 class RunLog:
-    """Makes a row of every optimizer step that is due and hands it to all trackers.
+    """Makes a row of every optimizer step that is due, and gives it to all trackers.
 
         with RunLog(trackers, run) as log:
             for step, batch in enumerate(loader, start=1):
-                loss = model(batch)                # of every micro-batch
+                loss = model(batch)                # for every micro-batch
                 log.add(balancer.report)
                 ...
                 log.step(step, {"perf/step_ms": milliseconds})
             log.close(summary)
 
-    On an accelerator the row of a step is copied beside the next step and handed on after it; on the CPU at
-    once. A tracker that fails is told about once and dropped, and training goes on.
+    On an accelerator, the row of a step is copied to the host during the next step, and the trackers get it
+    after that step. On the CPU they get it at once. If a tracker fails, one log line says so, the tracker is
+    dropped, and the training continues.
 
     Args:
-        trackers: of this process; none on other ranks than the main one.
-        run: what they are started with.
-        log_every: steps from row to row.
+        trackers: the trackers of this process; only the main process has any.
+        run: passed to `Tracker.start`.
+        log_every: a row is due every `log_every` steps.
 
     Attributes:
-        last_row: the newest row that has arrived; None before the first.
+        last_row: the newest row that is on the host; None before the first.
     """
 
     def __init__(self, trackers: Sequence[Tracker], run: RunInfo, log_every: int = 1) -> None:
@@ -60,34 +61,34 @@ class RunLog:
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """How the trackers call the run, for `RunInfo.resume` of a later segment."""
+        """The name of the run in each tracker, for `RunInfo.resume` when the run is resumed."""
         return {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id is not None}
 
     def add(self, report: StepReport | None) -> None:
-        """Takes what the balancer reports of a micro-batch.
+        """Adds the balancer's report of a micro-batch.
 
-        A balancer whose weights hold over a window of micro-batches reports the window when it closes; until
-        then it shows the report before, which is not taken again.
+        With `Balancer(window=k)` a new report exists only at the end of a window. Until then the balancer
+        returns the previous report, which is not added again.
         """
         if report is not None and report is not self._latest:
             self._reports.append(report)
             self._latest = report
 
     def is_due(self, global_step: int) -> bool:
-        """Whether `global_step` has a row even if nothing else is known of it."""
+        """Whether `log_every` makes a row of `global_step`."""
         return global_step % self._log_every == 0
 
     def step(self, global_step: int, extra: Mapping[str, float] | None = None, *, due: bool = False) -> None:
         """Ends an optimizer step.
 
         Args:
-            global_step: optimizer steps done, this one included.
+            global_step: number of optimizer steps done, including this one.
             extra: further columns of its row.
-            due: make a row whatever `log_every` says.
+            due: make a row even if `log_every` makes none.
         """
         reports, self._reports = self._reports, []
         if not reports and self._latest is not None:
-            reports = [self._latest]  # its weights still hold
+            reports = [self._latest]  # its weights are still in use
         self.flush()
         if due or self.is_due(global_step):
             snapshot = Snapshot(reports)
@@ -96,23 +97,23 @@ class RunLog:
                 self.flush()
 
     def flush(self) -> None:
-        """Hands on the row that is still on its way."""
+        """Waits for the row that is still being copied, and gives it to the trackers."""
         pending, self._pending = self._pending, []
         for snapshot, global_step, extra in pending:
             self.last_row = {**snapshot.row(global_step), **extra}
             self._each("log", partial(_log, self.last_row))
 
     def close(self, summary: Mapping[str, Any] | None) -> list[str]:
-        """Hands on what is left and ends the run; once.
+        """Gives the last row to the trackers and ends the run. Call it once.
 
         Args:
-            summary: of a finished run; None where it failed.
+            summary: summary of a finished run; None if the run failed.
 
         Returns:
-            how to look at the run, a line for each tracker that has something to say.
+            how to look at the run: one line per tracker that offers a view.
         """
         if summary is None:
-            self._pending.clear()  # reading it could wait for a device that will not come back
+            self._pending.clear()  # reading it could wait forever for a broken device
         self.flush()
         self._each("close", lambda tracker: tracker.close(summary))
         trackers, self._trackers = self._trackers, []
@@ -123,12 +124,12 @@ class RunLog:
             try:
                 call(tracker)
             except Exception as error:
-                if tracker.name == "jsonl":  # the record that a run can always rely on
+                if tracker.name == "jsonl":  # every run must have this record
                     raise
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 _LOGGER.warning(
-                    "mtl_dist: %s dropped at %s: %s. Training goes on; every row is in %s",
+                    "mtl_dist: %s failed in %s and is dropped: %s. Training continues; every row is in %s",
                     tracker.name,
                     what,
                     reason,

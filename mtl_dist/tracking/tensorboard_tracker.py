@@ -1,4 +1,4 @@
-"""TensorBoard: every column a scalar, and the columns of all tasks in one chart."""
+"""TensorBoard: each column is a scalar, and one chart shows the columns of all tasks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Layout = dict[str, dict[str, list[Any]]]
 
 
 class TensorboardTracker(Tracker):
-    """Event files in the run's folder; `tensorboard --logdir` of the folder above compares runs.
+    """Event files in the run's folder. `tensorboard --logdir` on the parent folder compares runs.
 
-    The tab CUSTOM SCALARS has all tasks in one chart. A resumed run writes a second file beside the first,
-    which makes TensorBoard forget the steps that are done again.
+    The tab CUSTOM SCALARS shows all tasks in one chart. A resumed run writes a second file beside the first.
+    It tells TensorBoard to drop the steps that are repeated.
     """
 
     name = "tensorboard"
@@ -29,7 +29,7 @@ class TensorboardTracker(Tracker):
         self._where: str | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Opens an event file, with the layout of the custom charts and the configuration as text."""
+        """Opens an event file and writes the layout of the custom charts and the configuration as text."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
         from torch.utils.tensorboard.summary import custom_scalars, text
@@ -45,7 +45,7 @@ class TensorboardTracker(Tracker):
             self._writer.add_event(Event(wall_time=time.time(), step=run.done, summary=summary))
 
     def log(self, row: Row) -> None:
-        """One event with all columns: a hundredth of the cost of as many `add_scalar`."""
+        """Writes one event with all columns. This costs a hundredth of one `add_scalar` call per column."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -56,21 +56,21 @@ class TensorboardTracker(Tracker):
         self._writer.add_event(event)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """Writes what is left."""
+        """Writes the remaining events and closes the file."""
         if self._writer is not None:
             self._writer.close()
             self.where = self._where
 
 
 def tensorboard_layout() -> Layout:
-    """Charts for `SummaryWriter.add_custom_scalars`, each with the columns of all tasks.
+    """Charts for `SummaryWriter.add_custom_scalars`; each chart shows the columns of all tasks.
 
     With Accelerate: `accelerator.get_tracker("tensorboard", unwrap=True).add_custom_scalars(...)` on the main
     process.
     """
     charts = {
         "weights": r"mtl/weight/.*",
-        "contributions, share of the update": r"mtl/contribution/.*",
+        "contributions, part of the update": r"mtl/contribution/.*",
         "losses": r"mtl/loss/.*",
         "gradient norms": r"mtl/grad_norm/.*",
         "cosines": r"mtl/cosine/.*",
@@ -78,7 +78,7 @@ def tensorboard_layout() -> Layout:
     }
     single = {
         "conflict rate and entropy of the weights": ["mtl/conflict_rate", "mtl/weight_entropy"],
-        "milliseconds a step": ["perf/step_ms", "perf/sync_ms"],
+        "milliseconds per step": ["perf/step_ms", "perf/sync_ms"],
     }
     of_tasks = {title: ["Multiline", [pattern]] for title, pattern in charts.items()}
     return {"tasks": of_tasks, "run": {title: ["Multiline", tags] for title, tags in single.items()}}

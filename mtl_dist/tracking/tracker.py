@@ -1,4 +1,4 @@
-"""What a tracker is: it is started, takes rows, is closed. One file a tracker, chosen by name."""
+"""The interface of a tracker: it is started, receives rows, and is closed. Each tracker has its own file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mtl_dist.tracking.rows import Row
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker may know of a run.
+    """What a tracker gets to know about a run.
 
     Attributes:
-        folder: the run's output folder; its last part is the run's name unless another is given.
-        tasks: names, in the order of every vector.
-        config: everything the run was made from, as JSON would have it.
-        done: optimizer steps already done, by an earlier segment of the same run.
-        resume: by tracker, how the earlier segment calls the run (`Tracker.run_id`); empty for a new run.
+        folder: the run's output folder. Its last part is the default name of the run.
+        tasks: task names, in the order of every vector.
+        config: the configuration of the run, as JSON values.
+        done: number of optimizer steps already done, before the run was resumed.
+        resume: tracker -> its `Tracker.run_id` before the run was resumed. Empty for a new run.
     """
 
     folder: Path
@@ -32,12 +32,12 @@ class RunInfo:
 
 
 class Tracker(ABC):
-    """Takes the rows of one run. Lives on the main process alone.
+    """Receives the rows of one run. It exists on the main process only.
 
     Attributes:
-        name: in configurations.
-        run_id: how the run is called there, once started; what a resumed run hands back in `RunInfo.resume`.
-        where: how to look at the run, once closed; None where there is nothing to say.
+        name: its name in configurations.
+        run_id: the tracker's own name of the run, once started. A resumed run gets it in `RunInfo.resume`.
+        where: how to look at the run, once closed; None if the tracker offers no view.
     """
 
     name: ClassVar[str]
@@ -46,28 +46,28 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """Opens the run. Whatever it raises costs this tracker, never the training."""
+        """Opens the run. If it raises an error, the tracker is dropped and the training continues."""
 
     @abstractmethod
     def log(self, row: Row) -> None:
-        """Takes the row of one optimizer step; `train/global_step` grows from call to call."""
+        """Receives the row of one optimizer step. `train/global_step` increases from call to call."""
 
     @abstractmethod
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """Ends the run.
 
         Args:
-            summary: of a finished run, as in `summary.json`; None where the run failed.
+            summary: summary of a finished run, as in `summary.json`; None if the run failed.
         """
 
 
 def require(package: str, tracker: str, extra: str) -> None:
-    """Refuses a tracker whose package is not installed.
+    """Raises an error if the package of a tracker is not installed.
 
     Raises:
-        ValueError: with what to install.
+        ValueError: the package is missing; the message says what to install.
     """
     if importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"{tracker!r} needs the package {package}, not installed: pip install 'mtl-dist[{extra}]'"
+            f"{tracker!r} needs the package {package}, which is missing: pip install 'mtl-dist[{extra}]'"
         )

@@ -1,4 +1,4 @@
-"""Trackio: a local stand-in for a hosted tracker, in one SQLite file a project."""
+"""Trackio: a local tracker with one SQLite file per project."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mtl_dist.tracking.tracker import RunInfo, Tracker, require
 
 
 class TrackioTracker(Tracker):
-    """A run of a Trackio project; `trackio show` compares the runs of one.
+    """A run of a Trackio project. `trackio show` compares the runs of a project.
 
-    The files lie where Trackio puts them: TRACKIO_DIR, or ~/.cache/huggingface/trackio.
+    Trackio chooses the folder of its files: TRACKIO_DIR, or ~/.cache/huggingface/trackio.
 
     Args:
-        project: of Trackio.
-        name: of the run; None: the last part of its output folder.
-        group: of runs.
+        project: Trackio project.
+        name: name of the run. None: the last part of its output folder.
+        group: group of runs.
     """
 
     name = "trackio"
@@ -33,7 +33,7 @@ class TrackioTracker(Tracker):
         self._run: Any = None
 
     def start(self, run: RunInfo) -> None:
-        """Opens the run, or continues it."""
+        """Opens a new run, or continues an earlier one."""
         import trackio
 
         earlier = run.resume.get(self.name)
@@ -51,7 +51,7 @@ class TrackioTracker(Tracker):
         self.run_id = self._run.name
 
     def log(self, row: Row) -> None:
-        """Queues the row for Trackio's own thread."""
+        """Queues the row for the thread of Trackio."""
         columns = {key: value for key, value in row.items() if key != STEP_KEY}
         self._run.log(columns, step=int(row[STEP_KEY]))
 
@@ -61,11 +61,11 @@ class TrackioTracker(Tracker):
             import trackio
 
             with _silence():
-                # not the run's own, which leaves Trackio's handler to finish it again at exit
-                trackio.finish()  # type: ignore[no-untyped-call]  # Trackio's
+                # not `self._run.finish()`: after that, Trackio would finish the run again at exit
+                trackio.finish()  # type: ignore[no-untyped-call]  # Trackio leaves it unannotated
             self.where = f"trackio show --project {self.project}"
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:
-    """Trackio prints a page at every start."""
+    """Hides the page of text that Trackio prints at every start."""
     return contextlib.redirect_stdout(io.StringIO())

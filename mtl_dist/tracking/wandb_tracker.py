@@ -13,18 +13,18 @@ from mtl_dist.tracking.tracker import RunInfo, Tracker, require
 
 
 class WandbTracker(Tracker):
-    """A W&B run, online or offline. `mtl-dist dashboard` makes the charts that go with it.
+    """A W&B run, online or offline. `mtl-dist dashboard` creates charts for it.
 
-    A resumed run continues the W&B run of its checkpoint, and both segments are one series. Columns are
-    drawn against `train/global_step`, never against W&B's own step, which cannot go back.
+    A resumed run continues the W&B run of its checkpoint, and both parts are one series. The x axis of every
+    column is `train/global_step`. The step of W&B itself cannot go back, so it is not used.
 
     Args:
-        project: of W&B.
-        entity: user or team; None: the account's default.
-        name: of the run; None: the last part of its output folder.
-        group: of runs.
-        mode: None follows WANDB_MODE, or is online. Offline runs are sent later with `wandb sync`.
-        init_timeout: seconds that an online run may take to begin.
+        project: W&B project.
+        entity: user or team. None: the default of the account.
+        name: name of the run. None: the last part of its output folder.
+        group: group of runs.
+        mode: None: the value of WANDB_MODE, or else online. `wandb sync` sends offline runs later.
+        init_timeout: how many seconds the start of an online run may take.
     """
 
     name = "wandb"
@@ -53,21 +53,21 @@ class WandbTracker(Tracker):
         self._latest: Row = {}
 
     def start(self, run: RunInfo) -> None:
-        """Begins the run, or continues that of `run.resume`.
+        """Opens a new run, or continues the run in `run.resume`.
 
         Raises:
-            RuntimeError: it is to be online, and there is no API key or no answer from the server.
+            RuntimeError: the mode is online, and there is no API key or the server does not answer.
         """
         import wandb
 
         if self._online() and not _has_key():
-            raise RuntimeError("no W&B API key; run `wandb login`, set WANDB_API_KEY, or give mode: offline")
+            raise RuntimeError("no W&B API key; run `wandb login`, set WANDB_API_KEY, or use mode: offline")
         self._info = run
         try:
             self._run = self._begin(run)
         except wandb.errors.Error as error:
             raise RuntimeError(
-                f"W&B did not begin a run ({error}); check network, key and WANDB_BASE_URL, or give "
+                f"W&B did not start a run ({error}); check network, key and WANDB_BASE_URL, or use "
                 "mode: offline"
             ) from error
         define_wandb_metrics(self._run)
@@ -82,19 +82,19 @@ class WandbTracker(Tracker):
             mode=self._mode,
             id=run.resume.get(self.name),
             resume="allow",
-            reinit="create_new",  # the user's own W&B run, if there is one, stays what it is
+            reinit="create_new",  # does not touch a W&B run that the user has opened
             dir=run.folder,
             config=dict(run.config),
             settings=wandb.Settings(init_timeout=self._init_timeout, silent=True, console="off"),
         )
 
     def log(self, row: Row) -> None:
-        """Queues the row for W&B's own process."""
+        """Queues the row for the process of W&B."""
         self._latest.update(row)
         self._run.log(dict(row))
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """Adds the closing tables of a finished run and waits until everything is written."""
+        """Adds the final tables of a finished run, and waits until everything is written."""
         if self._run is None:
             return
         if summary is not None and self._latest:
@@ -108,7 +108,7 @@ class WandbTracker(Tracker):
     def _tables(self) -> dict[str, Any]:
         import wandb
 
-        assert self._info is not None  # it was started
+        assert self._info is not None  # `start` was called
         tasks = self._info.tasks
         weights = final_weights(self._latest, tasks)
         tables: dict[str, Any] = {
@@ -128,17 +128,17 @@ class WandbTracker(Tracker):
 
 
 def _has_key() -> bool:
-    """Asked before W&B is, which would stop the training at a prompt where there is a terminal."""
+    """Whether an API key exists. Without this check, W&B would stop the training and prompt for a key."""
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
 
 
 def define_wandb_metrics(run: Any) -> None:
-    """Draws every column of `run` against `train/global_step`.
+    """Makes `train/global_step` the x axis of every column of `run`.
 
-    For runs made elsewhere, such as `accelerator.get_tracker("wandb", unwrap=True)`; rows are then logged
-    without `step=`: `accelerator.log(step_row(balancer.report, step))`.
+    Use it for runs that another program has opened, such as `accelerator.get_tracker("wandb", unwrap=True)`.
+    Then log rows without `step=`: `accelerator.log(step_row(balancer.report, step))`.
     """
     run.define_metric(STEP_KEY)
     run.define_metric("*", step_metric=STEP_KEY)

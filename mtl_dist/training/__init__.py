@@ -1,1 +1,1 @@
-"""The parts of the shipped training program `mtl_dist.train`. Nothing else in the library imports them."""
+"""Settings and parts of the training program `mtl_dist.train`. Nothing else in the library imports them."""

@@ -1,4 +1,4 @@
-"""Which samples a step sees: a pure function of seed and step, whatever the number of processes."""
+"""The samples of a step: a pure function of seed and step, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mtl_dist.recipes import Batch, BatchData
 class StepBatches(Sampler[list[int]]):
     """Batch sampler of the global batches of steps `first_step` to `last_step - 1`.
 
-    Every epoch is a permutation drawn from (seed, epoch), cut into full batches; what is left over waits for
-    another epoch's draw. A resumed run therefore needs no sampler state, only its step.
+    Each epoch is a permutation that depends only on (seed, epoch), cut into full batches. The remaining
+    samples are not used in that epoch. A resumed run therefore needs only its step, and no sampler state.
 
     Args:
-        num_samples: size of the data set.
-        batch_size: samples of a global batch, over all ranks.
-        seed: of the run.
-        first_step: optimizer steps already done.
-        last_step: optimizer steps of the whole run.
+        num_samples: number of samples of the data set.
+        batch_size: number of samples of a global batch, over all ranks.
+        seed: seed of the run.
+        first_step: number of optimizer steps already done.
+        last_step: number of optimizer steps of the whole run.
 
     Raises:
         ValueError: the data set is smaller than one batch.
     """
 
-    drop_last = True  # Accelerate reads it: there are no partial batches to even out
+    drop_last = True  # Accelerate reads it: all batches are full
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
         if num_samples < batch_size:
@@ -51,7 +51,7 @@ class StepBatches(Sampler[list[int]]):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        # a generator seeded by both numbers: seeds s and s + 1 must not share shifted epochs
+        # hash the seed first: with seed + epoch alone, seed s + 1 would repeat the epochs of seed s
         seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(self._seed)))
         generator = torch.Generator().manual_seed(seed + epoch)
         order: list[int] = torch.randperm(self._num_samples, generator=generator).tolist()
@@ -59,17 +59,19 @@ class StepBatches(Sampler[list[int]]):
 
 
 def train_loader(data: BatchData, sampler: StepBatches) -> DataLoader[Batch]:
-    """A loader of global batches, for `Accelerator.prepare` with `split_batches=True` to cut per rank."""
-    dataset: Any = data  # torch asks for `__getitem__`, but fetches by `__getitems__` where there is one
-    collate: Any = _as_is  # torch's annotation only knows lists of samples
+    """A loader of global batches. `Accelerator.prepare` with `split_batches=True` splits them over ranks."""
+    dataset: Any = (
+        data  # torch's annotation asks for `__getitem__`; its fetcher uses `__getitems__` if it exists
+    )
+    collate: Any = _as_is  # torch's annotation allows only lists of samples
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
 
 def eval_batches(data: BatchData, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
-    """This rank's part of every validation batch, each sample on exactly one rank.
+    """This rank's part of each validation batch. Every sample is on exactly one rank.
 
-    All ranks get the same number of batches, so that engines which communicate in the forward stay in step;
-    the parts of a last batch may differ by one sample, or be empty.
+    All ranks get the same number of batches, because some engines communicate in the forward. The parts of
+    the last batch may differ by one sample, or be empty.
     """
     for start in range(0, len(data), batch_size):
         indices = torch.arange(start, min(start + batch_size, len(data)))

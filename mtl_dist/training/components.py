@@ -33,12 +33,13 @@ def build(spec: Spec, registry: Mapping[str, type[T]], path: str, nested: Mappin
 
     Args:
         spec: a name in `registry`, or a mapping with `name` and arguments of the class.
-        registry: classes by name, all arguments annotated.
-        path: where the specification stands, for messages.
-        nested: by base class of an argument, what builds it from its own specification and path.
+        registry: name -> class. All arguments of the classes must be annotated.
+        path: path of the specification in the settings, for messages.
+        nested: base class of an argument -> function that builds it from its specification and path.
 
     Raises:
-        ValueError: unknown name or argument, missing argument, wrong value; with path, value and what to do.
+        ValueError: a name or argument is unknown, an argument is missing, or a value is wrong. The message
+            shows the path, the value and what to do.
     """
     if not isinstance(spec, str | Mapping):
         raise ValueError(f"{path}: give a name, or a mapping with name and fields; got {spec!r}")
@@ -65,7 +66,7 @@ def build(spec: Spec, registry: Mapping[str, type[T]], path: str, nested: Mappin
 
 
 def hint(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean ...`, or every valid name where none is near."""
+    """`; did you mean ...`, or all valid names if no name is similar."""
     names = sorted(valid)
     if not names:
         return "; it takes none"
@@ -74,7 +75,7 @@ def hint(name: str, valid: Iterable[str]) -> str:
 
 
 def _value(value: Any, annotation: Any, path: str, nested: Mapping[type, Nested]) -> Any:
-    """`value` as `annotation` wants it: a nested component is built, all else is for pydantic."""
+    """`value` with the type `annotation`: builds a nested component, and lets pydantic convert the rest."""
     for base, build_nested in nested.items():
         if isinstance(annotation, type) and issubclass(annotation, base):
             return build_nested(value, path)

@@ -1,4 +1,4 @@
-"""The debug form of a run: virtual ranks, checks, and a table of every step."""
+"""Debug mode: virtual ranks, checks, and a table of every step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from mtl_dist.stats import StepReport
 from mtl_dist.training.setup import Run
 
-_HEADER = ("step", "task", "loss", "weight", "grad norm", "share", "lowest cosine")
-_WIDTHS = (7, 20, 10, 10, 10, 7, 24)
+_HEADER = ("step", "task", "loss", "weight", "grad norm", "contribution", "lowest cosine")
+_WIDTHS = (7, 20, 10, 10, 10, 13, 24)
 
 
 def make_deterministic() -> None:
-    """The same operations give the same bits again, where torch can; it warns where it cannot."""
+    """Makes operations repeatable bit for bit where torch can. torch warns about the others."""
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def forward_backward(run: Run, batch: dict[str, Any]) -> None:
-    """One batch through model and backward: whole, or in shards on virtual ranks."""
+    """Runs forward and backward of one batch: as a whole, or in shards on virtual ranks."""
     ranks, accelerator = run.ranks, run.accelerator
     if ranks is None:
         accelerator.backward(run.model(**batch))
@@ -37,10 +37,10 @@ def forward_backward(run: Run, batch: dict[str, Any]) -> None:
 
 
 def step_table(report: StepReport, global_step: int) -> str:
-    """One line a task: what it weighs, what it adds, and which other task it opposes most."""
+    """One line per task: its weight, its contribution, and the task with which it has the lowest cosine."""
     norms, cosines = report.grad_norms, report.cosines
     sizes = {task: abs(report.weights[task]) * norms.get(task, 0.0) for task in report.tasks}
-    whole = sum(size for size in sizes.values() if size == size)  # NaN where a task is absent
+    whole = sum(size for size in sizes.values() if size == size)  # NaN if a task is absent
     lines = [_line(_HEADER)] if global_step == 1 or global_step % 20 == 0 else []
     for i, task in enumerate(report.tasks):
         lines.append(
@@ -60,10 +60,10 @@ def step_table(report: StepReport, global_step: int) -> str:
 
 
 def findings_text(run: Run) -> str:
-    """What was found, a line each."""
+    """The findings, one per line."""
     findings = run.balancer.findings
     if not findings:
-        return "checked every step: nothing found"
+        return "checked every step: no findings"
     return "\n".join([f"checked every step, {len(findings)} finding(s):", *(f"  {f}" for f in findings)])
 
 

@@ -1,4 +1,4 @@
-"""What the engine made of the model, and what it asks of a batch."""
+"""Describes the engine that runs, and casts the inputs of the model as the engine needs it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
-    """The engine as it really runs, for `summary.json`.
+    """The engine that really runs, for `summary.json`.
 
     Args:
-        accelerator: of the run.
-        model: as prepared by it.
+        accelerator: accelerator of the run.
+        model: the prepared model.
     """
     plugin = accelerator.state.deepspeed_plugin
     return {
@@ -23,14 +23,14 @@ def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any
         "device": accelerator.device.type,
         "zero_stage": None if plugin is None else plugin.zero_stage,
         "mixed_precision": accelerator.mixed_precision,
-        "model": type(model).__name__,  # as wrapped: an engine that was left out is seen here
+        "model": type(model).__name__,  # the wrapper: it shows if the engine is missing
     }
 
 
 def take_inputs_as_parameters(model: nn.Module) -> None:
-    """Makes `model` cast floating-point inputs to the type of its parameters.
+    """Makes `model` cast floating-point inputs to the dtype of its parameters.
 
-    DeepSpeed casts the model for bf16 and fp16 and leaves the inputs alone; autocast and FSDP2 do both.
+    For bf16 and fp16, DeepSpeed casts the model but not the inputs. Autocast and FSDP2 cast both.
     """
     model.register_forward_pre_hook(_cast, with_kwargs=True)
 

@@ -1,4 +1,4 @@
-"""Validation: sums and counts over ranks, divided once."""
+"""Validation: sums and counts over all ranks, and one division at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def evaluate(
     """`eval/loss/<task>` and `eval/<task>/<metric>` over all validation samples, the same on every rank.
 
     Args:
-        model: as prepared by `accelerator`; its training mode is restored.
-        data: validation samples.
-        recipe: whose tasks and metrics are meant.
-        accelerator: of the run.
-        batch_size: samples of a validation batch, over all ranks.
+        model: the prepared model; its training mode is restored.
+        data: the validation samples.
+        recipe: the recipe with the tasks and metrics.
+        accelerator: accelerator of the run.
+        batch_size: number of samples of a validation batch, over all ranks.
     """
     dtype = stats_dtype(accelerator.device)
     total = torch.zeros(len(recipe.tasks), 3, dtype=dtype, device=accelerator.device)
@@ -38,7 +38,7 @@ def evaluate(
 
 
 def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:
-    """Means and metrics from `[n, 3]` sums of loss, metric and samples; none for tasks without samples."""
+    """Means and metrics from `[n, 3]` sums of loss, metric and samples. Tasks without samples have none."""
     row: Row = {}
     for (task, metric), (loss, value, count) in zip(recipe.metrics.items(), sums.tolist(), strict=True):
         if count:

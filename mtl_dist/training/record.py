@@ -1,4 +1,4 @@
-"""What a run leaves while it trains: rows, their trackers, the time of a step, the progress bar's text."""
+"""What a run records while it trains: rows, tracker names, step times, the text of the progress bar."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mtl_dist.tracking.files import TRACKING
 from mtl_dist.training.settings import Settings, build_trackers
 from mtl_dist.training.setup import Run
 
-_FEW = 4  # tasks that a progress bar has room for
+_FEW = 4  # number of tasks that fit into a progress bar
 
 
 def open_log(run: Run, done: int, checkpoint: Path | None) -> RunLog:
-    """The log of a run: with the trackers of its settings on the main process, with none elsewhere.
+    """The log of a run. Only the main process has the trackers of the settings.
 
     Args:
-        run: prepared.
-        done: optimizer steps already done.
-        checkpoint: that it continues; None for a new run.
+        run: the prepared run.
+        done: number of optimizer steps already done.
+        checkpoint: the checkpoint that the run continues; None for a new run.
     """
     settings = run.settings
     config = {
@@ -41,7 +41,7 @@ def open_log(run: Run, done: int, checkpoint: Path | None) -> RunLog:
 
 
 def earlier_ids(settings: Settings, checkpoint: Path) -> dict[str, str]:
-    """How the trackers called the run so far: as its output folder says, else its checkpoint."""
+    """The name of the run in each tracker, from its output folder, or else from its checkpoint."""
     for folder in (settings.output_dir, checkpoint):
         if (folder / TRACKING).is_file():
             ids: dict[str, str] = json.loads((folder / TRACKING).read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def earlier_ids(settings: Settings, checkpoint: Path) -> dict[str, str]:
 
 
 def save_ids(settings: Settings, ids: dict[str, str]) -> None:
-    """Keeps what `earlier_ids` reads; a tracker that could not start this time keeps its old name."""
+    """Saves the names for `earlier_ids`. A tracker that could not start this time keeps its earlier name."""
     path = settings.output_dir / TRACKING
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if ids:
@@ -58,18 +58,18 @@ def save_ids(settings: Settings, ids: dict[str, str]) -> None:
 
 
 class StepClock:
-    """Wall time of a training step, logging included, without validation and checkpoints."""
+    """Wall time of a training step: with logging, without validation and checkpoints."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._steps = 0
 
     def tick(self) -> None:
-        """A step is over."""
+        """Counts one finished step."""
         self._steps += 1
 
     def lap(self) -> float:
-        """Milliseconds a step, the mean since the last lap."""
+        """Mean milliseconds per step since the last lap."""
         now = time.perf_counter()
         elapsed, self._start = now - self._start, now
         steps, self._steps = max(self._steps, 1), 0
@@ -77,14 +77,14 @@ class StepClock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is inside takes no time."""
+        """Does not count the time inside the block."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
 
 def postfix(row: Row | None, tasks: Sequence[str]) -> str:
-    """For the progress bar: `task weight×loss` of every task present, or the extremes where they are many."""
+    """Text for the progress bar: `task weight×loss` per task that is present, or only the extremes."""
     if row is None:
         return ""
     found = [

@@ -1,8 +1,8 @@
-"""YAML and `key=value` overrides -> validated settings -> objects.
+"""Turns a YAML file and `key=value` overrides into validated settings, and settings into objects.
 
-A component (rule, probe, recipe) is written as its registry name, or as a mapping with `name` and the fields
-of its class; rules nest: `{name: smooth, decay: 0.9, rule: {name: mgda}}`. Whatever is wrong is a
-`ValueError` that shows the path, the value received and what to do.
+A component (rule, probe, recipe) is given by its name, or by a mapping with `name` and the fields of its
+class. Rules nest: `{name: smooth, decay: 0.9, rule: {name: mgda}}`. Every mistake raises a `ValueError` that
+shows the path, the value and what to do.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def build_rule(spec: Spec, path: str = "weighting") -> Rule:
     """The rule or combinator that `spec` describes.
 
     Args:
-        spec: registry name, or mapping with `name` and the fields of the class.
-        path: where the specification stands, for messages.
+        spec: name, or mapping with `name` and the fields of the class.
+        path: path of the specification in the settings, for messages.
 
     Raises:
-        ValueError: unknown name or field, missing field, wrong value.
+        ValueError: a name or field is unknown, a field is missing, or a value is wrong.
     """
     return build(spec, {**RULES, **COMBINATORS}, path, {Rule: build_rule})
 
 
 def build_probe(spec: Spec | None, path: str = "probe") -> Any:
-    """The probe that `spec` describes; None leaves the choice to the balancer. Raises as `build_rule`."""
+    """The probe that `spec` describes. None: the balancer chooses. Raises the errors of `build_rule`."""
     return None if spec is None else build(spec, PROBES, path, {})
 
 
 def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
-    """The recipe that `spec` describes. Raises as `build_rule`."""
+    """The recipe that `spec` describes. Raises the errors of `build_rule`."""
     return build(spec, RECIPES, path, {})
 
 
@@ -73,9 +73,9 @@ ProbeSetting = Annotated[
 
 
 class Settings(BaseModel):
-    """Everything a training run is made from. Each field is described in `configs/recipe/multi_digits.yaml`.
+    """All settings of a run. `configs/recipe/multi_digits.yaml` describes each field.
 
-    Recipe, rule and probe are built while the settings are loaded, once each, and then used by the run.
+    Recipe, rule and probe are built once, while the settings are loaded. The run uses these objects.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,15 +109,15 @@ class Settings(BaseModel):
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Reads a YAML file, applies overrides such as `weighting.name=mgda`, validates.
+    """Reads a YAML file, applies overrides such as `weighting.name=mgda`, and validates the result.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value`; values are YAML, so `.inf`, `null` and `{name: mgda}` mean what they do
-            in the file.
+        overrides: `dotted.key=value`. Values are YAML, so `.inf`, `null` and `{name: mgda}` have the same
+            meaning as in the file.
 
     Raises:
-        ValueError: the file, a key or a value is wrong; one line per problem.
+        ValueError: the file, a key or a value is wrong. The message has one line per problem.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -144,11 +144,11 @@ def build_balancer(settings: Settings) -> Balancer:
 
 
 def build_trackers(settings: Settings) -> list[Tracker]:
-    """New trackers of a run, `jsonl` always first. Raises as `build_rule`, and if one is named twice."""
+    """New trackers, `jsonl` first. Raises the errors of `build_rule`, and if one is given twice."""
     built = [build(spec, TRACKERS, f"trackers[{i}]", {}) for i, spec in enumerate(settings.trackers)]
     names = [tracker.name for tracker in built]
     if len(set(names)) < len(names):
-        raise ValueError(f"trackers: give each once, got {names}")
+        raise ValueError(f"trackers: give each tracker once, got {names}")
     jsonl = [tracker for tracker in built if tracker.name == "jsonl"] or [JsonlTracker()]
     return [*jsonl, *(tracker for tracker in built if tracker.name != "jsonl")]
 
@@ -168,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Sets `a.b=value` in place. A component given by name alone becomes a mapping when a field is set."""
+    """Sets `a.b=value` in place. If a component is only a name, it becomes a mapping when a field is set."""
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):

@@ -1,4 +1,4 @@
-"""Before the first step: the processes, the output folder, the objects."""
+"""What happens before the first step: start the engine, check the output folder, build the objects."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mtl_dist.virtual import VirtualRanks
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, prepared for the engine.
+    """The objects of a run, prepared for the engine.
 
     Attributes:
-        settings: validated.
+        settings: the validated settings.
         recipe: data, model and metrics.
-        accelerator: of this process.
-        balancer: inside `model`.
-        model: as the engine wrapped it.
-        optimizer: as the engine wrapped it.
-        loader: this rank's part of the global batches that are left to train.
+        accelerator: accelerator of this process.
+        balancer: the balancer inside `model`.
+        model: the model, wrapped by the engine.
+        optimizer: the optimizer, wrapped by the engine.
+        loader: this rank's part of the remaining global batches.
         eval_data: all validation samples.
-        ranks: that this process plays; None for real ranks.
+        ranks: the virtual ranks of this process; None for real ranks.
     """
 
     settings: Settings
@@ -54,12 +54,12 @@ def build_run(settings: Settings, done: int) -> Run:
     """Starts the engine and builds everything from `settings`.
 
     Args:
-        settings: of the run.
-        done: optimizer steps already done.
+        settings: settings of the run.
+        done: number of optimizer steps already done.
 
     Raises:
-        RuntimeError: the launcher started something else than was asked for.
-        ValueError: settings that cannot work together.
+        RuntimeError: the launcher did not start what was asked for.
+        ValueError: settings that do not work together.
     """
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
@@ -79,53 +79,56 @@ def build_run(settings: Settings, done: int) -> Run:
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """An Accelerator that runs the number of processes that was asked for.
+    """An Accelerator on the number of processes that was asked for.
 
     Raises:
         RuntimeError: another number of processes was started.
-        ValueError: the global batch does not divide over the processes, or the launcher accumulates.
+        ValueError: the batch size is not divisible by the number of processes, or the launcher accumulates
+            gradients.
     """
     accelerator = start(settings.num_processes, DataLoaderConfiguration(split_batches=True))
     started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if settings.batch_size % started:
-        raise ValueError(f"batch_size={settings.batch_size} is global and must divide by {started} processes")
+        raise ValueError(
+            f"batch_size={settings.batch_size} is global and must be divisible by the {started} processes"
+        )
     if settings.virtual_ranks > 1 and started > 1:
         raise ValueError(
-            f"virtual_ranks={settings.virtual_ranks} is for one process, and {started} were started: "
-            "drop it, or start one (launch/debug.sh)"
+            f"virtual_ranks={settings.virtual_ranks} needs one process, but {started} were started: "
+            "remove it, or start one process (launch/debug.sh)"
         )
     if settings.batch_size % settings.virtual_ranks:
         raise ValueError(
-            f"batch_size={settings.batch_size} must divide by virtual_ranks={settings.virtual_ranks}"
+            f"batch_size={settings.batch_size} must be divisible by virtual_ranks={settings.virtual_ranks}"
         )
     if accumulation != 1:
         raise ValueError(
-            f"the launcher asks for {accumulation} gradient accumulation steps, which this program does not "
-            "take: every batch is an optimizer step; choose batch_size instead"
+            f"the launcher asks for {accumulation} gradient accumulation steps, but in this program every "
+            "batch is an optimizer step; set them to 1 and choose batch_size instead"
         )
     if accelerator.state.deepspeed_plugin is not None:
-        # Accelerate reads it off the loader's batch_size, which a loader with a batch sampler has not
+        # Accelerate takes it from the loader's batch_size; a loader with a batch sampler has none
         engine = accelerator.state.deepspeed_plugin.deepspeed_config
         engine["train_micro_batch_size_per_gpu"] = settings.batch_size // started
     return accelerator
 
 
 def check_output(settings: Settings) -> None:
-    """Refuses an output folder that holds another run. Reads only.
+    """Raises an error if the output folder already has another run. Changes nothing.
 
     Raises:
-        ValueError: with what to do about it.
+        ValueError: it has one; the message says what to do.
     """
     if (settings.output_dir / METRICS).exists() and not (_continues(settings) or settings.overwrite):
         raise ValueError(
-            f"output_dir: {str(settings.output_dir)!r} holds a run; "
-            "give another folder, resume_from=latest, or overwrite=true"
+            f"output_dir: {str(settings.output_dir)!r} already has a run; "
+            "choose another folder, resume_from=latest, or overwrite=true"
         )
 
 
 def claim_output(settings: Settings, accelerator: Accelerator) -> None:
-    """Makes the output folder and removes an earlier run that is not continued; call it on all ranks."""
-    accelerator.wait_for_everyone()  # every rank has looked before one changes the folder
+    """Creates the output folder, and removes an earlier run unless it is resumed. Call it on all ranks."""
+    accelerator.wait_for_everyone()  # every rank has checked the folder before one rank changes it
     if accelerator.is_main_process:
         folder = settings.output_dir
         folder.mkdir(parents=True, exist_ok=True)

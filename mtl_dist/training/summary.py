@@ -1,4 +1,4 @@
-"""What a finished run leaves: `summary.json` and the closing table."""
+"""The results of a finished run: `summary.json` and the final table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mtl_dist.training.settings import Settings
 
 
 def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) -> dict[str, Any]:
-    """The run in one mapping: settings, and per task the validation loss, metric, weight and gradient norm.
+    """Summarises a run: its settings, and per task the validation loss, metric, weight and gradient norm.
 
     Args:
-        row: of the last step, with its validation columns.
-        recipe: of the run.
-        settings: of the run.
-        num_processes: that really took part.
+        row: row of the last step, with its validation columns.
+        recipe: recipe of the run.
+        settings: settings of the run.
+        num_processes: number of processes that really ran.
     """
     tasks = {
         task: {
@@ -40,14 +40,14 @@ def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) 
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes `values`, whole or not at all."""
+    """Writes `values`. The file is replaced only when it is complete."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def table(summary: Mapping[str, Any], recipe: Recipe) -> str:
-    """The closing table: one line per task."""
+    """The final table: one line per task."""
     lines = [("task", "loss", "metric", "final weight", "grad norm")]
     for task, metric in recipe.metrics.items():
         values = summary["tasks"][task]

@@ -84,7 +84,7 @@ def test_the_cpu_launcher_that_runs_one_process_is_refused(tmp_path: Path) -> No
     command = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     done = start([*command, "--dynamo_backend", "no"], tmp_path / "cpu", "ddp", "FeatureProbe")
     assert done.returncode != 0
-    assert "asked for several processes on the CPU and started one" in done.stderr
+    assert "asked for several processes on the CPU but started one" in done.stderr
     assert "accelerate launch --multi_gpu" in done.stderr
 
 
@@ -106,13 +106,13 @@ def accelerator(num_processes: int, kind: DistributedType, **others: object) -> 
             2,
             DistributedType.MULTI_CPU,
             {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"},
-            "ACCELERATE_USE_DEEPSPEED asks for DEEPSPEED, and Accelerate runs MULTI_CPU",
+            "ACCELERATE_USE_DEEPSPEED asks for DEEPSPEED, but Accelerate runs MULTI_CPU",
         ),
         (
             2,
             DistributedType.MULTI_CPU,
             {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
-            "asks for FSDP, and Accelerate runs MULTI_CPU",
+            "asks for FSDP, but Accelerate runs MULTI_CPU",
         ),
     ],
 )
@@ -220,9 +220,9 @@ class Recorder(SimpleNamespace):
 def test_names_keep_balancers_apart() -> None:
     to, first = Recorder(main=True), Balancer(["a"], MGDA())
     register(first, to, "balancer")
-    with pytest.raises(ValueError, match="attached already: call attach once"):
+    with pytest.raises(ValueError, match="already attached: call attach once"):
         register(first, to, "again")
-    with pytest.raises(ValueError, match=r"'balancer' is attached already.*another name"):
+    with pytest.raises(ValueError, match=r"'balancer' is already attached.*another name"):
         register(Balancer(["a"], MGDA()), to, "balancer")
     with pytest.raises(ValueError, match="letters, digits"):
         register(Balancer(["a"], MGDA()), to, "b/c")

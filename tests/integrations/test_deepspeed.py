@@ -152,8 +152,8 @@ def test_an_optimizer_that_hides_its_skips_is_told_of_once(caplog: pytest.LogCap
     skipped = deepspeed_facts(engine).skipped
     engine.optimizer = SimpleNamespace(loss_scale=2.0)
     assert [skipped(), skipped()] == [False, False]
-    assert [record.message.split(",")[0] for record in caplog.records] == [
-        "mtl_dist: DeepSpeed's SimpleNamespace does not tell which steps it skips for an overflow"
+    assert [record.message.split(".")[0] for record in caplog.records] == [
+        "mtl_dist: DeepSpeed's SimpleNamespace does not report the steps that it skips because of an overflow"
     ]
 
 

@@ -123,12 +123,12 @@ def trainer(**others: object) -> SimpleNamespace:
     [
         ({"compute_loss_func": print}, "compute_loss_func replaces the loss"),
         ({"label_smoother": object()}, "label_smoothing_factor replaces the loss"),
-        ({"loss_is_scaled_for_ga": True}, "leave it None"),
+        ({"loss_is_scaled_for_ga": True}, "set it to None"),
         (
             {"args": SimpleNamespace(n_gpu=2, restore_callback_states_from_checkpoint=False)},
             "torchrun --nproc_per_node 2",
         ),
-        ({"args": SimpleNamespace(n_gpu=1, restore_callback_states_from_checkpoint=True)}, "leave it False"),
+        ({"args": SimpleNamespace(n_gpu=1, restore_callback_states_from_checkpoint=True)}, "set it to False"),
     ],
 )
 def test_what_replaces_the_scalar_is_refused(settings: dict, message: str) -> None:

@@ -97,7 +97,7 @@ def test_the_file_needs_no_account(tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_task_name_is_status_2(capsys):
     assert cli.main(["dashboard", "--entity", "a", "--project", "b", "--tasks", "x y", "--json", "z"]) == 2
-    assert "mtl-dist dashboard: task 'x y' cannot be the name" in capsys.readouterr().err
+    assert "mtl-dist dashboard: task 'x y' cannot be part of a column name" in capsys.readouterr().err
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -154,7 +154,7 @@ def test_save_sends_the_specification(tmp_path):
 def test_without_a_key_it_is_status_1(tmp_path):
     done = save(9, tmp_path, key="")
     assert done.returncode == 1
-    assert "mtl-dist dashboard: W&B did not take the workspace: " in done.stderr
+    assert "mtl-dist dashboard: W&B did not accept the workspace: " in done.stderr
     assert "--json FILE" in done.stderr
     assert "Traceback" not in done.stderr
 

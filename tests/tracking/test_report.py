@@ -122,16 +122,16 @@ def test_damaged_runs_are_told_in_words(tmp_path):
     assert run.columns["eval/loss/sum"][-1] == 3.5, "rows of one step are one row"
     notes = " ".join(run.notes)
     for told in (
-        "last row was unfinished",
+        "last row is incomplete",
         "1 rows without train/global_step",
         "mtl/loss/sum was not finite at 1 steps, first at step 5",
         "mtl/loss/left was not finite",
         "1 steps were held",
-        "Not numbers, so not drawn: note",
+        "Not drawn, because not numbers: note",
         "summary.json is damaged",
     ):
         assert told in notes
-    assert "last row was unfinished" in write_report([folder]).read_text()
+    assert "last row is incomplete" in write_report([folder]).read_text()
 
 
 def test_an_empty_run_beside_a_full_one(tmp_path):
@@ -139,9 +139,9 @@ def test_an_empty_run_beside_a_full_one(tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").touch()
     full = write_run(tmp_path / "full", TASKS, 5, settings={})
     page = write_report([tmp_path / "empty", full], tmp_path / "out.html").read_text()
-    assert "holds no finished row: there is nothing to draw" in page
+    assert "has no complete row: there is nothing to draw" in page
     assert "There is no summary.json" in page
-    assert "holds no finished row" in write_report([tmp_path / "empty"]).read_text()
+    assert "has no complete row" in write_report([tmp_path / "empty"]).read_text()
 
 
 def test_rows_out_of_order_are_sorted_and_later_ones_win(tmp_path):
@@ -209,7 +209,7 @@ def test_long_runs_and_many_tasks_stay_below_two_megabytes(runs, rows, tasks):
     names = tuple(f"task_{i}" for i in range(tasks))
     page = render([in_memory(rows, names, f"run{seed}", seed) for seed in range(runs)])
     assert len(page.encode()) < 2e6
-    assert f"{rows} rows were thinned" in page
+    assert f"of the {rows} rows, " in page
 
 
 @given(st.integers(1, 200), st.integers(3, 60), st.integers(0, 1000))

@@ -245,10 +245,10 @@ def test_several_runs_are_compared(browser, several):
     with opened(browser, several) as page:
         assert page.locator("#runs button").all_inner_texts() == ["a", "b", "empty"]
         assert figure(page, "Weights").get_attribute("data-series") == "5"
-        assert figure(page, "Weight shares").get_attribute("data-series") == "5"
+        assert figure(page, "Relative weights").get_attribute("data-series") == "5"
         assert figure(page, "Conflict rate").get_attribute("data-series") == "2"
         assert page.locator("#matrices figure").count() == 2
-        assert "holds no finished row" in page.locator(".notes").inner_text()
+        assert "has no complete row" in page.locator(".notes").inner_text()
         page.locator("#runs button").first.click()
         assert figure(page, "Weights").get_attribute("data-series") == "2"
         assert page.locator("#matrices figure:visible").count() == 1

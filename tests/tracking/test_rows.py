@@ -151,9 +151,9 @@ def test_the_time_of_a_window_is_the_sum():
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "<script>", "a__b", "größe"])
 def test_names_that_no_key_can_carry(name):
-    with pytest.raises(ValueError, match="cannot be the name of a column: use letters"):
+    with pytest.raises(ValueError, match="cannot be part of a column name: use letters"):
         step_row(report([1.0] * 3, [1.0] * 3, tasks=("a", name, "c")), 1)
-    with pytest.raises(ValueError, match="the model's forward called no balancer"):
+    with pytest.raises(ValueError, match="the model's forward did not call the balancer"):
         Snapshot([])
 
 

@@ -134,8 +134,8 @@ def test_a_tracker_that_fails_is_told_once_and_dropped(info, caplog, what):
     assert sound.ended == [{"steps": 7}]
     (message,) = [record.message for record in caplog.records]
     assert message == (
-        f"mtl_dist: memory dropped at {what}: no {what} today. "
-        "Training goes on; every row is in metrics.jsonl"
+        f"mtl_dist: memory failed in {what} and is dropped: no {what} today. "
+        "Training continues; every row is in metrics.jsonl"
     )
 
 
@@ -168,7 +168,10 @@ def test_how_trackers_call_the_run(info):
 
 
 def test_a_step_without_a_report_says_what_is_wrong(info):
-    with RunLog([], info) as log, pytest.raises(ValueError, match="the model's forward called no balancer"):
+    with (
+        RunLog([], info) as log,
+        pytest.raises(ValueError, match="the model's forward did not call the balancer"),
+    ):
         log.step(1)
 
 

@@ -38,13 +38,13 @@ def test_rows_through_accelerate(program):
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("no_key", "no W&B API key; run `wandb login`"), ("no_server", "W&B did not begin a run (")],
+    [("no_key", "no W&B API key; run `wandb login`"), ("no_server", "W&B did not start a run (")],
 )
 def test_training_goes_on_without_wandb(program, case, reason):
     folder, err = program
     told, server = err.partition("NO KEY\n")[2].split("NO SERVER\n")
     text = told if case == "no_key" else server
-    assert text.count("mtl_dist: wandb dropped at start: ") == 1
+    assert text.count("mtl_dist: wandb failed in start and is dropped: ") == 1
     assert reason in text
     own = [line for line in text.splitlines() if not line.startswith("wandb: [wandb.login()]")]
     assert len(own) == 1, text

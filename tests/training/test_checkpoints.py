@@ -46,12 +46,14 @@ def test_a_folder_can_be_named(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'latest', but there is no checkpoint in"):
         find_checkpoint(settings(tmp_path, "resume_from=latest"))
-    with pytest.raises(ValueError, match="is no checkpoint; give a folder step_"):
+    with pytest.raises(ValueError, match="is not a checkpoint; give a folder step_"):
         find_checkpoint(settings(tmp_path, f"resume_from={tmp_path}"))
     folder = checkpoint(tmp_path, 20)
-    with pytest.raises(ValueError, match="is at step 20 of 20; raise steps"):
+    with pytest.raises(ValueError, match="is at step 20 of 20; increase steps"):
         find_checkpoint(settings(tmp_path, f"resume_from={folder}", "steps=20"))
-    with pytest.raises(ValueError, match="was trained with seed=0, this run has 1; set it back, or start"):
+    with pytest.raises(
+        ValueError, match="was trained with seed=0, this run has 1; restore the setting, or start"
+    ):
         find_checkpoint(settings(tmp_path, f"resume_from={folder}", "seed=1"))
     with pytest.raises(
         ValueError, match=r"was trained with weighting=InverseGradNorm\(.*\), this run has MGDA"
@@ -70,10 +72,10 @@ def test_an_output_folder_with_a_run_is_not_overwritten_by_accident(tmp_path):
     here, there = checkpoint(own, 20), checkpoint(other, 20)
     (own / "metrics.jsonl").write_text("")
     with pytest.raises(
-        ValueError, match="holds a run; give another folder, resume_from=latest, or overwrite=true"
+        ValueError, match="already has a run; choose another folder, resume_from=latest, or overwrite=true"
     ):
         check_output(settings(own))
-    with pytest.raises(ValueError, match="holds a run"):
+    with pytest.raises(ValueError, match="already has a run"):
         check_output(settings(own, f"resume_from={there}"))
     check_output(settings(own, "overwrite=true"))
     check_output(settings(own, "resume_from=latest"))

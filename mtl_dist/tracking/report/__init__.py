@@ -1,4 +1,4 @@
-"""One self-contained HTML file of one or several runs: `mtl-dist report RUN_DIR [RUN_DIR ...] [-o FILE]`."""
+"""One self-contained HTML file for one or several runs: `mtl-dist report RUN_DIR [RUN_DIR ...] [-o FILE]`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from mtl_dist.tracking.files import REPORT
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path | None = None) -> Path:
-    """Reads runs and writes their report, whole or not at all.
+    """Reads runs and writes their report. The file is replaced only when the report is complete.
 
     Args:
-        folders: of the runs, each with a `metrics.jsonl`.
-        path: of the HTML file; by default `report.html` in the folder of a single run, or here for several.
+        folders: folders of the runs, each with a `metrics.jsonl`.
+        path: path of the HTML file. Default: `report.html`, in the folder of a single run, or in the current
+            folder for several runs.
 
     Returns:
-        where the report is.
+        the path of the report.
 
     Raises:
-        ValueError: no folder, a folder that is not a run, or damaged metrics.
+        ValueError: there is no folder, a folder is not a run, or the metrics are damaged.
         OSError: the file cannot be written.
     """
-    # pages are made at the end of a run or by hand: training need not load this before
+    # imported late: a training needs this only at its end
     from mtl_dist.tracking.report.page import render
     from mtl_dist.tracking.report.read import read_runs
 
@@ -33,5 +34,5 @@ def write_report(folders: Sequence[str | Path], path: str | Path | None = None) 
     text = render(read_runs(runs))
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # a lone surrogate has no UTF-8
+    unfinished.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # lone surrogates have no UTF-8
     return unfinished.replace(target)

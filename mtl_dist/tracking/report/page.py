@@ -1,4 +1,4 @@
-"""Runs -> one HTML file that asks for nothing: data, styles and scripts are inside."""
+"""Turns runs into one HTML file that works offline: data, styles and scripts are inside."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mtl_dist.tracking.report.read import RunData
 from mtl_dist.tracking.report.tables import final_table, runs_table, settings_table
 from mtl_dist.tracking.report.thin import Series, cosine_frames
 
-# so that the page stays below 2 MB: values of lines (4 bytes each), and of cosines (2 bytes each)
+# limits that keep the page below 2 MB: line values have 4 bytes each, cosine values 2
 LINE_VALUES, COSINE_VALUES = 200_000, 180_000
-MOST_VALUES, FEWEST_VALUES, MOST_FRAMES = 2400, 90, 300  # of one line; of one run's cosines
+MOST_VALUES, FEWEST_VALUES, MOST_FRAMES = 2400, 90, 300  # the first two per line, the last per run
 SCRIPTS = (
     "data.js",
     "controls.js",
@@ -32,7 +32,7 @@ SCRIPTS = (
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """The page; the same runs give the same text."""
+    """The page as text. The same runs always give the same text."""
     runs = with_shares(runs)
     tasks = tasks_of(runs)
     panels, left_out = make_panels(runs, tasks)
@@ -49,22 +49,22 @@ def render(runs: Sequence[RunData]) -> str:
         "meta": escape(f"{_count(len(tasks), 'task')} · {_steps(runs)} · made by mtl_dist"),
         "runs": runs_table(runs, tasks),
         "notes": notes,
-        "final": final_table(runs, tasks) if tasks else "<p>No run has a task's values.</p>",
+        "final": final_table(runs, tasks) if tasks else "<p>No run has values of tasks.</p>",
         "best": " The lowest validation loss of a task is bold." if len(runs) > 1 else "",
         "settings": settings_table(runs)
         if any(run.settings for run in runs)
-        else "<p>No run left its settings.</p>",
+        else "<p>No run has saved its settings.</p>",
         "style": style,
         "data": json_in_script(data),
         "uplot": uplot,
         "script": script,
     }
-    # one pass: what is put in is not looked at again
+    # one pass: inserted text is not searched for further placeholders
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("report.html"))
 
 
 def json_in_script(values: Any) -> str:
-    """JSON that no HTML parser can see the end of a script in."""
+    """JSON that is safe inside a script element: it cannot contain a closing tag."""
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -72,7 +72,7 @@ def json_in_script(values: Any) -> str:
 def _data(
     runs: Sequence[RunData], tasks: Sequence[str], panels: Sequence[Panel]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What the scripts read, and for each thinned run the rows behind one bucket."""
+    """The data that the scripts read, and for each thinned run the number of rows per bucket."""
     keys = [line.key for panel in panels for line in panel.lines]
     pairs = {run.name: cosine_keys(run, tasks) for run in runs}
     num_lines = max(1, sum(key in run.columns for run in runs for key in keys))
@@ -114,9 +114,9 @@ def _notes(runs: Sequence[RunData], thinned: dict[str, int], left_out: Sequence[
         notes = list(run.notes)
         if run.name in thinned:
             notes.append(
-                f"{len(run.steps)} rows were thinned for the charts: of every {thinned[run.name]} or so the "
-                "smallest and the largest value are drawn, so no spike is lost. "
-                "Smoothing works on their means. The tables use every row."
+                f"The charts are thinned: of about every {thinned[run.name]} of the {len(run.steps)} rows, "
+                "the smallest and the largest value are drawn, so no spike is lost. "
+                "Smoothing uses the means. The tables use every row."
             )
         lines += [f"<li><b>{escape(run.name)}</b>: {escape(note)}</li>" for note in notes]
     if left_out:
@@ -134,7 +134,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """Content-Security-Policy: only these very scripts and styles; no request of any kind."""
+    """Content-Security-Policy: allows only these scripts and styles, and no request at all."""
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'sha256-{_digest(style)}'; img-src data:; "

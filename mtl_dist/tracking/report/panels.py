@@ -1,4 +1,4 @@
-"""Keys of rows -> tasks, pairs of tasks, and the charts that show them."""
+"""Finds tasks, pairs of tasks and charts from the keys of the rows."""
 
 from __future__ import annotations
 
@@ -10,70 +10,75 @@ import numpy as np
 
 from mtl_dist.tracking.report.read import Floats, RunData
 
-# prefix of the key, title, what to look for, whether zero belongs on the axis
+# prefix of the key, title, what to look for, whether the axis includes zero
 PER_TASK = (
     (
         "mtl/weight/",
         "Weights",
-        "A weight that stays at an end starves the others; a jumping one is noise.",
+        "A weight that stays near its maximum starves the other tasks. A weight that jumps is noise.",
         True,
     ),
     (
         "mtl/weight_share/",
-        "Weight shares",
-        "Weights over their sum: comparable between rules whose weights add up to different totals.",
+        "Relative weights",
+        "Weights divided by their sum. Use them to compare rules whose weights have different sums.",
         True,
     ),
     (
         "mtl/loss/",
         "Training losses",
-        "Each should fall; one that rises while others fall is being given up.",
+        "Each loss should fall. A loss that rises while others fall belongs to a neglected task.",
         False,
     ),
     (
         "mtl/grad_norm/",
         "Gradient norms",
-        "At the shared features. Lines decades apart mean that equal weights would not be equal.",
+        "Where the probe measures them. If norms differ by powers of ten, equal weights are not fair.",
         False,
     ),
     (
         "mtl/contribution/",
         "Contributions",
-        "Share of |weight| × gradient norm: who moves the shared part. Parallel lines mean balance.",
+        "|weight| × gradient norm, divided by the sum over tasks: how much each task moves the shared part.",
         True,
     ),
 )
 PER_RUN = (
-    ("mtl/conflict_rate", "Conflict rate", "Share of task pairs whose gradients oppose each other.", True),
+    (
+        "mtl/conflict_rate",
+        "Conflict rate",
+        "Fraction of task pairs whose gradients have a negative cosine.",
+        True,
+    ),
     (
         "mtl/weight_entropy",
         "Weight entropy",
-        "In nats. Log of the number of tasks: equal weights; 0: one has all.",
+        "In nats. log(number of tasks): all weights are equal. 0: one task has all the weight.",
         True,
     ),
     (
         "train/loss",
         "Weighted total loss",
-        "Its scale follows the weights: compare runs by the tasks' losses.",
+        "Its scale depends on the weights. To compare runs, use the losses of the tasks.",
         False,
     ),
     (
         "perf/step_ms",
         "Step time, ms",
-        "Wall time of a step. Spikes are data loading, checkpoints or another job.",
+        "Wall time of a step. Data loading, checkpoints or another job cause spikes.",
         True,
     ),
-    ("perf/sync_ms", "Synchronisation time, ms", "Spent in the all-reduce of the statistics.", True),
+    ("perf/sync_ms", "Synchronisation time, ms", "Time in the all-reduce of the statistics.", True),
 )
 WEIGHT, SHARE, LOSS, NORM, CONTRIBUTION = (prefix for prefix, *_ in PER_TASK)
 COSINE, EVAL_LOSS = "mtl/cosine/", "eval/loss/"
-SILENT = {"mtl/held"}  # told in words
+SILENT = {"mtl/held"}  # a note tells it in words
 MAX_OTHERS = 12
 
 
 @dataclass(frozen=True)
 class Line:
-    """One value of every run: its key in the rows, and the task that it belongs to, if any."""
+    """One line per run in a chart: the key in the rows, and the task it belongs to, if any."""
 
     key: str
     task: str | None = None
@@ -84,10 +89,10 @@ class Panel:
     """One chart.
 
     Attributes:
-        title: short.
-        caption: one sentence, what to look for.
-        section: heading under which it stands.
-        lines: what is drawn for every run.
+        title: a short title.
+        caption: what to look for.
+        section: the heading above it.
+        lines: the lines that are drawn for every run.
         zero: whether a linear axis includes zero.
     """
 
@@ -99,7 +104,7 @@ class Panel:
 
 
 def tasks_of(runs: Iterable[RunData]) -> tuple[str, ...]:
-    """All tasks in the order in which they appear first."""
+    """All tasks, in the order of their first appearance."""
     prefixes = (WEIGHT, LOSS, NORM, CONTRIBUTION)
     found = (
         key.removeprefix(prefix)
@@ -112,14 +117,14 @@ def tasks_of(runs: Iterable[RunData]) -> tuple[str, ...]:
 
 
 def cosine_keys(run: RunData, tasks: Sequence[str]) -> dict[tuple[int, int], str]:
-    """(i, j) -> key of the pair, for `i < j` in `tasks`. Names may hold `__` themselves."""
+    """(i, j) -> key of the pair, for `i < j` in `tasks`. A task name may itself contain `__`."""
     pairs = combinations(enumerate(tasks), 2)
     keys = {(i, j): (f"{COSINE}{a}__{b}", f"{COSINE}{b}__{a}") for (i, a), (j, b) in pairs}
     return {pair: key for pair, names in keys.items() for key in names if key in run.columns}
 
 
 def with_shares(runs: Sequence[RunData]) -> list[RunData]:
-    """The runs with each contribution over the sum of the step's; of several runs the weights' shares too."""
+    """The runs with contributions that sum to 1 per step, and, for several runs, relative weights."""
     found = [run.columns | _shares(run, CONTRIBUTION, CONTRIBUTION) for run in runs]
     if len(runs) > 1:
         found = [columns | _shares(run, WEIGHT, SHARE) for run, columns in zip(runs, found, strict=True)]
@@ -139,7 +144,7 @@ def _shares(run: RunData, prefix: str, target: str) -> dict[str, Floats]:
 
 
 def make_panels(runs: Sequence[RunData], tasks: Sequence[str]) -> tuple[list[Panel], list[str]]:
-    """The charts for which some run has values, and the keys for which there was no room."""
+    """The charts for which at least one run has values, and the keys that have no chart for lack of room."""
     keys = list(dict.fromkeys(key for run in runs for key, column in run.columns.items() if _any(column)))
     panels = [
         Panel(title, caption, "Training", _lines(prefix, tasks, keys), zero)
@@ -153,20 +158,21 @@ def make_panels(runs: Sequence[RunData], tasks: Sequence[str]) -> tuple[list[Pan
     drawn = {line.key for panel in panels for line in panel.lines} | SILENT
     others = [key for key in keys if key not in drawn and not key.startswith(COSINE)]
     panels += [
-        Panel(key, "Logged beside the rest.", "Other", (Line(key),), False) for key in others[:MAX_OTHERS]
+        Panel(key, "Another value that the run logged.", "Other", (Line(key),), False)
+        for key in others[:MAX_OTHERS]
     ]
     return [panel for panel in panels if panel.lines], others[MAX_OTHERS:]
 
 
 def _validation(keys: Sequence[str], tasks: Sequence[str]) -> list[Panel]:
     losses = _lines(EVAL_LOSS, tasks, keys)
-    caption = "On samples that training never saw. Turning up while training losses fall is overfitting."
+    caption = "On samples outside the training data. If it rises while the training loss falls: overfitting."
     panels = [Panel("Validation losses", caption, "Validation", losses, False)]
     by_metric: dict[str, list[Line]] = {}
     for key, task, metric in metrics_of(keys, tasks):
         by_metric.setdefault(metric, []).append(Line(key, task))
     return panels + [
-        Panel(metric, "Validation metric, per task.", "Validation", tuple(lines), False)
+        Panel(metric, "Validation metric of each task.", "Validation", tuple(lines), False)
         for metric, lines in by_metric.items()
     ]
 

@@ -1,4 +1,4 @@
-"""A run's folder -> columns of numbers and settings, whatever state the run was left in."""
+"""Reads the folder of a run, finished or not, into columns of numbers and settings."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Steps = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RunData:
-    """What a report shows of one run.
+    """What a report shows about one run.
 
     Attributes:
-        name: the folder's name, with as many parents as make it unique.
+        name: name of the folder, with as many parent folders as make it unique.
         steps: `[R]` optimizer steps, strictly increasing.
-        columns: key -> `[R]` values, NaN where the row has none.
-        settings: of `summary.json`; empty where the run left none.
-        num_processes: that took part; None where unknown.
-        engine: what ran it, in a few words; empty where unknown.
-        notes: what a reader must know, one sentence each.
+        columns: key -> `[R]` values; NaN where a row has no value.
+        settings: settings in `summary.json`; empty if there is none.
+        num_processes: number of processes; None if unknown.
+        engine: the engine, in a few words; empty if unknown.
+        notes: what a reader of the report must know, one sentence each.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RunData:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """The runs in the order given, each folder once.
+    """The runs in the given order. A folder that is given twice is read once.
 
     Raises:
         ValueError: a folder is missing, is not a run, or a line of its metrics is damaged.
@@ -61,7 +61,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ from each other."""
+    """The shortest endings of the paths that are all different."""
     longest = max((len(folder.parts) for folder in folders), default=1)
     for length in range(1, longest + 1):
         names = ["/".join(folder.parts[-length:]).replace("//", "/") for folder in folders]
@@ -72,7 +72,7 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
 
 @dataclass
 class _Columns:
-    """Grows by one row at a time; a key that a row lacks is NaN there."""
+    """Columns that grow row by row. A key that a row does not have is NaN there."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: dict[str, array[float]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class _Columns:
     without_step: int = 0
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row; one of the same step as the row before it is merged into that."""
+        """Appends a row. If the previous row has the same step, the two are merged."""
         step = row.pop(STEP_KEY, None)
         if not isinstance(step, int | float) or not abs(step) < 2**53:  # NaN is refused too
             self.without_step += 1
@@ -101,7 +101,7 @@ class _Columns:
                 self.not_finite.setdefault(key, []).append(step)
 
     def arrays(self) -> tuple[Steps, dict[str, Floats]]:
-        """Sorted by step; of rows with the same step the one written last."""
+        """The columns, sorted by step. Of several rows with the same step, the last one counts."""
         for column in self.values.values():
             self._pad(column, len(self.steps))
         steps = np.array(self.steps, dtype=np.float64)
@@ -121,19 +121,19 @@ def _read(folder: Path, name: str) -> RunData:
     for row in reader:
         columns.add(row)
     if reader.unfinished:
-        notes.append("The last row was unfinished, as after a crash, and was left out.")
+        notes.append("The last row is incomplete, as after a crash, and is left out.")
     steps, values = columns.arrays()
     if not len(steps):
-        notes.insert(0, f"{METRICS} holds no finished row: there is nothing to draw.")
+        notes.insert(0, f"{METRICS} has no complete row: there is nothing to draw.")
     if columns.without_step:
-        notes.append(f"{columns.without_step} rows without {STEP_KEY} were left out.")
+        notes.append(f"{columns.without_step} rows without {STEP_KEY} are left out.")
     if columns.not_numbers:
-        notes.append(f"Not numbers, so not drawn: {', '.join(sorted(columns.not_numbers))}.")
+        notes.append(f"Not drawn, because not numbers: {', '.join(sorted(columns.not_numbers))}.")
     for key, where in columns.not_finite.items():
         notes.append(f"{key} was not finite at {len(where)} steps, first at step {where[0]:g}.")
     held = values.get("mtl/held")
     if held is not None:
-        notes.append(f"{int(np.nansum(held))} steps were held: their statistics were not finite.")
+        notes.append(f"{int(np.nansum(held))} steps were held: their statistics were NaN or infinite.")
     summary = _summary(folder / SUMMARY, notes)
     settings, processes = summary.get("settings"), summary.get("num_processes")
     return RunData(
@@ -149,7 +149,7 @@ def _read(folder: Path, name: str) -> RunData:
 
 def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        notes.append(f"There is no {SUMMARY}: the run has not finished, or was not made by `mtl-dist train`.")
+        notes.append(f"There is no {SUMMARY}: the run has not finished, or `mtl-dist train` did not make it.")
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
@@ -172,5 +172,5 @@ def _engine(described: Any) -> str:
 
 
 def _float32(value: float) -> float:
-    """Infinity where the number is too large for float32, the precision of the charts."""
+    """The value, or infinity if it is too large for float32, the precision of the charts."""
     return float(value) if abs(value) < 3.4e38 else math.inf

@@ -1,4 +1,4 @@
-"""The tables of the page, as HTML. Every text passes through `escape`."""
+"""The tables of the page, as HTML. Every text is escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NONE = "–"
 
 
 def runs_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
-    """One line per run: what it was and how its gradients got along."""
+    """One line per run: what it ran, and how much its gradients conflicted."""
     head = [
         "Run",
         "Weighting",
@@ -38,7 +38,7 @@ def runs_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
 
 
 def final_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
-    """The last value of everything, one line per task and run; the lowest validation loss is marked."""
+    """The final values, one line per task and run. The lowest validation loss of a task is marked."""
     keys = dict.fromkeys(key for run in runs for key in run.columns)
     metrics = metrics_of(keys, tasks)
     names = list(dict.fromkeys(metric for _, _, metric in metrics))
@@ -60,7 +60,7 @@ def final_table(runs: Sequence[RunData], tasks: Sequence[str]) -> str:
 
 
 def settings_table(runs: Sequence[RunData]) -> str:
-    """One line per setting, one column per run; lines in which runs differ are marked."""
+    """One line per setting, one column per run. Lines in which the runs differ are marked."""
     flat = [flatten(run.settings) for run in runs]
     lines, marked = [], set()
     for row, key in enumerate(dict.fromkeys(key for values in flat for key in values)):
@@ -85,12 +85,12 @@ def table(
     """An HTML table.
 
     Args:
-        name: its label.
-        head: titles of the columns.
-        lines: cells, already in HTML.
-        numeric: columns that sort largest first.
-        marked: lines to stand out.
-        sortable: by a click on a heading.
+        name: label of the table.
+        head: column titles.
+        lines: cells, already as HTML.
+        numeric: columns of numbers, which are sorted with the largest first.
+        marked: lines to highlight.
+        sortable: whether a click on a heading sorts the table.
     """
     cells = []
     for column, title in enumerate(head):
@@ -121,7 +121,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def describe(spec: Any) -> str:
-    """A rule's specification in one line: `smooth(decay=0.9, rule=mgda)`."""
+    """The specification of a rule in one line: `smooth(decay=0.9, rule=mgda)`."""
     if not isinstance(spec, Mapping):
         return _plain(spec)
     fields = ", ".join(f"{key}={describe(value)}" for key, value in spec.items() if key != "name")
@@ -129,7 +129,7 @@ def describe(spec: Any) -> str:
 
 
 def last(column: Floats | None) -> float | None:
-    """The last value that exists."""
+    """The last finite value; None if there is none."""
     if column is None or not np.isfinite(column).any():
         return None
     return float(column[np.isfinite(column)][-1])
@@ -162,7 +162,7 @@ def _text(text: str) -> str:
 
 
 def _number(value: float | None, best: bool = False) -> str:
-    """The exact value rides along, for sorting."""
+    """A cell with a number. The attribute `data-v` has the exact value, for sorting."""
     if value is None:
         return f'<td class="n">{NONE}</td>'
     shown = f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"

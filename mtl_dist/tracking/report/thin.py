@@ -1,4 +1,4 @@
-"""Long runs made short enough to mail: minima and maxima for the lines, means for smoothing and cosines."""
+"""Thins long runs: minima and maxima for the lines, means for smoothing and for the cosines."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy.typing as npt
 
 from mtl_dist.tracking.report.read import Floats, Steps
 
-MISSING = -32768  # of a cosine, which is stored in steps of 1e-4
+MISSING = -32768  # a missing cosine; cosines are stored as multiples of 1e-4
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Groups of consecutive rows; the first row and the last are groups of their own, to be shown exactly.
+    """Groups of consecutive rows. The first and the last row are groups of their own, so they are exact.
 
     Attributes:
-        starts: `[B]` index of the first row of each.
-        num_rows: of the run.
+        starts: `[B]` index of the first row of each group.
+        num_rows: number of rows of the run.
     """
 
     starts: npt.NDArray[np.intp]
@@ -28,7 +28,7 @@ class Buckets:
 
     @staticmethod
     def of(num_rows: int, most: int) -> Buckets:
-        """At most `most >= 3` buckets of nearly equal size; one row each where that suffices."""
+        """At most `most >= 3` buckets of nearly equal size; one row each if `num_rows <= most`."""
         if num_rows <= most:
             return Buckets(np.arange(num_rows), num_rows)
         inner = most - 2
@@ -37,21 +37,21 @@ class Buckets:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row is a bucket: nothing is lost."""
+        """Whether each bucket has one row, so that nothing is lost."""
         return len(self.starts) == self.num_rows
 
     @property
     def ends(self) -> npt.NDArray[np.intp]:
-        """`[B]` index of the last row of each."""
+        """`[B]` index of the last row of each bucket."""
         return np.append(self.starts[1:], self.num_rows) - 1
 
     @property
     def slots(self) -> npt.NDArray[np.intp]:
-        """Rows whose steps carry the minimum and maximum: the two ends, or the one row, of each bucket."""
+        """Rows at whose steps minimum and maximum are drawn: the first and the last row of each bucket."""
         return np.unique(np.concatenate([self.starts, self.ends]))
 
     def extremes(self, column: Floats) -> Floats:
-        """Minimum and maximum of each bucket in the order in which they occur; NaN where it has no value."""
+        """Minimum and maximum of each bucket, in the order in which they occur; NaN if it has no value."""
         starts, rows = self.starts, np.arange(self.num_rows)
         low, high = np.fmin.reduceat(column, starts), np.fmax.reduceat(column, starts)
         bucket = np.searchsorted(starts, rows, side="right") - 1
@@ -63,7 +63,7 @@ class Buckets:
         return pairs[np.stack([np.ones_like(two), two], axis=1)]
 
     def means(self, column: Floats) -> Floats:
-        """Mean of each bucket over the rows that have a value; NaN where none has."""
+        """Mean of each bucket over the rows that have a value; NaN if none has."""
         finite = np.isfinite(column)
         total = np.add.reduceat(np.where(finite, column, 0).astype(np.float64), self.starts)
         count = np.add.reduceat(finite.astype(np.float64), self.starts)
@@ -73,20 +73,20 @@ class Buckets:
 
 
 class Series:
-    """A run's columns in the page's form: `{"x": grid, "v": values}` and, where thinned, their means.
+    """Encodes the columns of a run for the page: `{"x": grid, "v": values}`, and means if the run is thinned.
 
-    Grids (the steps of the values) are shared: `grids` holds each once, in base64.
+    A grid is the steps of some values. Columns share grids: `grids` has each grid once, in base64.
     """
 
     def __init__(self, steps: Steps, most_values: int) -> None:
         self.grids: list[str] = []
         self._steps = steps
-        # three values a bucket: minimum, maximum, mean
+        # three values per bucket: minimum, maximum, mean
         whole = len(steps) <= most_values
         self.buckets = Buckets.of(len(steps), len(steps) if whole else max(3, most_values // 3))
 
     def encode(self, column: Floats) -> dict[str, Any]:
-        """One column; one with few values keeps them all, at their own steps."""
+        """Encodes one column. A column with few values keeps all of them, at their own steps."""
         rows, buckets = np.flatnonzero(np.isfinite(column)), self.buckets
         slots = buckets.slots
         if 4 * len(rows) <= len(slots):
@@ -108,7 +108,7 @@ class Series:
 
 
 def cosine_frames(steps: Steps, columns: list[Floats], most: int) -> dict[str, Any]:
-    """Means over at most `most` groups of rows, `[frames, pairs]` in 1e-4, and the steps they span."""
+    """Means over at most `most` groups of rows, `[frames, pairs]` in units of 1e-4, with their steps."""
     buckets = Buckets.of(len(steps), max(3, most))
     frames = np.stack([buckets.means(column) for column in columns], axis=1)
     tenths = np.where(np.isfinite(frames), np.clip(np.round(frames * 1e4), -10000, 10000), MISSING)

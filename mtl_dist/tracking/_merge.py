@@ -1,4 +1,4 @@
-"""Several micro-batches as one optimizer step, on the host: the equations of `mtl_dist.tracking.rows`."""
+"""Combines the micro-batches of one optimizer step, on the host (equations: `mtl_dist.tracking.rows`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a balancer reported of one micro-batch: vectors are `[n]`, `gram` is `[n, n]`."""
+    """What a balancer reported about one micro-batch: vectors are `[n]`, `gram` is `[n, n]`."""
 
     weights: Array
     losses: Array
@@ -23,14 +23,14 @@ class MicroBatch:
 
     @property
     def total(self) -> float:
-        """The scalar that was differentiated, on the whole batch."""
+        """The differentiated scalar, over the whole batch."""
         present = self.counts > 0
         return float(sum((self.weights[present] * self.losses[present]).tolist()))
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step was made of: vectors are `[n]`, `gram` is `[n, n]`."""
+    """One optimizer step: vectors are `[n]`, `gram` is `[n, n]`."""
 
     total: float
     weights: Array
@@ -41,7 +41,7 @@ class Step:
 
 
 def merged(parts: Sequence[MicroBatch]) -> Step:
-    """The optimizer step that `parts` make together."""
+    """The optimizer step of which `parts` are the micro-batches."""
     if len(parts) == 1:
         only = parts[0]
         return Step(only.total, only.weights, only.losses, only.counts > 0, only.held, only.gram)
@@ -57,7 +57,7 @@ def merged(parts: Sequence[MicroBatch]) -> Step:
 
 
 def _merged_gram(parts: Sequence[MicroBatch]) -> Array | None:
-    """Over the micro-batches whose gradients were measured."""
+    """The Gram matrix over the micro-batches whose gradients were measured."""
     measured = [(part.counts, part.gram) for part in parts if part.gram is not None]
     if not measured:
         return None
