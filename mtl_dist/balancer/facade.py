@@ -24,7 +24,7 @@ from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.typed_call import TypedCall
 from mtl_dist.balancer.zero_gradients import zeroed
-from mtl_dist.checks import Check, DiagonalWatch, Finding
+from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch
 from mtl_dist.engines import Engine, EngineView
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
@@ -114,6 +114,8 @@ class Balancer(TypedCall):
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
         reads_gram = self.weighting.needs == Needs.GRAM
         self._diagonal = DiagonalWatch(self.weighting, self.probe) if reads_gram else None
+        compares = self.weighting.compares and len(self.tasks) > 1
+        self._one_task = OneTaskWatch(self.weighting, self.probe) if compares else None
         self._memory = self.probe.memory()
         self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
@@ -387,6 +389,7 @@ class Balancer(TypedCall):
             errors=self._errors,
             checker=self._check,
             diagonal=self._diagonal,
+            one_task=self._one_task,
             strict=self._strict,
             held=held,
             stateful=bool(self._progress.state),

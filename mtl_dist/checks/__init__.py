@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mtl_dist.checks.check import Check
-from mtl_dist.checks.diagonal import STREAK, DiagonalWatch
+from mtl_dist.checks.diagonal import DiagonalWatch
 from mtl_dist.checks.findings import Finding
+from mtl_dist.checks.one_task import OneTaskWatch
 
-__all__ = ["STREAK", "Check", "DiagonalWatch", "Finding"]
+__all__ = ["Check", "DiagonalWatch", "Finding", "OneTaskWatch"]

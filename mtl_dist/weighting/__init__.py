@@ -28,7 +28,16 @@ from mtl_dist.weighting.aligned_mtl import AlignedMTL
 from mtl_dist.weighting.base import Combinator, Needs, Rule, State
 from mtl_dist.weighting.cagrad import CAGrad
 from mtl_dist.weighting.coba import CoBa
-from mtl_dist.weighting.combinators import Clamp, Every, Normalize, OfLogLosses, Preference, Smooth, Warmup
+from mtl_dist.weighting.combinators import (
+    Clamp,
+    Every,
+    LastSeen,
+    Normalize,
+    OfLogLosses,
+    Preference,
+    Smooth,
+    Warmup,
+)
 from mtl_dist.weighting.conflict_free import ConFIG
 from mtl_dist.weighting.db_mtl import DBMTL
 from mtl_dist.weighting.dual_proj import DualProj
@@ -105,6 +114,7 @@ RULES: dict[str, type[Rule]] = {
 COMBINATORS: dict[str, type[Combinator]] = {
     "clamp": Clamp,
     "every": Every,
+    "last_seen": LastSeen,
     "normalize": Normalize,
     "of_log_losses": OfLogLosses,
     "preference": Preference,
@@ -144,6 +154,7 @@ __all__ = [
     "InverseGradNorm",
     "InverseLoss",
     "Krum",
+    "LastSeen",
     "LogSumExp",
     "NTKBalance",
     "NashMTL",

@@ -47,11 +47,13 @@ class Rule(ABC):
         positive_losses: whether `update` takes logarithms or powers of losses. If so, the balancer raises
             `ValueError` on every rank for a loss <= 0, with the task, the value and the rule.
         observes: whether the rule also learns from losses measured outside the step (see `observe`).
+        compares: whether the weights follow from comparing the tasks of one step. False for constant weights.
     """
 
     needs: ClassVar[Needs] = Needs.LOSSES
     positive_losses: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """State before the first step: tensors of fixed shapes on `device`, constants included.
@@ -136,6 +138,11 @@ class Combinator(Rule):
     def observes(self) -> bool:  # type: ignore[override]  # as above
         """Whether the inner rule learns from losses measured outside the step."""
         return self.rule.observes
+
+    @property
+    def compares(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the inner rule compares tasks."""
+        return self.rule.compares
 
     def observe(self, stats: TaskStats, state: State) -> State:
         """Passes the losses to the inner rule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from mtl_dist.weighting.base import Rule, State
 @dataclass(frozen=True)
 class Equal(Rule):
     """`αᵢ = 1/n`: the mean of the losses. n is the number of tasks present."""
+
+    compares: ClassVar[bool] = False
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = 1/n`."""

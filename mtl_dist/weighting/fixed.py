@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Fixed(Rule):
     """
 
     weights: Mapping[str, float] | Sequence[float]
+
+    compares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive(self, "weights", self.weights, zero=True)

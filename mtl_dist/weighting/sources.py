@@ -70,6 +70,7 @@ SOURCES: dict[str, Source] = {
     "normalize": Source("combinator", "O(n) + inner rule"),
     "of_log_losses": Source("official code of FAMO", "O(n²) + inner rule"),
     "preference": Source("combinator", "O(n) + inner rule"),
+    "last_seen": Source("combinator", "O(n²) + inner rule"),
     "smooth": Source("combinator", "O(n) + inner rule"),
     "warmup": Source("combinator", "inner rule, after the warm-up"),
 }

@@ -384,6 +384,7 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
         f"normalize/{_inner}": lambda loss, norm: 1.0,
         f"of_log_losses/{_inner}": lambda loss, norm, f=_of_inner: f(loss, norm / loss) / loss,
         f"preference/{_inner}": lambda loss, norm, f=_of_inner: 0.5 * f(loss, norm),
+        f"last_seen/{_inner}": _of_inner,
         f"smooth/{_inner}": _of_inner,
         f"warmup/{_inner}": lambda loss, norm: 1.0,
     }
@@ -406,6 +407,7 @@ _DRAWS = "draws go by position, not by task"
 _STARTS = "equal weights have degree 0, those that follow have not"
 
 EXEMPT: dict[tuple[str, str], Exempt] = {
+    ("absent", "last_seen/initial_loss"): Exempt("absent tasks take part with their latest statistics"),
     ("permutation", "gradvac"): Exempt(_ORDERS),
     ("permutation", "pcgrad"): Exempt(_ORDERS),
     ("permutation", "krum"): Exempt("of three tasks the nearest two have equal scores; the first is taken"),

@@ -24,6 +24,7 @@ from mtl_dist.weighting import (
     Fixed,
     GeneralizedMean,
     InitialLoss,
+    LastSeen,
     Normalize,
     NTKBalance,
     OfLogLosses,
@@ -84,6 +85,7 @@ VARIANTS: dict[str, Factory] = {
 WRAPPERS: dict[str, Wrapper] = {
     "clamp": lambda rule, tasks: Clamp(rule, 0.1, 2.0),
     "every": lambda rule, tasks: Every(rule, 3),
+    "last_seen": lambda rule, tasks: LastSeen(rule),
     "normalize": lambda rule, tasks: Normalize(rule),
     "of_log_losses": lambda rule, tasks: OfLogLosses(rule),
     "preference": lambda rule, tasks: Preference(rule, values(tasks)),

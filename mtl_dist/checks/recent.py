@@ -1,0 +1,57 @@
+"""Watches that look at the last few steps now and then, and warn the user once."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+
+from torch import Tensor
+
+from mtl_dist.stats import LocalStats
+
+_LOGGER = logging.getLogger("mtl_dist")
+
+STREAK = 8  # steps in a row before anything is said
+
+
+class Recent(ABC):
+    """Keeps one small tensor of each of the last 8 steps.
+
+    The host reads them at the 8th, 16th, 32nd, ... step. So a step costs nothing on the device, and almost never waits for it.
+
+    Attributes:
+        rule: for the message.
+        probe: for the message.
+    """
+
+    def __init__(self, rule: object, probe: object) -> None:
+        self.rule, self.probe = rule, probe
+        self._steps = 0
+        self._said = False
+        self._recent: deque[Tensor] = deque(maxlen=STREAK)
+
+    def look(self, total: LocalStats, weights: Tensor, rank: int) -> None:
+        """Takes in one step. Rank 0 warns the user once."""
+        if self._said:
+            return
+        self._steps += 1
+        self._recent.append(self.sample(total, weights))
+        looks = self._steps >= STREAK and self._steps & (self._steps - 1) == 0
+        if looks and self.holds(list(self._recent)):
+            self._said = True
+            self._recent.clear()
+            if rank == 0:
+                _LOGGER.warning(self.text())
+
+    @abstractmethod
+    def sample(self, total: LocalStats, weights: Tensor) -> Tensor:
+        """What is kept of one step: its global statistics, and the `[n]` weights of its tasks."""
+
+    @abstractmethod
+    def holds(self, recent: list[Tensor]) -> bool:
+        """Whether there is something to say about the last steps."""
+
+    @abstractmethod
+    def text(self) -> str:
+        """The warning."""
