@@ -18,7 +18,8 @@ STREAK = 8  # steps in a row before anything is said
 class Recent(ABC):
     """Keeps one small tensor of each of the last 8 steps.
 
-    The host reads them at the 8th, 16th, 32nd, ... step. So a step costs nothing on the device, and almost never waits for it.
+    The host reads them at the 8th, 16th, 32nd, ... step. So a step costs nothing on the device, and almost
+    never waits for it.
 
     Attributes:
         rule: for the message.
