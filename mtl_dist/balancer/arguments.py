@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mtl_dist.engines import will_run_again
 from mtl_dist.probes import FeatureTap, Probe
 
 OnNonfinite = Literal["raise", "skip", "hold"]
@@ -43,13 +42,3 @@ def checked_window(window: int | None, probe: Probe) -> int | None:
             "add, because all samples share its coordinates: use window=None, or FeatureProbe()"
         )
     return window
-
-
-def check_runs_once() -> None:
-    """Raises `RuntimeError` where the backward would run this call of the balancer a second time."""
-    if will_run_again():
-        raise RuntimeError(
-            "mtl_dist: the balancer is called inside torch.utils.checkpoint(..., use_reentrant=False), which "
-            "runs the call again in the backward, as another step with other weights: checkpoint the trunk "
-            "and the heads, and call the balancer outside"
-        )

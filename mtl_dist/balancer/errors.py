@@ -51,5 +51,14 @@ def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats) -> Value
     )
 
 
+def explain_recomputation() -> RuntimeError:
+    """The error for a call that the backward would run a second time."""
+    return RuntimeError(
+        "mtl_dist: the balancer is called inside torch.utils.checkpoint(..., use_reentrant=False), which "
+        "runs the call again in the backward, as another step with other weights: checkpoint the trunk "
+        "and the heads, and call the balancer outside"
+    )
+
+
 def _ranks(number: float, rank_sum: float) -> str:
     return f"rank {int(rank_sum)}" if number == 1 else f"{int(number)} ranks"

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from mtl_dist.balancer.arguments import (
     OnNonfinite,
-    check_runs_once,
     checked_policy,
     checked_tasks,
     checked_window,
 )
 from mtl_dist.balancer.deferred import DeferredErrors
+from mtl_dist.balancer.errors import explain_recomputation
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.typed_call import TypedCall
 from mtl_dist.balancer.zero_gradients import zeroed
-from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch
-from mtl_dist.engines import Engine, EngineView
+from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch, Watches
+from mtl_dist.engines import Engine, EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
 from mtl_dist.stats import StepReport
@@ -112,10 +112,11 @@ class Balancer(TypedCall):
             strict=self._strict,
         )
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
-        reads_gram = self.weighting.needs == Needs.GRAM
-        self._diagonal = DiagonalWatch(self.weighting, self.probe) if reads_gram else None
-        compares = self.weighting.compares and len(self.tasks) > 1
-        self._one_task = OneTaskWatch(self.weighting, self.probe) if compares else None
+        told = (self.weighting, self.probe)
+        self._watches = Watches(
+            of_grams=[DiagonalWatch(*told)] if self.weighting.needs == Needs.GRAM else [],
+            of_weights=[OneTaskWatch(*told)] if self.weighting.compares and len(self.tasks) > 1 else [],
+        )
         self._memory = self.probe.memory()
         self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
@@ -173,7 +174,8 @@ class Balancer(TypedCall):
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
-        check_runs_once()
+        if will_run_again():
+            raise explain_recomputation()
         self._connect()
         held = self._updates_left is not None and self._updates_left <= 0
         if not held:
@@ -194,7 +196,8 @@ class Balancer(TypedCall):
             raise
         if self._updates_left is not None and not held:
             self._updates_left -= 1
-        self._progress.follow(total)
+        if self._engine.facts.skipped is not None:
+            self._progress.follow(total)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
     @contextmanager
@@ -388,8 +391,7 @@ class Balancer(TypedCall):
             synchronizer=self._synchronizer,
             errors=self._errors,
             checker=self._check,
-            diagonal=self._diagonal,
-            one_task=self._one_task,
+            watches=self._watches,
             strict=self._strict,
             held=held,
             stateful=bool(self._progress.state),

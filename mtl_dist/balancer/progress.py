@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_refusal
 from mtl_dist.engines import EngineView
-from mtl_dist.stats import LocalStats, StepReport, TaskStats, global_stats, stats_dtype
+from mtl_dist.stats import Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Stopwatch
 from mtl_dist.weighting import Rule, State
 
@@ -130,9 +130,8 @@ class RuleProgress:
         self._backward_ran, self._skipped_before = False, is_skipped
 
     def follow(self, total: Tensor) -> None:
-        """Notes when the backward of this call runs, where steps may be skipped."""
-        if self._engine.facts.skipped is not None:
-            total.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
+        """Notes when the backward of this call runs, which tells `settle` that an optimizer step follows."""
+        total.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
 
     def _note_backward(self, _: Tensor) -> None:
         self._backward_ran = True
@@ -189,7 +188,8 @@ class RuleProgress:
         self.weights = torch.where(sound & stats.present, weights, held)
         self.state = _chosen(sound, state, self.state)
         used = self.weights if self.window is None else held
-        self.report = StepReport(self.tasks, stats, used * stats.present, ~sound, self._stopwatch.take())
+        time = self._stopwatch.take() if self._stopwatch.laps else Elapsed()
+        self.report = StepReport(self.tasks, stats, used * stats.present, ~sound, time)
         self.step += 1
 
     def _explanation(self, stats: TaskStats) -> Callable[[], Exception]:

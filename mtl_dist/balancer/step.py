@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_failure, explain_nonfinite
 from mtl_dist.balancer.progress import RuleProgress
-from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch
+from mtl_dist.checks import Check, Watches
 from mtl_dist.engines import EngineView
 from mtl_dist.losses import Heads
 from mtl_dist.probes import Reduced
@@ -36,8 +36,7 @@ class Step:
         synchronizer: of the balancer.
         errors: that flags on the device decide.
         checker: looks at every step; None where nothing is checked.
-        diagonal: notices a Gram that is diagonal by construction; None where that does not matter.
-        one_task: notices steps of one task each; None where that does not matter.
+        watches: look at the last steps now and then.
         strict: whether a NaN or infinity is an error.
         stateful: whether the rule has a state, so that the order of its updates matters.
         held: whether the weights stay as they are, and the rule learns nothing.
@@ -54,8 +53,7 @@ class Step:
     synchronizer: Synchronizer
     errors: DeferredErrors
     checker: Check | None
-    diagonal: DiagonalWatch | None
-    one_task: OneTaskWatch | None
+    watches: Watches
     strict: bool
     held: bool = False
     stateful: bool = False
@@ -102,10 +100,7 @@ class Step:
         finite = self._checked(reduced)
         expected = self._expected(reduced, finite)
         used = self.progress.decide(reduced.total, finite, measured=self.measure, dtype=dtype)
-        if self.measure and self.diagonal is not None:
-            self.diagonal.look(reduced.total, used, self.rank)
-        if self.one_task is not None:
-            self.one_task.look(reduced.total, used, self.rank)
+        self.watches.look(reduced.total.gram if self.measure else None, used, self.rank)
         if self.checker is not None and bool(finite):
             self.checker.look_at_weights(global_stats(reduced.total, self.step, with_gram=self.measure), used)
             if expected is not None:

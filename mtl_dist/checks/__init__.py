@@ -6,5 +6,6 @@ from mtl_dist.checks.check import Check
 from mtl_dist.checks.diagonal import DiagonalWatch
 from mtl_dist.checks.findings import Finding
 from mtl_dist.checks.one_task import OneTaskWatch
+from mtl_dist.checks.recent import Watches
 
-__all__ = ["Check", "DiagonalWatch", "Finding", "OneTaskWatch"]
+__all__ = ["Check", "DiagonalWatch", "Finding", "OneTaskWatch", "Watches"]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mtl_dist.checks.recent import STREAK, Recent
-from mtl_dist.stats import LocalStats
 
 _ROUNDING = 1e-14  # of |g_i| |g_j|, float64
 
@@ -14,13 +13,9 @@ _ROUNDING = 1e-14  # of |g_i| |g_j|, float64
 class DiagonalWatch(Recent):
     """Looks for steps in which the gradients of all tasks were exactly orthogonal.
 
-    Gradients of tasks that share samples are orthogonal to the last bit only by chance, never many times in a
-    row.
+    It takes the Gram of each step, `[n, n]`. Gradients of tasks that share samples are orthogonal to the last
+    bit only by chance, never many times in a row.
     """
-
-    def sample(self, total: LocalStats, weights: Tensor) -> Tensor:
-        """The Gram."""
-        return total.gram
 
     def holds(self, recent: list[Tensor]) -> bool:
         """Whether in all recent steps that can tell, and in at least one, all gradients were orthogonal."""

@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 
 from mtl_dist.checks.recent import STREAK, Recent
-from mtl_dist.stats import LocalStats
 
 _EQUAL = 1e-6  # of the largest weight
 
 
 class OneTaskWatch(Recent):
-    """Looks for loops that take one task per batch, under rules that compare tasks."""
+    """Looks for loops that take one task per batch, under rules that compare tasks.
 
-    def sample(self, total: LocalStats, weights: Tensor) -> Tensor:
-        """The weights; 0 for absent tasks."""
-        return weights
+    It takes the weights of each step, `[n]`, 0 for absent tasks.
+    """
 
     def holds(self, recent: list[Tensor]) -> bool:
         """Whether each step had one task, several tasks took turns, and all had the same weight."""

@@ -5,14 +5,33 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 
 from torch import Tensor
-
-from mtl_dist.stats import LocalStats
 
 _LOGGER = logging.getLogger("mtl_dist")
 
 STREAK = 8  # steps in a row before anything is said
+
+
+class Watches:
+    """The watches of one balancer.
+
+    Args:
+        of_grams: take the Gram of each measured step, `[n, n]`.
+        of_weights: take the weights of each step, `[n]`, 0 for absent tasks.
+    """
+
+    def __init__(self, of_grams: Sequence[Recent], of_weights: Sequence[Recent]) -> None:
+        self._of_grams, self._of_weights = of_grams, of_weights
+
+    def look(self, gram: Tensor | None, weights: Tensor, rank: int) -> None:
+        """Takes in one step; None: without a measurement."""
+        for watch in self._of_weights:
+            watch.look(weights, rank)
+        if gram is not None:
+            for watch in self._of_grams:
+                watch.look(gram, rank)
 
 
 class Recent(ABC):
@@ -32,22 +51,18 @@ class Recent(ABC):
         self._said = False
         self._recent: deque[Tensor] = deque(maxlen=STREAK)
 
-    def look(self, total: LocalStats, weights: Tensor, rank: int) -> None:
+    def look(self, sample: Tensor, rank: int) -> None:
         """Takes in one step. Rank 0 warns the user once."""
         if self._said:
             return
         self._steps += 1
-        self._recent.append(self.sample(total, weights))
+        self._recent.append(sample)
         looks = self._steps >= STREAK and self._steps & (self._steps - 1) == 0
         if looks and self.holds(list(self._recent)):
             self._said = True
             self._recent.clear()
             if rank == 0:
                 _LOGGER.warning(self.text())
-
-    @abstractmethod
-    def sample(self, total: LocalStats, weights: Tensor) -> Tensor:
-        """What is kept of one step: its global statistics, and the `[n]` weights of its tasks."""
 
     @abstractmethod
     def holds(self, recent: list[Tensor]) -> bool:

@@ -31,14 +31,11 @@ class LocalLosses(ABC):
 
     Attributes:
         counts: `[n]`, `c_i`, samples (or tokens) behind each local mean; 0 where the task is absent.
+        dtype: of the total: float64 where a loss is, else float32.
     """
 
     counts: Tensor
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the total: float64 where a loss is, else float32."""
+    dtype: torch.dtype
 
     @property
     @abstractmethod

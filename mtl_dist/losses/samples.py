@@ -39,7 +39,7 @@ class SampleLosses(LocalLosses):
         return self._by_task(self.mask)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # that of the losses
         """Of the losses."""
         return self.losses.dtype
 

@@ -24,17 +24,13 @@ class TaskLosses(LocalLosses):
         counts: `[n]`, 0 where the task is absent.
         views: n sets of views of the features, where each loss depends only on its own set; the gradients of
             all losses then take one pass. None: one pass per task.
+        dtype: float64 where a loss is, else float32.
     """
 
     values: tuple[Tensor | None, ...]
     counts: Tensor
     views: Views | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 where a loss is, else float32."""
-        double = torch.float64 in {value.dtype for value in self.values if value is not None}
-        return torch.float64 if double else torch.float32
+    dtype: torch.dtype = torch.float32
 
     @property
     def outputs(self) -> Sequence[Tensor]:
@@ -175,7 +171,9 @@ def collect(
     values = tuple([_scalar(task, losses.get(task)) for task in tasks])
     if device is None:
         device = next((value.device for value in values if value is not None), torch.device("cpu"))
-    return TaskLosses(values, _count_vector(values, counts, tasks, device))
+    double = torch.float64 in {value.dtype for value in values if value is not None}
+    vector = _count_vector(values, counts, tasks, device)
+    return TaskLosses(values, vector, dtype=torch.float64 if double else torch.float32)
 
 
 def check_names(given: Iterable[str], what: str, tasks: Sequence[str]) -> None:

@@ -12,10 +12,14 @@ from mtl_dist.stats import Elapsed, Lap
 
 
 class Stopwatch:
-    """Collects laps until somebody takes them."""
+    """Collects laps until somebody takes them.
+
+    Attributes:
+        laps: since the last `take`.
+    """
 
     def __init__(self) -> None:
-        self._laps: list[Lap] = []
+        self.laps: list[Lap] = []
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
@@ -23,15 +27,15 @@ class Stopwatch:
         if device.type == "cpu":
             start = time.perf_counter()
             yield
-            self._laps.append(time.perf_counter() - start)
+            self.laps.append(time.perf_counter() - start)
             return
         before, after = (torch.Event(device, enable_timing=True) for _ in range(2))
         before.record()
         yield
         after.record()
-        self._laps.append((before, after))
+        self.laps.append((before, after))
 
     def take(self) -> Elapsed:
         """The laps since the last call."""
-        laps, self._laps = tuple(self._laps), []
+        laps, self.laps = tuple(self.laps), []
         return Elapsed(laps)

@@ -292,7 +292,9 @@ def test_sketch_is_unbiased_and_within_its_bound() -> None:
 def test_only_the_parameters_asked_for() -> None:
     net = model("chain")
     last = list(net.trunk[2].parameters())
-    net.balancer.probe = ParameterProbe(parameters=lambda: last)
+    net.balancer = Balancer(
+        net.balancer.tasks, net.balancer.weighting, probe=ParameterProbe(parameters=lambda: last)
+    )
     net(inputs()).backward()
     assert error(net.balancer.report.stats.gram, explicit(net, inputs(), last)) < 1e-6
 
@@ -339,7 +341,7 @@ def test_what_cannot_work_is_refused() -> None:
     net = model("chain")
     with pytest.raises(ValueError, match="no shared parameter is behind the features"):
         net.balancer(net.trunk(inputs()).detach(), net.tasks())
-    net.balancer.probe = ParameterProbe(reevaluate=True)
+    net.balancer = Balancer(NAMES, MGDA(), probe=ParameterProbe(reevaluate=True))
     with pytest.raises(ValueError, match="Give the features as a function"):
         net.balancer(net.trunk(inputs()), net.tasks())
 
