@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "recipe" / "multi_digits.yaml"
 BIN = Path(sys.executable).parent
+SUPERVISED = (sys.executable, "-I", "-S", str(Path(__file__).parent / "supervise.py"), str(os.getpid()))
 _OWN = {
     "OMP_NUM_THREADS": "1",
     "ACCELERATE_USE_CPU": "true",
@@ -24,14 +24,14 @@ _OWN = {
 def run(
     *command: object, timeout: float = 240, cwd: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Output of a command; on the time limit its whole process group is killed and the test fails."""
-    inherited = {
-        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MTL_DIST_"))
-    }
+    """Output of a command; on the time limit all its processes are ended and the test fails.
+
+    They are ended as well where the test ends in another way, and where this process is killed.
+    """
     process = subprocess.Popen(
-        [str(part) for part in command],
+        [*SUPERVISED, *(str(part) for part in command)],
         cwd=cwd,
-        env={**inherited, **_OWN, **(env or {})},
+        env=environment(env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -40,11 +40,21 @@ def run(
     )
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException as error:  # pytest's own time limit and Ctrl-C among them
+        process.terminate()
         out, err = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         raise AssertionError(f"{command} hung for {timeout} s\n{out}\n{err}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def environment(others: dict[str, str] | None = None) -> dict[str, str]:
+    """What a command of a test finds: nothing that was meant for another launch, and `others`."""
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MTL_DIST_"))
+    }
+    return {**inherited, **_OWN, **(others or {})}
 
 
 def train(output: Path, num_processes: int, *overrides: str) -> str:
