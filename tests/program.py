@@ -57,17 +57,20 @@ def environment(others: dict[str, str] | None = None) -> dict[str, str]:
     return {**inherited, **_OWN, **(others or {})}
 
 
-def train(output: Path, num_processes: int, *overrides: str) -> str:
-    """Trains the recipe on exactly `num_processes`; returns what it printed. Fails on errors and warnings."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
+def train(
+    output: Path, num_processes: int, *overrides: str, config: Path = CONFIG, timeout: float = 240
+) -> str:
+    """Trains a recipe on exactly `num_processes`; returns what it printed. Fails on errors and warnings."""
+    import warm  # which imports this module
+
     settings = [
         f"output_dir={output}",
         f"num_processes={num_processes}",
         "recipe.num_validation=101",
         *overrides,
     ]
-    done = run(
-        sys.executable, *(torchrun if num_processes > 1 else []), "-m", "mtl_dist.train", CONFIG, *settings
+    done = warm.launch(
+        *("mtl_dist.train", num_processes, config, *settings), timeout=timeout, modules=warm.TRAINING
     )
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     assert "Warning" not in done.stderr, done.stderr

@@ -23,6 +23,8 @@ from torch.distributed import TCPStore
 TORCH = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "mtl_dist")
 TRAINING = (*TORCH, "accelerate", "mtl_dist.config", "mtl_dist.training")
 DEEPSPEED = (*TORCH, "accelerate.utils.deepspeed", "deepspeed")
+TRAINER = (*TORCH, "datasets", "transformers.trainer", "transformers.models.bert.modeling_bert")
+LIGHTNING = (*TORCH, "lightning")
 # read when a module is imported, so the same in every server and every launch
 AT_IMPORT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 START_LIMIT = 120.0  # seconds for the imports, on a busy machine
