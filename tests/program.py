@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "recipe" / "multi_digits.yaml"
 BIN = Path(sys.executable).parent
 SUPERVISED = (sys.executable, "-I", "-S", str(Path(__file__).parent / "supervise.py"), str(os.getpid()))
+# DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take the other's
+# for stale, and every launch waits while one compiles anew
+EXTENSIONS = Path(sys.prefix) / "torch_extensions"
+OPERATOR = EXTENSIONS / "deepspeed_shm_comm"
 _OWN = {
     "OMP_NUM_THREADS": "1",
     "ACCELERATE_USE_CPU": "true",
-    # DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take
-    # the other's for stale, and every launch waits while one compiles anew
-    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
 }
 
@@ -28,6 +31,14 @@ def run(
 
     They are ended as well where the test ends in another way, and where this process is killed.
     """
+    prepare_deepspeed()
+    return run_only(*command, timeout=timeout, cwd=cwd, env=env)
+
+
+def run_only(
+    *command: object, timeout: float, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `run`, of what has nothing to do with DeepSpeed."""
     process = subprocess.Popen(
         [*SUPERVISED, *(str(part) for part in command)],
         cwd=cwd,
@@ -47,6 +58,17 @@ def run(
             raise
         raise AssertionError(f"{command} hung for {timeout} s\n{out}\n{err}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def prepare_deepspeed() -> None:
+    """What launch/test.sh did before, unless pytest was started without it: DeepSpeed's operator is compiled.
+
+    A launch that was killed meanwhile may have left torch's lock, for which every later one would wait.
+    """
+    compiled = (OPERATOR / f"{OPERATOR.name}.so").exists() and not (OPERATOR / "lock").exists()
+    if not compiled and shutil.which(os.environ.get("CXX", "c++")):
+        done = run_only(sys.executable, ROOT / "launch" / "_deepspeed.py", EXTENSIONS, timeout=600)
+        assert done.returncode == 0, done.stderr
 
 
 def environment(others: dict[str, str] | None = None) -> dict[str, str]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
-GRACE = 5.0  # seconds that what is left of a command that has ended has to end by itself
+GRACE = 3.0  # seconds that what is left of a command that has ended has to end by itself
 
 
 def own_descendants(parent: int) -> None:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from program import ROOT, SUPERVISED, environment
+from program import ROOT, SUPERVISED, environment, prepare_deepspeed
 from torch.distributed import TCPStore
 
 TORCH = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "mtl_dist")
@@ -85,6 +85,7 @@ def launch(
     """Output of a script, or of a module by its name, on one process or as torchrun would start it on several."""
     for name, value in AT_IMPORT.items():
         assert (env or {}).get(name, value) == value, f"{name} is read at import"
+    prepare_deepspeed()
     server = _servers.get(modules) or Server(modules)
     _servers[modules] = server
     with tempfile.TemporaryDirectory() as folder:

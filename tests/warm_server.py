@@ -55,11 +55,17 @@ def tell(replies: io.TextIOBase, what: dict[str, Any]) -> None:
 
 def warm(modules: list[str]) -> str:
     """Imports; returns what that printed. A thread that an import starts would be missing in the ranks."""
+    own = os.dup(2)
     with tempfile.TemporaryFile("w+") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        for module in modules:
-            importlib.import_module(module)
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        finally:
+            os.dup2(own, 1)
+            os.dup2(own, 2)
+            os.close(own)
         file.seek(0)
         said = file.read()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
