@@ -8,6 +8,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,7 +19,8 @@ TASKS = ("a", "b")
 
 
 def weights(rank: int) -> list[list[float]]:
-    """Of a few steps on this rank's own data, from torch's first seed."""
+    """Of a few steps on this rank's own data."""
+    torch.manual_seed(7)
     trunk, balancer = torch.nn.Linear(3, 2), Balancer(TASKS, MGDA())
     heads = {"a": lambda z: z.square().mean(), "b": lambda z: (z - 1).square().mean()}
     rows = []
@@ -50,19 +52,20 @@ def main() -> None:
         "path": sys.path,
         "folder": os.getcwd(),
         "threads": torch.get_num_threads(),
+        "other draws on every rank": other_draws(),
         "weights": weights(rank),
-        "same seed": len(set(drawn())) == 1,
     }
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def drawn() -> list[float]:
-    """What each rank draws from Python's own generator, which nobody seeded."""
-    values: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, random.random())
-    return values
+def other_draws() -> list[bool]:
+    """Of Python's, NumPy's and torch's own generators, which nobody seeded."""
+    mine = [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+    everyone: list[list[float]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [len(set(values)) == len(values) for values in zip(*everyone, strict=True)]
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def launch(
 
 def as_torchrun(num_processes: int) -> tuple[TCPStore, dict[str, str]]:
     """A store on a free port, at which the ranks meet, and the variables that tell them so."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     size = str(num_processes)
     return store, {
         "WORLD_SIZE": size,
@@ -129,7 +129,7 @@ def as_torchrun(num_processes: int) -> tuple[TCPStore, dict[str, str]]:
         "GROUP_WORLD_SIZE": "1",
         "GROUP_RANK": "0",
         "ROLE_NAME": "default",
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",

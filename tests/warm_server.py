@@ -82,7 +82,8 @@ def become(request: dict[str, Any], rank: int) -> None:
         file = os.open(name, os.O_RDWR | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    gathered = sys.path[1 + len(split(os.environ.get("PYTHONPATH", ""))) :]
+    own = [sys.path[0], *split(os.environ.get("PYTHONPATH", ""))]
+    gathered = [folder for folder in sys.path if folder not in own]
     os.environ.clear()
     os.environ.update(request["env"])
     if request["num_processes"] > 1:
@@ -106,8 +107,9 @@ def split(path: str) -> list[str]:
 def scatter() -> None:
     """Draws new seeds: processes that are started do not share them, and forks do."""
     random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
+    for generator, module in (("numpy", "numpy.random"), ("torch", "torch")):
+        if generator in sys.modules:
+            sys.modules[module].seed()
 
 
 def wait(ranks: dict[int, int]) -> list[int | None]:
