@@ -37,5 +37,6 @@ if has_compiler; then compile_deepspeed; fi
 if [ -n "$only_setup" ]; then exit 0; fi
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-workers=(-n "${MTL_DIST_TEST_WORKERS:-2}" --dist loadfile)
+# whole files, as tests of a file share launches, in the order of tests/conftest.py
+workers=(-n "${MTL_DIST_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
 exec "$VENV/bin/python" -m pytest "${workers[@]}" ${selection[@]+"${selection[@]}"} "$@"
