@@ -1,8 +1,8 @@
 """Compiles what DeepSpeed would compile at its first use on a CPU: `python launch/_deepspeed.py FOLDER`.
 
-FOLDER is TORCH_EXTENSIONS_DIR. torch guards a compilation by a file called `lock`. One whose process was killed stays,
-and every later launch waits for it, without a word and for ever. Here the lock is the kernel's, which dies with its
-process, and a `lock` that no process has open is removed.
+FOLDER is TORCH_EXTENSIONS_DIR. torch guards a compilation by a file called `lock`. One whose process was
+killed stays, and every later launch waits for it, without a word and for ever. Here the lock is the
+kernel's, which dies with its process, and a `lock` that no process has open is removed.
 """
 
 import fcntl

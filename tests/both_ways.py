@@ -1,4 +1,4 @@
-"""What a rank finds and computes, as JSON lines of its own: `both_ways.py OUT CASE`; started by test_warm.py."""
+"""What a rank finds and computes: `both_ways.py OUT CASE` writes `OUT.RANK`; started by test_warm.py."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "recipe" / "multi_digits.yaml"
 BIN = Path(sys.executable).parent
 SUPERVISED = (sys.executable, "-I", "-S", str(Path(__file__).parent / "supervise.py"), str(os.getpid()))
-# DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take the other's
-# for stale, and every launch waits while one compiles anew
+# DeepSpeed compiles at first use. Environments that share the result, or find another ninja, each take
+# the other's for stale, and every launch waits while one compiles anew
 EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 OPERATOR = EXTENSIONS / "deepspeed_shm_comm"
 _OWN = {

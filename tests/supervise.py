@@ -1,9 +1,9 @@
 """Runs a command, and leaves none of its processes behind: `supervise.py PARENT COMMAND...`.
 
-torchrun starts its workers in sessions of their own, so that ending its process group does not reach them. Here
-Linux makes this process the parent of every orphan below it (a child subreaper). So all that the command started
-is below this process until it has ended, and can be found and ended. That happens when the command has ended, on
-SIGTERM, and when PARENT dies, however it dies.
+torchrun starts its workers in sessions of their own, so that ending its process group does not reach them.
+Here Linux makes this process the parent of every orphan below it (a child subreaper). So all that the
+command started is below this process until it has ended, and can be found and ended. That happens when the
+command has ended, on SIGTERM, and when PARENT dies, however it dies.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from program import run
 
-# a process whose child starts a session of its own, as torchrun's workers do, and whose grandchild does so too
+# a process whose child starts a session of its own, as torchrun's workers do, and whose grandchild too
 TREE = """
 import os, sys, time
 for _ in range(2):
@@ -62,7 +62,7 @@ def test_the_limit_ends_every_process(tmp_path: Path, child: str, number: int) -
 
 
 def test_what_it_printed_is_told() -> None:
-    with pytest.raises(AssertionError, match="(?s)hung for 2 s.*it said this.*and that"):
+    with pytest.raises(AssertionError, match=r"(?s)hung for 2 s.*it said this.*and that"):
         run("sh", "-c", "echo it said this; echo and that >&2; sleep 600", timeout=2)
 
 
@@ -84,8 +84,11 @@ def test_another_exception_ends_every_process(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_test_run_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
-    program = f"from program import run; run({sys.executable!r}, '-S', '-c', {TREE.format(child=LEAVES, seconds=600)!r}, {str(tmp_path / 'pids')!r})"
-    runner = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    command = (sys.executable, "-S", "-c", TREE.format(child=LEAVES, seconds=600), str(tmp_path / "pids"))
+    program = f"from program import run; run(*{command!r})"
+    runner = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    )
     pids = started(tmp_path / "pids", 3)
     runner.kill()
     runner.wait()
@@ -94,7 +97,9 @@ def test_a_test_run_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_an_ended_command_left_is_ended(tmp_path: Path) -> None:
     program = TREE.format(child=LEAVES, seconds="0 if os.getpid() == int(sys.argv[2]) else 600")
-    done = run("sh", "-c", 'exec "$0" "$@" $$', sys.executable, "-S", "-c", program, tmp_path / "pids", timeout=60)
+    done = run(
+        "sh", "-c", 'exec "$0" "$@" $$', sys.executable, "-S", "-c", program, tmp_path / "pids", timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert not alive(started(tmp_path / "pids", 3))
 

@@ -55,7 +55,7 @@ def test_on_the_limit_ranks_and_what_they_started_are_ended(tmp_path: Path) -> N
         "time.sleep(600)\n"
     )
     warm.launch(SCRIPT, 1, env={"ENDS": "1"})  # its server is there already: the limit is the script's alone
-    with pytest.raises(AssertionError, match="(?s)hung for 3 s.*begun"):
+    with pytest.raises(AssertionError, match=r"(?s)hung for 3 s.*begun"):
         warm.launch(script, 2, tmp_path / "pids", timeout=3)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 4

@@ -1,9 +1,9 @@
 """Runs a script on W real processes without waiting for imports: forks of a process that has them already.
 
-torch, Accelerate and DeepSpeed take 2 to 4 seconds of CPU time to import, in the launcher and in every rank, which was
-half of what this suite took. The ranks here are processes of their own that meet over Gloo, as those of torchrun are;
-tests whose subject is launching use torchrun, `accelerate launch` or launch/*.sh themselves.
-`test_warm.py` holds both to the same results.
+torch, Accelerate and DeepSpeed take 2 to 4 seconds of CPU time to import, in the launcher and in every
+rank, which was half of what this suite took. The ranks here are processes of their own that meet over Gloo,
+as those of torchrun are; tests whose subject is launching use torchrun, `accelerate launch` or launch/*.sh
+themselves. `test_warm.py` holds both to the same results.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def launch(
     env: dict[str, str] | None = None,
     modules: tuple[str, ...] = TORCH,
 ) -> subprocess.CompletedProcess[str]:
-    """Output of a script, or of a module by its name, on one process or as torchrun would start it on several."""
+    """Output of a script, or of a module by its name: one process, or several as torchrun starts them."""
     for name, value in AT_IMPORT.items():
         assert (env or {}).get(name, value) == value, f"{name} is read at import"
     prepare_deepspeed()

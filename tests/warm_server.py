@@ -1,10 +1,10 @@
 """Imports what takes seconds, once, then forks ranks that run a script: `warm_server.py MODULE...`.
 
-A line of JSON on standard input asks for a launch, and is answered by one line when all its ranks have ended. The
-ranks are processes with the environment that torchrun would give them; only their imports were made before.
-Two things differ from torchrun's: they order sets of strings alike, as the seed of hashes is the server's, and the
-modules that were imported here do not see what a launch adds to the environment. So nothing here may read it when it
-is imported, but for what every server is given: see warm.py.
+A line of JSON on standard input asks for a launch, and is answered by one line when all its ranks have
+ended. The ranks are processes with the environment that torchrun would give them; only their imports were
+made before. Two things differ from torchrun's: they order sets of strings alike, as the seed of hashes is
+the server's, and the modules that were imported here do not see what a launch adds to the environment. So
+nothing here may read it when it is imported, but for what every server is given: see warm.py.
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ TWO_ON_CPU += ["--dynamo_backend", "no", "--main_process_port", "0"]
 PROBES = ("FeatureProbe", "FeatureTap")
 
 
-def start(
-    command: list[str], out: Path, engine: str, *probes: str
-) -> subprocess.CompletedProcess[str]:
+def start(command: list[str], out: Path, engine: str, *probes: str) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "True", "DS_ACCELERATOR": "cpu"}
     return run(*command, SCRIPT, out, engine, *probes, env=environment, timeout=240)
 
