@@ -21,7 +21,7 @@ from program import ROOT, SUPERVISED, environment, prepare_deepspeed
 from torch.distributed import TCPStore
 
 TORCH = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "mtl_dist")
-TRAINING = (*TORCH, "accelerate", "mtl_dist.config", "mtl_dist.training")
+TRAINING = (*TORCH, "accelerate", "pydantic", "sklearn.datasets", "safetensors.torch")
 DEEPSPEED = (*TORCH, "accelerate.utils.deepspeed", "deepspeed")
 TRAINER = (*TORCH, "datasets", "transformers.trainer", "transformers.models.bert.modeling_bert")
 LIGHTNING = (*TORCH, "lightning")
@@ -39,12 +39,14 @@ class Server:
         folder = Path(__file__).parent
         command = [*SUPERVISED, sys.executable, "-u", str(folder / "warm_server.py"), *modules]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the server
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment({**AT_IMPORT, "PYTHONPATH": path}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             start_new_session=True,
         )
@@ -65,13 +67,16 @@ class Server:
         if not ready:
             raise TimeoutError
         line = self.process.stdout.readline()
-        assert line, "the server has ended"
+        if not line:
+            self.errors.seek(0)
+            raise AssertionError(f"the process with the imports has ended: {self.errors.read()}")
         return json.loads(line)
 
     def close(self) -> None:
         """Ends it with all that it started."""
         self.process.terminate()
         self.process.communicate()
+        self.errors.close()
 
 
 def launch(
