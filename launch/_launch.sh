@@ -38,6 +38,15 @@ find_engine() { # engine
   if grep -q '^distributed_type: *DEEPSPEED' "$ENGINE_FILE"; then EXTRA=recipes,deepspeed; fi
 }
 
+# What a first training would do: installs, and compiles where DeepSpeed will run on the CPU.
+prepare() {
+  local has_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
+  setup "$EXTRA"
+  case "$EXTRA" in
+    *deepspeed*) if has_compiler && ! "$VENV/bin/python" -c "$has_gpu"; then compile_deepspeed; fi ;;
+  esac
+}
+
 # Checks the settings in one process, because a launcher would hide the message. Sets NUM_GPUS.
 check_settings() { # config key=value...
   local program='import sys, torch; from mtl_dist.train import main; print(torch.cuda.device_count()); sys.exit(main(sys.argv[1:]))'
@@ -56,8 +65,9 @@ choose_device() {
   case "$(sed -n 's/^distributed_type: *//p' "$ENGINE_FILE")" in
     DEEPSPEED*)
       export DS_ACCELERATOR=cpu
-      command -v "${CXX:-c++}" >/dev/null 2>&1 ||
+      has_compiler ||
         fail "DeepSpeed on a CPU compiles an operator, but finds no '${CXX:-c++}'; install one (apt install g++)"
+      compile_deepspeed
       ;;
     FSDP*) fail "no GPU is visible, and Accelerate runs FSDP only on accelerators; to debug on a CPU, use zero3" ;;
     *) export ACCELERATE_USE_CPU=true ;;

@@ -102,3 +102,18 @@ setup() { # extra
   # ninja, each take the other's for stale, and every launch waits while one compiles anew
   export PATH="$VENV/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
 }
+
+# Compiles, once, the operator that DeepSpeed compiles at its first use on a CPU. A launch that was killed while it
+# compiled, or looked whether to, leaves a lock for which every later one would wait: see _deepspeed.py.
+compile_deepspeed() {
+  local place="$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm" log="$ROOT/runs/setup/deepspeed-$$.log"
+  if [ -f "$place/deepspeed_shm_comm.so" ] && [ ! -e "$place/lock" ]; then return; fi
+  mkdir -p "$ROOT/runs/setup"
+  printf 'compiling an operator of DeepSpeed into %s (log: %s)\n' "$TORCH_EXTENSIONS_DIR" "$log" >&2
+  "$VENV/bin/python" "$ROOT/launch/_deepspeed.py" "$TORCH_EXTENSIONS_DIR" >"$log" 2>&1 </dev/null ||
+    fail "DeepSpeed's operator does not compile: $(tail -n 1 "$log") (log: $log)"
+}
+
+has_compiler() {
+  command -v "${CXX:-c++}" >/dev/null 2>&1
+}

@@ -36,6 +36,7 @@ for argument in "$@"; do
 done
 
 setup test
+if has_compiler; then compile_deepspeed; fi
 cd "$ROOT"
 export OMP_NUM_THREADS=1
 case " $* " in

@@ -27,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 manual "${BASH_SOURCE[0]}" 2 "$@"
 if [ "$1" = --setup ]; then
   find_engine "$2"
-  setup "$EXTRA"
+  prepare
   exit 0
 fi
 find_engine "$1"

@@ -40,7 +40,8 @@ find_engine "$1"
 setup "$EXTRA" # once, on the first machine, before all machines use it
 
 export NNODES="$SLURM_JOB_NUM_NODES"
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+first="${nodes%%$'\n'*}" # a pipe to head would end the job where scontrol still writes
 export HEAD="$first:${PORT:-$((29500 + SLURM_JOB_ID % 1000))}"
 if [ "$NNODES" = 1 ]; then script=node.sh; else script=multinode.sh; fi
 # if one machine fails, the job ends; the others do not wait for it

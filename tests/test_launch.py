@@ -182,6 +182,12 @@ def test_the_tests_script_passes_arguments_through_and_leaves_out_long_tests(clo
     assert both.stdout.splitlines()[:2] == ["tests/test_two.py::test_long", "tests/test_two.py::test_short"]
 
 
+def test_setup_of_the_tests_runs_none(clone):
+    installed(clone, "test")
+    done = run("bash", clone / "launch/test.sh", "--setup")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_changed_pyproject_asks_for_a_new_installation(clone):
     installed(clone, "test")
     before = (clone / ".venv/.mtl_dist_test").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import warm
 from launcher import succeed
 
 DDP = [
@@ -34,7 +35,8 @@ def cells(family: str) -> set[str]:
 
 
 def check(num_processes: int, family: str, timeout: float) -> None:
-    out = succeed("parameter_engines.py", num_processes, family, timeout=timeout)
+    modules = warm.DEEPSPEED if family == "deepspeed" else warm.TORCH
+    out = succeed("parameter_engines.py", num_processes, family, timeout=timeout, modules=modules)
     lines = re.findall(r"^(.+): gram (\S+) parameters (\S+)$", out, re.MULTILINE)
     assert {name for name, _, _ in lines} == cells(family), out
     wrong = [line for line in lines if not (float(line[1]) < 1e-6 and float(line[2]) < 1e-6)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import warm
 from launcher import succeed
 
 
@@ -19,7 +20,8 @@ def test_ranks_measure_what_one_process_would(num_processes: int) -> None:
 @pytest.mark.parametrize(("family", "number"), [("torch", 10), ("deepspeed", 8)])
 def test_exact_on_every_engine(family: str, number: int) -> None:
     """Ragged shards, a task absent on one rank, or one task a sample; parameters after the steps too."""
-    out = succeed("shared_layer_engines.py", 2, family, timeout=380)
+    modules = warm.DEEPSPEED if family == "deepspeed" else warm.TORCH
+    out = succeed("shared_layer_engines.py", 2, family, timeout=380, modules=modules)
     lines = re.findall(r"^(.+): gram (\S+) parameters (\S+)$", out, re.MULTILINE)
     assert len({name for name, _, _ in lines}) == number, out
     wrong = [line for line in lines if not (float(line[1]) < 1e-6 and float(line[2]) < 1e-6)]

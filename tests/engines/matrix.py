@@ -22,9 +22,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
+import warm  # noqa: E402
 from cells import FAMILIES, Cell, whole_matrix  # noqa: E402
 from compare import Verdict, judge  # noqa: E402
-from program import BIN, ROOT, run  # noqa: E402
+from program import ROOT, run  # noqa: E402
 
 START_LIMIT, CELL_LIMIT = 120.0, 30.0  # seconds: they end a hang, not a slow machine
 
@@ -48,7 +49,11 @@ def launch(cells: Sequence[Cell], num_processes: int) -> tuple[list[list[dict[st
         (folder / "cells.json").write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
         limit = START_LIMIT + CELL_LIMIT * len(cells)
         try:
-            done = run_script("run_cells.py", num_processes, folder / "cells.json", folder, timeout=limit)
+            done = run_script(
+                *("run_cells.py", num_processes, folder / "cells.json", folder),
+                timeout=limit,
+                modules=warm.DEEPSPEED if "deepspeed" in cells[0].family else warm.TORCH,
+            )
             trouble = f"the launch ended with {done.returncode}: ...{done.stderr[-2000:]}"
         except AssertionError as hung:
             trouble = str(hung)[-2000:]
@@ -60,22 +65,27 @@ def launch(cells: Sequence[Cell], num_processes: int) -> tuple[list[list[dict[st
 
 
 def run_script(
-    script: str, num_processes: int, *arguments: object, timeout: float
+    script: str,
+    num_processes: int,
+    *arguments: object,
+    timeout: float,
+    modules: tuple[str, ...] = warm.TORCH,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script of this folder with torchrun (plain Python for one process)."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    """Runs a script of this folder, on ranks that have `modules` imported or with torchrun itself."""
     path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "distributed", ROOT))
     environment = {
         "EXPECTED_WORLD_SIZE": str(num_processes),
         "PYTHONPATH": path,
         "DS_ACCELERATOR": "cpu",
         "ACCELERATE_USE_CPU": "false",  # with it Accelerate turns DeepSpeed into DDP; cells ask for the CPU
-        # DeepSpeed builds an extension at first use: two versions of ninja would build it in turns for ever
-        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     }
-    command = [sys.executable, *(launcher if num_processes > 1 else []), HERE / script, *arguments]
-    return run(*command, timeout=timeout, env=environment)
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
+        return run(sys.executable, *launcher, HERE / script, *arguments, timeout=timeout, env=environment)
+    return warm.launch(
+        HERE / script, num_processes, *arguments, timeout=timeout, env=environment, modules=modules
+    )
 
 
 def judge_all(cells: Iterable[Cell], *, report: bool = False) -> dict[Cell, Verdict]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from engine_faults import HEALED
 from matrix import START_LIMIT, run_script
 
@@ -15,7 +16,9 @@ FAREWELL = 30.0
 
 
 def test_a_head_that_raises_on_one_rank_raises_on_all(tmp_path: Path) -> None:
-    done = run_script("engine_faults.py", 2, "heads", tmp_path / "raised", timeout=START_LIMIT)
+    done = run_script(
+        *("engine_faults.py", 2, "heads", tmp_path / "raised"), timeout=START_LIMIT, modules=warm.DEEPSPEED
+    )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"raised.{rank}").read_text()) for rank in range(2)]
     for name in HEALED:
@@ -34,7 +37,7 @@ def test_a_head_that_raises_on_one_rank_raises_on_all(tmp_path: Path) -> None:
 )
 def test_an_exception_elsewhere_ends_the_job(engine: str) -> None:
     """Rank 0 waits in a collective of the engine's or ours; the launcher ends it."""
-    done = run_script("engine_faults.py", 2, "before", engine, timeout=START_LIMIT)
+    done = run_script("engine_faults.py", 2, "before", engine, timeout=START_LIMIT, torchrun=True)
     assert done.returncode != 0
     assert "KeyError: 'no such file'" in done.stderr
 
@@ -44,7 +47,8 @@ def test_an_exception_elsewhere_ends_the_job(engine: str) -> None:
 def test_a_head_that_raises_among_the_engines_collectives_ends_the_job(engine: str) -> None:
     """Rank 0 waits for parameters that rank 1 does not gather any more."""
     began = time.monotonic()
-    done = run_script("engine_faults.py", 2, "head", engine, timeout=START_LIMIT + FAREWELL)
+    limit = START_LIMIT + FAREWELL
+    done = run_script("engine_faults.py", 2, "head", engine, timeout=limit, torchrun=True)
     assert done.returncode != 0
     assert "KeyError: 'no such label'" in done.stderr
     assert time.monotonic() - began < START_LIMIT + FAREWELL

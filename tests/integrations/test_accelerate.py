@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from accelerate.utils import DistributedType
 from program import ROOT, run
 
@@ -22,14 +23,11 @@ SCRIPT = Path(__file__).parent / "accelerate_run.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_ON_CPU = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 TWO_ON_CPU += ["--dynamo_backend", "no", "--main_process_port", "0"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROBES = ("FeatureProbe", "FeatureTap")
 
 
-def start(
-    command: list[str], out: Path, engine: str, *probes: str, cpu: bool = True
-) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": str(cpu), "DS_ACCELERATOR": "cpu"}
+def start(command: list[str], out: Path, engine: str, *probes: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "True", "DS_ACCELERATOR": "cpu"}
     return run(*command, SCRIPT, out, engine, *probes, env=environment, timeout=240)
 
 
@@ -75,7 +73,12 @@ def test_two_processes_accumulate_and_resume(tmp_path: Path) -> None:
 def test_checkpoints_of_sharded_engines(
     tmp_path: Path, engine: str, kind: str, model: str, zero: int | None
 ) -> None:
-    done = start(TORCHRUN, tmp_path / "two", engine, "FeatureProbe", cpu=False)
+    done = warm.launch(
+        *(SCRIPT, 2, tmp_path / "two", engine, "FeatureProbe"),
+        env={"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "False"},
+        timeout=240,
+        modules=warm.DEEPSPEED if engine.startswith("zero") else warm.TRAINING,
+    )
     assert done.returncode == 0, done.stderr
     check_resumed(tmp_path / "two", "FeatureProbe", kind, model, zero)
 

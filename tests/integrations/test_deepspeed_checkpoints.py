@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from program import ROOT, run
+import warm
+from program import ROOT
 
 from mtl_dist import Balancer, checkpoint
 from mtl_dist.integrations.deepspeed import load_checkpoint, save_checkpoint
 from mtl_dist.weighting import MGDA, RLW
 
 SCRIPT = Path(__file__).parent / "deepspeed_run.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.timeout(300)
 def test_an_engine_and_its_balancer_resume_together(tmp_path: Path) -> None:
     out = tmp_path / "run"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "distributed")])
-    environment = {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    done = run(sys.executable, *TORCHRUN, SCRIPT, out, env=environment, timeout=280)
+    done = warm.launch(SCRIPT, 2, out, env={"PYTHONPATH": path}, timeout=280, modules=warm.DEEPSPEED)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
     for facts in ranks:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from program import ROOT, run
+import warm
+from program import ROOT
 
 SCRIPT = Path(__file__).parent / "lightning_example.py"
 STRATEGY = {1: "SingleDeviceStrategy", 2: "DDPStrategy"}
@@ -17,8 +17,12 @@ STRATEGY = {1: "SingleDeviceStrategy", 2: "DDPStrategy"}
 def fit(folder: Path, num_processes: int) -> list[dict]:
     """What each rank wrote."""
     out = folder / f"ranks{num_processes}"
-    environment = {"PYTHONPATH": str(ROOT), "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"}
-    done = run(sys.executable, SCRIPT, out, num_processes, env=environment, timeout=240)
+    done = warm.launch(
+        *(SCRIPT, num_processes, out, num_processes),
+        env={"PYTHONPATH": str(ROOT), "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        timeout=240,
+        modules=warm.LIGHTNING,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(num_processes)]
 

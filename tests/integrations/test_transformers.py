@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from program import ROOT, run
+import warm
+from program import ROOT
 from transformers import TrainerControl, TrainerState
 
 from mtl_dist import Balancer, checkpoint
@@ -19,7 +19,6 @@ from mtl_dist.integrations.transformers import BalancerCallback, attach
 from mtl_dist.weighting import MGDA, RLW, Equal, Smooth
 
 SCRIPT = Path(__file__).parent / "trainer_run.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 HEADS = {"a": lambda z: z.square().mean(), "b": lambda z: (z - 1).square().mean()}
 
 
@@ -30,12 +29,13 @@ def train(folder: Path, num_processes: int, engine: str) -> list[dict]:
     rows = [{"input_ids": s, "topic": sum(s) % 3, "labels": [w % 5 for w in s]} for s in sentences]
     table = folder / "table.jsonl"
     table.write_text("\n".join(json.dumps(row) for row in rows))
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    environment["ACCELERATE_USE_CPU"] = str(engine == "ddp")
-    launcher = TORCHRUN if num_processes > 1 else []
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": str(engine == "ddp")}
     out = folder / f"{engine}-{num_processes}"
-    done = run(
-        *(sys.executable, *launcher, SCRIPT, out, engine, num_processes, table), timeout=280, env=environment
+    done = warm.launch(
+        *(SCRIPT, num_processes, out, engine, num_processes, table),
+        env=environment,
+        timeout=280,
+        modules=warm.TRAINER,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(num_processes)]

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from program import BIN, ROOT, run
+from program import ROOT, train
 
 from mtl_dist import Balancer, FeatureProbe, SharedLayerProbe
 from mtl_dist.recipes import TextMixture
@@ -143,13 +143,8 @@ def test_two_processes_are_one_on_the_same_global_batches(tmp_path):
     settings = (*small, "recipe.num_train=256", "steps=6", "batch_size=16", "checkpoint_every=0")
     rows = {}
     for number in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number]
         out = tmp_path / str(number)
-        where = (f"output_dir={out}", f"num_processes={number}")
-        program = ["-m", "mtl_dist.train", CONFIG, *settings, *where]
-        done = run(BIN / "python", *(launcher if number > 1 else []), *program, timeout=250)
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        assert "Warning" not in done.stderr, done.stderr
+        train(out, number, *settings, config=CONFIG, timeout=250)
         assert json.loads((out / "summary.json").read_text())["num_processes"] == number
         rows[number] = [
             {k: v for k, v in row.items() if "perf/" not in k} for row in read_rows(out / "metrics.jsonl")

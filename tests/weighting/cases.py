@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,13 +100,21 @@ def zoo() -> list[Case]:
 
 def stream(case: Case, steps: int = 5) -> list[TaskStats]:
     """The case over several steps: losses that fall unevenly, gradients that change length a little."""
+    result = []
+    for step, (fall, stretch) in enumerate(story(case.ids, steps)):
+        moved = replace(case, losses=case.losses * fall, gram=case.gram * stretch)
+        result.append(moved.stats(step))
+    return result
+
+
+@cache
+def story(ids: tuple[int, ...], steps: int) -> list[tuple[Tensor, Tensor]]:
+    """By what losses and Gram are multiplied at each step; nobody writes into it."""
     rng = torch.Generator().manual_seed(7)
     result = []
     for step in range(steps):
         # drawn for all task numbers, so that a permuted or thinned case tells the same story
-        drift = torch.randn(2, 64, generator=rng, dtype=torch.float64)[:, list(case.ids)]
-        losses = case.losses * torch.exp(-0.05 * step * (1 + 0.3 * drift[0]))
+        drift = torch.randn(2, 64, generator=rng, dtype=torch.float64)[:, list(ids)]
         stretch = torch.exp(0.1 * drift[1])
-        moved = replace(case, losses=losses, gram=case.gram * torch.outer(stretch, stretch))
-        result.append(moved.stats(step))
+        result.append((torch.exp(-0.05 * step * (1 + 0.3 * drift[0])), torch.outer(stretch, stretch)))
     return result
