@@ -5,7 +5,7 @@ from __future__ import annotations
 from mtl_dist.engines.deepspeed import deepspeed_facts, deepspeed_loss_scaler
 from mtl_dist.engines.facts import Engine
 from mtl_dist.engines.fsdp2 import UNIT_NODE, is_sharded
-from mtl_dist.engines.graph import Edge, accumulators, depends_on, edge_of, nodes
+from mtl_dist.engines.graph import Edge, Past, accumulators, depends_on, edge_of, nodes
 from mtl_dist.engines.replay import replayed
 from mtl_dist.engines.storage import is_there, kept
 from mtl_dist.engines.view import EngineView
@@ -17,6 +17,7 @@ __all__ = [
     "Edge",
     "Engine",
     "EngineView",
+    "Past",
     "accumulators",
     "deepspeed_facts",
     "deepspeed_loss_scaler",

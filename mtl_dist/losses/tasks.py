@@ -27,12 +27,14 @@ class TaskLosses(LocalLosses):
         counts: `[n]`, 0 where the task is absent.
         views: n sets of views of the features, where each loss depends only on its own set; the gradients of
             all losses then take one pass. None: one pass per task.
-        counts_on_host: whether the host knew every count, so that losses with count 0 have no gradient.
+        empty: tasks whose count the host knows to be 0, so that their losses have no gradient.
+        counts_on_host: whether the host knew every count.
     """
 
     values: tuple[Tensor | None, ...]
     counts: Tensor
     views: Views | None = None
+    empty: frozenset[int] = frozenset()
     counts_on_host: bool = True
 
     @property
@@ -208,28 +210,24 @@ def _counted(
     entries = [
         0.0 if value is None else _count(task, counts) for task, value in zip(tasks, values, strict=True)
     ]
-    pairs = list(zip(values, entries, strict=True))
-    with_graph = [(value, _is_zero(count)) for value, count in pairs if _has_graph(value)]
-    if any(zero for _, zero in with_graph):
-        silence([v for v, zero in with_graph if zero], [v for v, zero in with_graph if not zero])
+    empty = frozenset([i for i, count in enumerate(entries) if isinstance(count, float) and count == 0])
+    idle = [value for i, value in enumerate(values) if i in empty and _has_graph(value)]
+    if idle:
+        silence(idle, [value for i, value in enumerate(values) if i not in empty and _has_graph(value)])
     dtype = stats_dtype(device)
-    if all(isinstance(entry, float) for entry in entries):
-        return TaskLosses(values, torch.tensor(entries, dtype=dtype).to(device))  # one transfer, not n
+    if all(isinstance(entry, float) for entry in entries):  # one transfer, not n
+        return TaskLosses(values, torch.tensor(entries, dtype=dtype).to(device), empty=empty)
     vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
-    losses = TaskLosses(values, vector, counts_on_host=False)
+    losses = TaskLosses(values, vector, empty=empty, counts_on_host=False)
     wrong = ~((vector >= 0) & vector.isfinite())
     refuse(wrong.any(), partial(_wrong_counts, tasks, vector))
-    empty = losses.nan_and_empty()
-    refuse(empty.any(), partial(_nan_and_empty, tasks, empty))
+    hollow = losses.nan_and_empty()
+    refuse(hollow.any(), partial(nan_and_empty, tasks, hollow))
     return losses
 
 
 def _has_graph(value: Tensor | None) -> TypeGuard[Tensor]:
     return value is not None and value.requires_grad
-
-
-def _is_zero(count: float | Tensor) -> bool:
-    return isinstance(count, float) and count == 0
 
 
 def _look(flag: Tensor, explain: Callable[[], Exception]) -> None:
@@ -258,7 +256,7 @@ def _scalar(task: str, value: Tensor | None) -> Tensor | None:
 
 def _count(task: str, counts: Counts) -> float | Tensor:
     """The count of a task that has a loss: a number, or a tensor whose value only the device knows."""
-    count = counts.get(task)
+    count: Any = counts.get(task)
     if count is None:
         raise ValueError(f"task {task!r} has a loss but no count; counts has {sorted(counts)}")
     if isinstance(count, Tensor):
@@ -267,7 +265,7 @@ def _count(task: str, counts: Counts) -> float | Tensor:
         if not on_host(count):
             return count.detach().reshape(())
     try:
-        number = math.nan if isinstance(count, str | bytes) else float(count)
+        number = math.nan if isinstance(count, (str, bytes)) else float(count)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
@@ -292,11 +290,12 @@ def _wrong_counts(tasks: Sequence[str], counts: Tensor) -> ValueError:
     return ValueError("; ".join(_no_count(t, str(c)) for t, c in pairs if not 0 <= c < math.inf))
 
 
-def _nan_and_empty(tasks: Sequence[str], empty: Tensor) -> ValueError:
+def nan_and_empty(tasks: Sequence[str], empty: Tensor) -> ValueError:
+    """The error for tasks (`[n]` bool) with count 0 whose loss or gradient is NaN."""
     names = [task for task, is_empty in zip(tasks, empty.tolist(), strict=True) if is_empty]
     return ValueError(
-        f"task {names} has count 0, and its loss is NaN: a mean over nothing, whose gradient in the "
-        "parameters of its head is NaN too, whatever its weight. Return None from the head where there is no "
+        f"task {names} has count 0, and its loss is NaN or has NaN gradients: a mean over nothing. They "
+        "reach the parameters of its head, whatever its weight. Return None from the head where there is no "
         "sample, give the count as a number that the host knows, or divide by mask.sum().clamp(min=1)"
     )
 
