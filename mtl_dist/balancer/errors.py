@@ -47,8 +47,8 @@ def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats) -> Value
     if rule.positive_losses and min(losses.values()) <= 0:
         low = {task: value for task, value in losses.items() if value <= 0}
         none = (
-            " A loss of exactly 0 that stands for a batch without samples of the task is no loss: return None "
-            "for it, or give its number of samples, counts={task: 0}."
+            " A loss of exactly 0 that stands for a batch without samples of the task is no loss: return "
+            "None for it, or give its number of samples, counts={task: 0}."
         )
         return ValueError(
             f"mtl_dist, step {stats.step}: {rule!r} takes logarithms or powers of losses and needs them > 0, "

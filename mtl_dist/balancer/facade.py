@@ -23,8 +23,8 @@ from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.zero_gradients import ZeroGradients
 from mtl_dist.checks import Check, DiagonalWatch, Finding
 from mtl_dist.engines import Engine, EngineView
-from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads
-from mtl_dist.probes import FeatureProbe, Probe
+from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads, unchanged
+from mtl_dist.probes import FeatureProbe, Probe, without_graph
 from mtl_dist.stats import StepReport
 from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
@@ -405,13 +405,16 @@ class Balancer(nn.Module):
         losses = heads.at(given, self._device_of(given))
         reduced = step.reduce(losses.stats())
         total = losses.total(step.decide(reduced) * reduced.shares)
-        return total if total.requires_grad else total.requires_grad_()
+        return total if total.requires_grad else without_graph(total, losses, step)
 
     def _evaluated(self, given: Any, heads: Heads, layer: nn.Module | None) -> Tensor:
         if not heads.on_losses:
             given = given() if callable(given) else given
             given = given if layer is None else layer(given)
-        losses = heads.at(given)
+            with unchanged(given):
+                losses = heads.at(given)
+        else:
+            losses = heads.at(given)
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights)
 

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from mtl_dist.losses.base import Counts, Head, HeadFunctions, Heads, LocalLosses, Losses, Refuse
-from mtl_dist.losses.features import Branches, Features, LayerInput, Views, anchored, split
+from mtl_dist.losses.features import (
+    CHANGED,
+    Branches,
+    Features,
+    LayerInput,
+    Views,
+    anchored,
+    split,
+    unchanged,
+)
 from mtl_dist.losses.gradients import FeatureGradients, Gradients, gradient_gram, real
 from mtl_dist.losses.read import read_heads
 from mtl_dist.losses.samples import GivenSampleLosses, SampleHeads, SampleLosses
@@ -18,6 +27,7 @@ from mtl_dist.losses.tasks import (
 )
 
 __all__ = [
+    "CHANGED",
     "Branches",
     "Counts",
     "FeatureGradients",
@@ -46,4 +56,5 @@ __all__ = [
     "read_heads",
     "real",
     "split",
+    "unchanged",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -165,6 +166,29 @@ def _one_node_on(tensor: Tensor) -> Tensor:
     frees all parameters at the end of that gradient, including those of the other tasks' heads.
     """
     return tensor.view_as(tensor)
+
+
+CHANGED = (
+    "a head changed the features in place (nn.ReLU(inplace=True) first?): the other heads would read the "
+    "changed values, and no gradient at the features would belong to one task; use the form out of place"
+)
+
+
+@contextmanager
+def unchanged(features: Any) -> Iterator[None]:
+    """Heads run in the block.
+
+    Raises:
+        ValueError: one of them changed the features in place.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(features) if isinstance(leaf, Tensor)]
+    # tensors of the inference mode count no versions
+    before = [t.clone() if t.is_inference() else t._version for t in tensors]
+    yield
+    for tensor, then in zip(tensors, before, strict=True):
+        same = torch.equal(tensor, then) if isinstance(then, Tensor) else tensor._version == then
+        if not same:
+            raise ValueError(CHANGED)
 
 
 def anchored(total: Tensor, leaves: Sequence[Tensor]) -> Tensor:

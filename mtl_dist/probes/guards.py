@@ -15,6 +15,11 @@ from mtl_dist.probes.base import StepContext
 
 _LOGGER = logging.getLogger("mtl_dist")
 
+PARAMETERS = (
+    "features hold a parameter. All ranks have the same one, so gradients there do not add over ranks as "
+    "those at the samples' features do: use ParameterProbe(), or give the features that the samples have"
+)
+
 
 @contextmanager
 def in_words() -> Iterator[None]:
@@ -41,8 +46,8 @@ def differentiates(whose: str) -> str:
     return (
         f"{whose} holds a derivative with respect to something before the features (a PDE residual, a "
         "gradient penalty), so it reaches the trunk past them, and its gradient at the features is only a "
-        "part. Use ParameterProbe(), which takes the gradient of the loss itself, or a rule that reads losses "
-        "only"
+        "part. Use ParameterProbe(), which takes the gradient of the loss itself, or a rule that reads "
+        "losses only"
     )
 
 
@@ -50,8 +55,8 @@ def reads_inside(whose: str) -> str:
     """Why a loss that reads what the trunk computed on its way is refused."""
     return (
         f"{whose} depends on something that the trunk computed before the features, so its gradient at the "
-        "features is only a part: compute it from the argument of its function, make what it reads one of the "
-        "features, balancer((z, h), heads), or use ParameterProbe()"
+        "features is only a part: compute it from the argument of its function, make what it reads one of "
+        "the features, balancer((z, h), heads), or use ParameterProbe()"
     )
 
 
@@ -68,9 +73,28 @@ def tell_unconnected(
             "min-norm rules such as MGDA then give it all weight. If it should read the features, compute it "
             "from the argument of its function; if it trains the trunk in another way (a commitment loss, a "
             "regulariser), take it out of the tasks and add it to the result, loss = balancer(...) + 0.1 * "
-            "term, or use ParameterProbe(); if it stands for a batch without samples of the task, return None",
+            "term, or use ParameterProbe(); if it stands for a batch without samples of the task, return "
+            "None",
             whose,
         )
+
+
+def without_graph(total: Tensor, losses: LocalLosses, step: StepContext) -> Tensor:
+    """A total that nothing behind it is trained by, ready for a backward. Each rank says so once.
+
+    A rank without samples has such a total too, and nothing is said of it.
+    """
+    counts = not isinstance(losses, TaskLosses) or any(
+        value is not None and task not in losses.empty for task, value in enumerate(losses.values)
+    )
+    if counts and "without graph" not in step.engine.told:
+        step.engine.told.add("without graph")
+        _LOGGER.warning(
+            "mtl_dist, rank %d: no loss has a graph, so this rank trains nothing at this step: were they "
+            "detached, or computed under no_grad? For a batch without samples give None, or counts={task: 0}",
+            step.rank,
+        )
+    return total.requires_grad_()
 
 
 def guard(losses: TaskLosses, gradients: FeatureGradients, step: StepContext) -> None:

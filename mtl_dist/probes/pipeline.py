@@ -13,10 +13,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mtl_dist.engines import ZERO_3, Past, depends_on, find_partitioned, replayed
+from mtl_dist.engines import (
+    ZERO_3,
+    Past,
+    SavedBuffers,
+    depends_on,
+    find_partitioned,
+    remember_buffers,
+    replayed,
+    restore_buffers,
+)
 from mtl_dist.losses import (
+    CHANGED,
     FeatureGradients,
     Features,
     Heads,
@@ -27,7 +38,7 @@ from mtl_dist.losses import (
     split,
 )
 from mtl_dist.probes.base import Reduced, StepContext
-from mtl_dist.probes.guards import differentiates, guard, in_words, reads_inside, tell_unconnected
+from mtl_dist.probes.guards import PARAMETERS, differentiates, guard, in_words, reads_inside, tell_unconnected
 
 _OUTSIDE = -1  # key of the features themselves, where heads were given something in their place
 
@@ -117,8 +128,15 @@ def measure_without_trace(features: Any, heads: Heads, step: StepContext) -> Mea
 
 def measure(shared: Features, losses: LocalLosses, step: StepContext, *, past: bool = False) -> Measured:
     """The gradients of all losses at the features."""
-    with step.engine.before_backward(losses, shared.leaves) as scale:
-        measured = Measured(losses, losses.gradients(shared.leaves, scale), shared.leaves, past)
+    saved: SavedBuffers = {}  # of modules in a checkpoint, which run again for these gradients
+    handle = register_module_forward_pre_hook(partial(remember_buffers, saved))
+    try:
+        with step.engine.before_backward(losses, shared.leaves) as scale:
+            measured = Measured(losses, losses.gradients(shared.leaves, scale), shared.leaves, past)
+    finally:
+        handle.remove()
+        if saved:
+            restore_buffers(saved)
     if isinstance(losses, TaskLosses) and not losses.counts_on_host:
         guard(losses, measured.gradients, step)
     return measured
@@ -149,11 +167,7 @@ def losses_at(
     for handle in handles:
         handle.remove()
     if [leaf._version for leaf in shared.leaves] != versions:
-        raise ValueError(
-            "a head changed the features in place (nn.ReLU(inplace=True) first?): the other heads would read "
-            "the changed values, and no gradient at the features would belong to one task; use the form out "
-            "of place"
-        )
+        raise ValueError(CHANGED)
     if not step.measure:
         return losses, False
     views = None if shared.branches is None else shared.branches.views
@@ -199,6 +213,8 @@ def look(
     tasks = step.tasks
     by_task = isinstance(losses, TaskLosses)
     outputs = losses.values if isinstance(losses, TaskLosses) else losses.outputs
+    if not follows and any(isinstance(tensor, nn.Parameter) for tensor in shared.originals):
+        raise ValueError(PARAMETERS)
     own = dict(enumerate([shared.leaves] if views is None else views))
     found = depends_on(outputs, {**own, _OUTSIDE: shared.originals}, shared.originals)
     pair: tuple[str, str] | None = None

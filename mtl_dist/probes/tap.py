@@ -135,7 +135,7 @@ class _Tap(torch.autograd.Function):
         ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         ctx.set_materialize_grads(False)
         views = (leaf.view_as(leaf) for _ in range(num_tasks) for leaf in leaves)
-        return leaves[0].new_zeros(()), *views
+        return leaves[0].new_zeros((), dtype=torch.float32), *views  # a leaf may be complex
 
     @staticmethod
     @once_differentiable

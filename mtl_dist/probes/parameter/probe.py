@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.engines import ZERO_3, in_graph, is_sharded, replayed
+from mtl_dist.engines import ZERO_3, buffers_kept, in_graph, is_sharded, replayed
 from mtl_dist.losses import Heads, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
 from mtl_dist.probes.parameter.rows import Trunk, check_same_parameters, parameter_rows, rows_of_losses
@@ -119,7 +119,7 @@ class ParameterProbe(Probe):
         counts = measured.losses.counts
         check_same_parameters(trunks[0], step, counts.device)
         sketch = None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + step.step)
-        with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale:
+        with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
             if measured.past:
                 blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, counts)
             else:

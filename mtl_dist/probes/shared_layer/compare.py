@@ -25,8 +25,12 @@ def compared(layer: Any, x: Any, step: StepContext) -> Any:
     Raises:
         ValueError: it is not, by `refuse`.
     """
-    base = next((kind for kind in _LINEAR if isinstance(layer, kind)), None)
-    if base is None or not isinstance(x, Tensor):  # such layers and inputs have their own check
+    base: Any = next((kind for kind in _LINEAR if isinstance(layer, kind)), None)
+    if type(layer).__name__ == "Conv1D":  # transformers' linear layer
+        base = type(layer)
+    if (
+        base is None or not isinstance(x, Tensor) or x.is_complex()
+    ):  # such layers and inputs have their own check
         return layer(x)
     found: list[Tensor] = []
 
@@ -34,7 +38,7 @@ def compared(layer: Any, x: Any, step: StepContext) -> Any:
         """Runs while an engine has the layer's parameters together, before its own hooks free them."""
         with torch.no_grad():
             own = inputs[0].dtype if inputs and isinstance(inputs[0], Tensor) else x.dtype
-            found.append(base.forward(module, x.detach().to(own)))  # type: ignore[attr-defined]
+            found.append(base.forward(module, x.detach().to(own)))
 
     handle = layer.register_forward_hook(plain, prepend=True)
     try:
