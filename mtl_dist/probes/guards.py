@@ -15,6 +15,11 @@ from mtl_dist.probes.base import StepContext
 
 _LOGGER = logging.getLogger("mtl_dist")
 
+FREED = "storage of size 0"  # what torch says of memory that an engine took away
+DERIVATIVE_OF_FREED = (
+    "a head takes a derivative through parameters that the engine freed after their forward (FSDP2): use DDP "
+    "or ZeRO 0-2 for PDE residuals and gradient penalties"
+)
 PARAMETERS = (
     "features hold a parameter. All ranks have the same one, so gradients there do not add over ranks as "
     "those at the samples' features do: use ParameterProbe(), or give the features that the samples have"

@@ -38,7 +38,16 @@ from mtl_dist.losses import (
     split,
 )
 from mtl_dist.probes.base import Reduced, StepContext
-from mtl_dist.probes.guards import PARAMETERS, differentiates, guard, in_words, reads_inside, tell_unconnected
+from mtl_dist.probes.guards import (
+    DERIVATIVE_OF_FREED,
+    FREED,
+    PARAMETERS,
+    differentiates,
+    guard,
+    in_words,
+    reads_inside,
+    tell_unconnected,
+)
 
 _OUTSIDE = -1  # key of the features themselves, where heads were given something in their place
 
@@ -160,10 +169,15 @@ def losses_at(
         for leaf in shared.leaves
         if step.measure and leaf.grad_fn is not None
     ]
-    if shared.branches is None:
-        losses = heads.at(shared.rebuild(), shared.leaves[0].device)
-    else:
-        losses = heads.on_views(shared.branches)
+    try:
+        if shared.branches is None:
+            losses = heads.at(shared.rebuild(), shared.leaves[0].device)
+        else:
+            losses = heads.on_views(shared.branches)
+    except RuntimeError as error:
+        if FREED not in str(error):
+            raise
+        raise ValueError(DERIVATIVE_OF_FREED) from error
     for handle in handles:
         handle.remove()
     if [leaf._version for leaf in shared.leaves] != versions:
