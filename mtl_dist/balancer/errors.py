@@ -28,6 +28,12 @@ def explain_nonfinite(tasks: Sequence[str], step: int, faults: Faults) -> ValueE
         for task, number, ranks in zip(tasks, faults.counts.tolist(), faults.rank_sums.tolist(), strict=True)
         if number > 0
     ]
+    if not bad:
+        return ValueError(
+            f"mtl_dist, step {step}: the scalar was differentiated with the factor 0 on a rank, as in "
+            "(0 * loss).backward(), and FeatureTap sees no gradient then. To leave a batch out, return None "
+            'from its heads; or give on_nonfinite="hold", which keeps the weights, or use FeatureProbe()'
+        )
     return ValueError(
         f"mtl_dist, step {step}: a loss or its gradient at the features is NaN or infinite: "
         f"{', '.join(bad)}. Look at that task's data and learning rate, or give "
@@ -40,9 +46,14 @@ def explain_refusal(tasks: Sequence[str], rule: Rule, stats: TaskStats) -> Value
     losses = dict(zip(tasks, stats.losses.tolist(), strict=True))
     if rule.positive_losses and min(losses.values()) <= 0:
         low = {task: value for task, value in losses.items() if value <= 0}
+        none = (
+            " A loss of exactly 0 that stands for a batch without samples of the task is no loss: return "
+            "None for it, or give its number of samples, counts={task: 0}."
+        )
         return ValueError(
             f"mtl_dist, step {stats.step}: {rule!r} takes logarithms or powers of losses and needs them > 0, "
-            f"got {low}. Add a constant that makes the loss positive, or use a rule that reads gradients"
+            f"got {low}.{none if 0 in low.values() else ''} Add a constant that makes the loss positive, or "
+            "use a rule that reads gradients"
         )
     return ValueError(
         f"mtl_dist, step {stats.step}: {rule!r} gave weights that are not finite, or too large for the "

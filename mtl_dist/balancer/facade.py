@@ -26,8 +26,8 @@ from mtl_dist.balancer.typed_call import TypedCall
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch, Watches
 from mtl_dist.engines import Engine, EngineView, will_run_again
-from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads
-from mtl_dist.probes import FeatureProbe, Probe
+from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
+from mtl_dist.probes import FeatureProbe, Probe, without_graph
 from mtl_dist.stats import StepReport
 from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
@@ -417,13 +417,16 @@ class Balancer(TypedCall):
         losses = heads.at(given, self._device_of(given))
         reduced = step.reduce(losses.stats())
         total = losses.total(step.decide(reduced, losses.dtype) * reduced.shares)
-        return total if total.requires_grad else total.requires_grad_()
+        return total if total.requires_grad else without_graph(total, losses, step)
 
     def _evaluated(self, given: Any, heads: Heads, layer: nn.Module | None) -> Tensor:
         if not heads.on_losses:
             given = given() if callable(given) else given
             given = given if layer is None else layer(given)
-        losses = heads.at(given)
+            with unchanged(given):
+                losses = heads.at(given)
+        else:
+            losses = heads.at(given)
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mtl_dist.engines import replayed
-from mtl_dist.losses import Features, Heads, LayerInput, LocalLosses, split
+from mtl_dist.losses import Features, Heads, LayerInput, LocalLosses, real, split
+from mtl_dist.probes import in_words
 from mtl_dist.stats import LocalStats
 
 
@@ -44,7 +46,7 @@ def detached(features: Any) -> Features:
 
 def measure(shared: Features, heads: Heads, *, with_stats: bool) -> Explicit:
     """Each task's loss and gradient at detached features, in an evaluation that leaves no trace."""
-    with replayed(leaf.device for leaf in shared.leaves), torch.enable_grad():
+    with replayed(leaf.device for leaf in shared.leaves), torch.enable_grad(), in_words():
         local = heads.at(shared.rebuild(), shared.leaves[0].device)
         means = _present_means(local)
         gradients = [_gradient(loss, shared) for loss in means]
@@ -72,11 +74,11 @@ def _gradient(loss: Tensor | None, shared: Features) -> Sequence[Tensor] | None:
 
 
 def _gram(gradients: Sequence[Sequence[Tensor] | None], counts: Tensor) -> Tensor:
-    length = next((sum(g.numel() for g in leaves) for leaves in gradients if leaves is not None), 0)
+    length = next((sum(real(g).numel() for g in leaves) for leaves in gradients if leaves is not None), 0)
     rows = [
         torch.zeros(length, dtype=counts.dtype, device=counts.device)
         if leaves is None
-        else torch.cat([g.flatten().to(counts.dtype) for g in leaves])
+        else torch.cat([real(g).flatten().to(counts.dtype) for g in leaves])
         for leaves in gradients
     ]
     matrix = torch.stack(rows)
@@ -87,5 +89,5 @@ def rows_touched(gradient: Sequence[Tensor]) -> Tensor:
     """`[B]` bool: samples where any leaf of at least two dimensions has a gradient."""
     batched = [g for g in gradient if g.dim() > 1] or list(gradient)
     size = len(batched[0]) if batched[0].dim() else 1
-    same = [g.reshape(size, -1) for g in batched if g.dim() and len(g) == size] or [batched[0].reshape(1, -1)]
-    return torch.cat(same, 1).ne(0).any(1)
+    same = [g for g in batched if g.dim() and len(g) == size] or [batched[0][None]]
+    return torch.cat([g.reshape(size, math.prod(g.shape[1:])) for g in same], 1).ne(0).any(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from typing import TypeVar
 
 from torch import Tensor
@@ -10,6 +11,20 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 Edge = tuple[Node, int]  # a node, and the number of its input where a gradient arrives
 T = TypeVar("T")
+# A parameter in another form is still a parameter: casts (autocast keeps them), transposes, views.
+_FORMS = {"TBackward0", "ToCopyBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0"}
+
+
+class Past(Enum):
+    """What a loss reads of a trunk other than its output.
+
+    Attributes:
+        INSIDE: something that the trunk computed on its way.
+        PARAMETER: one of the trunk's parameters itself, as a tied output head does.
+    """
+
+    INSIDE = 0
+    PARAMETER = 1
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -36,19 +51,23 @@ def nodes(output: Tensor, ends: Iterable[Node] = ()) -> Iterator[Node]:
         pending.extend(following for following, _ in node.next_functions)
 
 
-def depends_on(outputs: Iterable[Tensor | None], starts: Mapping[T, Iterable[Tensor]]) -> list[set[T]]:
+def depends_on(
+    outputs: Iterable[Tensor | None], starts: Mapping[T, Iterable[Tensor]], trunk: Iterable[Tensor] = ()
+) -> list[set[T | Past]]:
     """For each output, the keys of the tensors in its graph. What lies behind such a tensor is not searched.
 
     Args:
         outputs: tensors with or without a graph; None has none.
         starts: the tensors that are looked for, by any key.
+        trunk: tensors whose graph is looked for too; found as `Past`, where no start lies between.
     """
     marks = {edge_of(t): key for key, tensors in starts.items() for t in tensors if t.requires_grad}
-    return [_marks_behind(output, marks) for output in outputs]
+    inside = {node for tensor in trunk for node in nodes(tensor)}
+    return [_marks_behind(output, marks, inside) for output in outputs]
 
 
-def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T]) -> set[T]:
-    found: set[T] = set()
+def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T], inside: set[Node]) -> set[T | Past]:
+    found: set[T | Past] = set()
     pending: list[tuple[Node | None, int]] = []
     if output is not None and output.requires_grad:
         pending.append(edge_of(output))
@@ -59,7 +78,10 @@ def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T]) -> set[T]:
             continue
         if (node, number) in marks:
             found.add(marks[node, number])
-        else:
-            seen.add(node)
+            continue
+        seen.add(node)
+        if node not in inside or node.name() in _FORMS:
             pending.extend(node.next_functions)
+        else:
+            found.add(Past.PARAMETER if hasattr(node, "variable") else Past.INSIDE)
     return found

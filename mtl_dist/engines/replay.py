@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+SavedBuffers = dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]  # the buffer itself, and a copy
 
 
 @contextmanager
@@ -18,22 +21,37 @@ def replayed(devices: Iterable[torch.device]) -> Iterator[None]:
     Args:
         devices: where random numbers may be drawn, in addition to the CPU.
     """
-    saved: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+    with _forked_generators(devices), buffers_kept():
+        yield
 
-    def remember(module: nn.Module, _: Any) -> None:
-        for name, buffer in module.named_buffers(recurse=False):
-            saved.setdefault((module, name), (buffer, buffer.clone()))
 
-    handle = register_module_forward_pre_hook(remember)
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """After the block, the buffers of every module that ran in it are as they were before.
+
+    Gradients run modules too: those in a checkpoint, whose forward is computed again.
+    """
+    saved: SavedBuffers = {}
+    handle = register_module_forward_pre_hook(partial(remember_buffers, saved))
     try:
-        with _forked_generators(devices):
-            yield
+        yield
     finally:
         handle.remove()
-        with torch.no_grad():
-            for (module, name), (buffer, before) in saved.items():
-                module._buffers[name] = buffer  # a module may have replaced the tensor
-                buffer.data.copy_(before)  # the data: a graph made inside may have saved the buffer
+        restore_buffers(saved)
+
+
+def remember_buffers(saved: SavedBuffers, module: nn.Module, _: Any) -> None:
+    """Hook before the forward of a module: copies its buffers, once."""
+    for name, buffer in module.named_buffers(recurse=False):
+        saved.setdefault((module, name), (buffer, buffer.clone()))
+
+
+@torch.no_grad()
+def restore_buffers(saved: SavedBuffers) -> None:
+    """Brings all of them back."""
+    for (module, name), (buffer, before) in saved.items():
+        module._buffers[name] = buffer  # a module may have replaced the tensor
+        buffer.data.copy_(before)  # the data: a graph made inside may have saved the buffer
 
 
 @contextmanager

@@ -31,12 +31,14 @@ class EngineView:
         facts: what the balancer was told.
         partitioned: whether the engine frees parameters after each use (ZeRO-3); None: not known yet.
         units: what FSDP2 shards, found at the first gradient; None where there is nothing of it.
+        told: what the user was told once, by any key.
     """
 
     def __init__(self) -> None:
         self.facts = Engine()
         self.partitioned: bool | None = None
         self.units: Units | None = None
+        self.told: set[object] = set()
         self._looked_for_units = False
         self._said_half = False
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from mtl_dist.losses.base import Counts, Head, HeadFunctions, Heads, LocalLosses, Losses, Refuse
-from mtl_dist.losses.features import Branches, Features, LayerInput, Views, anchored, split
-from mtl_dist.losses.gradients import FeatureGradients, Gradients, gradient_gram
+from mtl_dist.losses.features import (
+    CHANGED,
+    Branches,
+    Features,
+    LayerInput,
+    Views,
+    anchored,
+    split,
+    unchanged,
+)
+from mtl_dist.losses.gradients import FeatureGradients, Gradients, gradient_gram, real
 from mtl_dist.losses.read import read_heads
 from mtl_dist.losses.samples import GivenSampleLosses, SampleHeads, SampleLosses
-from mtl_dist.losses.tasks import GivenLosses, HeadMapping, JointHeads, TaskLosses, check_names, collect
+from mtl_dist.losses.tasks import (
+    GivenLosses,
+    HeadMapping,
+    JointHeads,
+    TaskLosses,
+    check_names,
+    collect,
+    nan_and_empty,
+)
 
 __all__ = [
+    "CHANGED",
     "Branches",
     "Counts",
     "FeatureGradients",
@@ -34,6 +52,9 @@ __all__ = [
     "check_names",
     "collect",
     "gradient_gram",
+    "nan_and_empty",
     "read_heads",
+    "real",
     "split",
+    "unchanged",
 ]

@@ -70,8 +70,8 @@ class FeatureGradients:
         rows = owner.flatten()
         for gradient in self.sets[0]:
             if gradient is not None:
-                width = math.prod(gradient.shape[owner.dim() :])
-                flat = gradient.detach().reshape(len(rows), width)
+                own = real(gradient.detach())
+                flat = own.reshape(len(rows), math.prod(own.shape[owner.dim() :]))
                 norms = torch.linalg.vector_norm(flat, dim=1, dtype=squares.dtype)
                 squares.index_add_(0, rows, norms.square())
         return squares
@@ -88,10 +88,15 @@ def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     return _added_products(gram, rows)
 
 
+def real(gradient: Tensor) -> Tensor:
+    """A gradient in real coordinates: those of a complex number are its two parts."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
 def _added_products(gram: Tensor, rows: Sequence[Gradients]) -> Tensor:
     """`gram` with the inner products of n gradients added in place."""
     for leaf in zip(*rows, strict=True):
-        _add_products(gram, [None if g is None else g.detach().flatten() for g in leaf])
+        _add_products(gram, [None if g is None else real(g.detach()).flatten() for g in leaf])
     return gram
 
 

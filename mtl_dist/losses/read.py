@@ -40,9 +40,9 @@ def read_heads(
     if mask is not None:
         raise ValueError("mask= goes with task_ids=; losses by task take their number in counts=")
     if heads is None:
-        return GivenLosses(counts, tasks)
+        return GivenLosses(counts, tasks, refuse)
     if isinstance(heads, Mapping):
-        return HeadMapping(heads, counts, tasks)
+        return HeadMapping(heads, counts, tasks, refuse)
     if not callable(heads):
         raise TypeError(f"heads must be a mapping of functions or a function, got {type(heads).__name__}")
-    return JointHeads(heads, counts, tasks)
+    return JointHeads(heads, counts, tasks, refuse)

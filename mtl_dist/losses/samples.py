@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mtl_dist.losses.base import Heads, LocalLosses, Refuse
 from mtl_dist.losses.gradients import FeatureGradients
+from mtl_dist.losses.silence import silence_rows
+from mtl_dist.losses.tasks import on_host
 from mtl_dist.stats import LocalStats, stats_dtype
 
 
@@ -130,9 +132,30 @@ class GivenSampleLosses(Heads):
         n = len(self.tasks)
         unknown = (flat_mask != 0) & ((of_loss < 0) | (of_loss >= n))
         self.refuse(unknown.any(), partial(_unknown_ids, of_loss, unknown, n))
+        if self.mask is not None:
+            self._cut_off(given, mask)
         flat = given.flatten().to(dtype)
         flat = torch.where(flat_mask != 0, flat, torch.zeros_like(flat))  # what does not count may be NaN
         return SampleLosses(flat, of_loss.clamp(0, n - 1), flat_mask, ids.clamp(0, n - 1), n)
+
+    def _cut_off(self, losses: Tensor, mask: Tensor) -> None:
+        """Hidden samples have no gradient, also where their losses are NaN.
+
+        Raises:
+            ValueError: a mask that holds no weights; NaN losses where only the device sees them; by `refuse`.
+        """
+        if mask.is_floating_point():
+            self.refuse(~((mask >= 0) & mask.isfinite()).all(), partial(_wrong_mask, mask, self.tasks))
+        elif mask.dtype not in (torch.bool, torch.uint8):
+            self.refuse((mask < 0).any(), partial(_wrong_mask, mask, self.tasks))
+        if not losses.requires_grad:
+            return
+        hidden = mask == 0
+        unsafe = (hidden & ~losses.detach().isfinite()).any()
+        if not on_host(losses):
+            self.refuse(unsafe, _nan_behind_the_mask)
+        elif unsafe:
+            silence_rows(losses, hidden)
 
 
 @dataclass(frozen=True)
@@ -169,6 +192,21 @@ def _checked_mask(mask: Any, losses: Tensor) -> Tensor:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"mask must be a tensor of the losses' shape, {tuple(losses.shape)}; got {got}")
     return mask.to(losses.device, non_blocking=True)
+
+
+def _wrong_mask(mask: Tensor, tasks: Sequence[str]) -> ValueError:
+    wrong = sorted(set(mask[~((mask >= 0) & mask.isfinite())].tolist()))
+    return ValueError(
+        f"mask= holds how much each sample counts, numbers >= 0 (tasks {list(tasks)}); got {wrong[:8]}"
+    )
+
+
+def _nan_behind_the_mask() -> ValueError:
+    return ValueError(
+        "mask= hides samples whose losses are NaN or infinite, and their gradients in the parameters of the "
+        "heads are NaN too: replace the labels before the loss, labels = torch.where(mask, labels, 0), or "
+        "leave these samples out of the batch"
+    )
 
 
 def _described(value: Any) -> str:

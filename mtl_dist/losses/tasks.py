@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
-from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses
+from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses, Refuse
 from mtl_dist.losses.features import Branches, Views
 from mtl_dist.losses.gradients import FeatureGradients, Gradients
+from mtl_dist.losses.silence import silence
 from mtl_dist.stats import LocalStats, stats_dtype
 
 
@@ -24,12 +27,16 @@ class TaskLosses(LocalLosses):
         counts: `[n]`, 0 where the task is absent.
         views: n sets of views of the features, where each loss depends only on its own set; the gradients of
             all losses then take one pass. None: one pass per task.
+        empty: tasks whose count the host knows to be 0, so that their losses have no gradient.
+        counts_on_host: whether the host knew every count.
         dtype: float64 where a loss is, else float32.
     """
 
     values: tuple[Tensor | None, ...]
     counts: Tensor
     views: Views | None = None
+    empty: frozenset[int] = frozenset()
+    counts_on_host: bool = True
     dtype: torch.dtype = torch.float32
 
     @property
@@ -66,6 +73,11 @@ class TaskLosses(LocalLosses):
         losses = torch.where(self.counts > 0, losses, torch.zeros_like(losses))
         return torch.dot(coefficients.detach().to(losses.dtype), losses)
 
+    def nan_and_empty(self) -> Tensor:
+        """`[n]` bool, tasks with count 0 and a loss that is NaN or infinite."""
+        losses = self._stacked(self.values, self.counts.dtype).detach()
+        return (self.counts == 0) & ~losses.isfinite()
+
     def _stacked(self, values: Iterable[Tensor | None], dtype: torch.dtype) -> Tensor:
         absent = torch.zeros((), dtype=dtype, device=self.counts.device)
         return torch.stack([absent if value is None else value.to(dtype) for value in values])
@@ -79,11 +91,13 @@ class HeadMapping(Heads):
         functions: by task, from the features to the local mean loss (None: no sample on this rank).
         counts: samples behind each mean, as the user gave them.
         tasks: the n task names.
+        refuse: raises an error on this rank, and tells the other ranks.
     """
 
     functions: Mapping[str, Head]
     counts: Counts | None
     tasks: Sequence[str]
+    refuse: Refuse | None = None
 
     separable: ClassVar[bool] = True
 
@@ -91,7 +105,7 @@ class HeadMapping(Heads):
         """Every function on the same features."""
         check_names(self.functions, "heads", self.tasks)
         values = {task: self.functions[task](given) for task in self.tasks if task in self.functions}
-        return collect(values, self.counts, self.tasks, device)
+        return collect(values, self.counts, self.tasks, device, self.refuse)
 
     def on_views(self, branches: Branches) -> TaskLosses:
         """Every function on its own copy of the features."""
@@ -101,7 +115,7 @@ class HeadMapping(Heads):
             for task, copy in zip(self.tasks, branches.copies, strict=True)
             if task in self.functions
         }
-        return collect(values, self.counts, self.tasks, branches.views[0][0].device)
+        return collect(values, self.counts, self.tasks, branches.views[0][0].device, self.refuse)
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,13 @@ class JointHeads(Heads):
         function: from the features to a mapping of local mean losses by task.
         counts: as for `HeadMapping`.
         tasks: the n task names.
+        refuse: as for `HeadMapping`.
     """
 
     function: Callable[[Any], Losses]
     counts: Counts | None
     tasks: Sequence[str]
+    refuse: Refuse | None = None
 
     def at(self, given: Any, device: torch.device | None = None) -> TaskLosses:
         """The function on the features."""
@@ -125,7 +141,7 @@ class JointHeads(Heads):
             raise TypeError(
                 f"the heads function must return a mapping of losses, got {type(losses).__name__}"
             )
-        return collect(losses, self.counts, self.tasks, device)
+        return collect(losses, self.counts, self.tasks, device, self.refuse)
 
 
 @dataclass(frozen=True)
@@ -135,10 +151,12 @@ class GivenLosses(Heads):
     Attributes:
         counts: as for `HeadMapping`.
         tasks: the n task names.
+        refuse: as for `HeadMapping`.
     """
 
     counts: Counts | None
     tasks: Sequence[str]
+    refuse: Refuse | None = None
 
     on_losses: ClassVar[bool] = True
 
@@ -149,22 +167,28 @@ class GivenLosses(Heads):
                 f"balancer(losses) takes a mapping from task to loss, got {type(given).__name__}; "
                 "with features, give the heads too: balancer(features, heads)"
             )
-        return collect(given, self.counts, self.tasks, device)
+        return collect(given, self.counts, self.tasks, device, self.refuse)
 
 
 def collect(
-    losses: Losses, counts: Counts | None, tasks: Sequence[str], device: torch.device | None = None
+    losses: Losses,
+    counts: Counts | None,
+    tasks: Sequence[str],
+    device: torch.device | None = None,
+    refuse: Refuse | None = None,
 ) -> TaskLosses:
-    """Checks a mapping of losses and puts it in task order.
+    """Checks a mapping of losses and puts it in task order. Losses with count 0 have no gradient.
 
     Args:
         losses: scalar tensor by task; None or missing where this rank has no sample of the task.
         counts: samples (or tokens) behind each mean, by task; None: 1 for each task present.
         tasks: the n task names.
         device: where the statistics are wanted; None: where the losses are.
+        refuse: raises an error that only the device knows of; None: the host looks at once.
 
     Raises:
-        ValueError: an unknown task, a loss that is not a floating-point scalar, a count missing or negative.
+        ValueError: an unknown task, a loss that is not a floating-point scalar, a count that is missing or no
+            number of samples; a NaN loss whose count is 0, where only the device knows the count.
     """
     check_names(losses, "loss mapping", tasks)
     check_names(counts or {}, "count mapping", tasks)
@@ -172,8 +196,47 @@ def collect(
     if device is None:
         device = next((value.device for value in values if value is not None), torch.device("cpu"))
     double = torch.float64 in {value.dtype for value in values if value is not None}
-    vector = _count_vector(values, counts, tasks, device)
-    return TaskLosses(values, vector, dtype=torch.float64 if double else torch.float32)
+    total = torch.float64 if double else torch.float32
+    if counts is None:
+        present = [float(value is not None) for value in values]
+        vector = torch.tensor(present, dtype=stats_dtype(device)).to(device)
+        return TaskLosses(values, vector, dtype=total)
+    return replace(_counted(values, counts, tasks, device, refuse or _look), dtype=total)
+
+
+def _counted(
+    values: tuple[Tensor | None, ...],
+    counts: Counts,
+    tasks: Sequence[str],
+    device: torch.device,
+    refuse: Refuse,
+) -> TaskLosses:
+    entries = [
+        0.0 if value is None else _count(task, counts) for task, value in zip(tasks, values, strict=True)
+    ]
+    empty = frozenset([i for i, count in enumerate(entries) if isinstance(count, float) and count == 0])
+    idle = [value for i, value in enumerate(values) if i in empty and _has_graph(value)]
+    if idle:
+        silence(idle, [value for i, value in enumerate(values) if i not in empty and _has_graph(value)])
+    dtype = stats_dtype(device)
+    if all(isinstance(entry, float) for entry in entries):  # one transfer, not n
+        return TaskLosses(values, torch.tensor(entries, dtype=dtype).to(device), empty=empty)
+    vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
+    losses = TaskLosses(values, vector, empty=empty, counts_on_host=False)
+    wrong = ~((vector >= 0) & vector.isfinite())
+    refuse(wrong.any(), partial(_wrong_counts, tasks, vector))
+    hollow = losses.nan_and_empty()
+    refuse(hollow.any(), partial(nan_and_empty, tasks, hollow))
+    return losses
+
+
+def _has_graph(value: Tensor | None) -> TypeGuard[Tensor]:
+    return value is not None and value.requires_grad
+
+
+def _look(flag: Tensor, explain: Callable[[], Exception]) -> None:
+    if flag:
+        raise explain()
 
 
 def check_names(given: Iterable[str], what: str, tasks: Sequence[str]) -> None:
@@ -195,23 +258,50 @@ def _scalar(task: str, value: Tensor | None) -> Tensor | None:
     return value.reshape(())
 
 
-def _count_vector(
-    values: Sequence[Tensor | None], counts: Counts | None, tasks: Sequence[str], device: torch.device
-) -> Tensor:
-    dtype = stats_dtype(device)
-    if counts is None:
-        return torch.tensor([float(value is not None) for value in values], dtype=dtype).to(device)
-    entries: list[Tensor] = []
-    for task, value in zip(tasks, values, strict=True):
-        count = 0.0 if value is None else counts.get(task)
-        if count is None:
-            raise ValueError(f"task {task!r} has a loss but no count; counts has {sorted(counts)}")
-        if not isinstance(count, Tensor) and not count >= 0:
-            raise ValueError(f"the count of task {task!r} must be >= 0, got {count}")
-        entries.append(torch.as_tensor(count, dtype=dtype).reshape(()))
-    on_host = all(entry.device.type == "cpu" for entry in entries)
-    # one transfer, not n
-    return torch.stack(entries).to(device) if on_host else torch.stack([e.to(device) for e in entries])
+def _count(task: str, counts: Counts) -> float | Tensor:
+    """The count of a task that has a loss: a number, or a tensor whose value only the device knows."""
+    count: Any = counts.get(task)
+    if count is None:
+        raise ValueError(f"task {task!r} has a loss but no count; counts has {sorted(counts)}")
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.is_complex():
+            raise ValueError(_no_count(task, f"{count.dtype} of shape {tuple(count.shape)}"))
+        if not on_host(count):
+            return count.detach().reshape(())
+    try:
+        number = math.nan if isinstance(count, (str, bytes)) else float(count)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(_no_count(task, repr(count)))
+    return number
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting."""
+    return tensor.device.type == "cpu"
+
+
+def _no_count(task: str, got: str) -> str:
+    return (
+        f"the count of task {task!r} must be >= 0, got {got}: give one finite number, how many samples (or "
+        "tokens) are behind its mean loss on this rank"
+    )
+
+
+def _wrong_counts(tasks: Sequence[str], counts: Tensor) -> ValueError:
+    pairs = zip(tasks, counts.tolist(), strict=True)
+    return ValueError("; ".join(_no_count(t, str(c)) for t, c in pairs if not 0 <= c < math.inf))
+
+
+def nan_and_empty(tasks: Sequence[str], empty: Tensor) -> ValueError:
+    """The error for tasks (`[n]` bool) with count 0 whose loss or gradient is NaN."""
+    names = [task for task, is_empty in zip(tasks, empty.tolist(), strict=True) if is_empty]
+    return ValueError(
+        f"task {names} has count 0, and its loss is NaN or has NaN gradients: a mean over nothing. They "
+        "reach the parameters of its head, whatever its weight. Return None from the head where there is no "
+        "sample, give the count as a number that the host knows, or divide by mask.sum().clamp(min=1)"
+    )
 
 
 def _scaled(loss: Tensor | None, scale: Tensor | None) -> Tensor | None:

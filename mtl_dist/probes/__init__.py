@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtl_dist.probes.base import Probe, Reduced, StepContext
 from mtl_dist.probes.feature import FeatureProbe
+from mtl_dist.probes.guards import in_words, without_graph
 from mtl_dist.probes.parameter import ParameterProbe
 from mtl_dist.probes.shared_layer import SharedLayerProbe
 from mtl_dist.probes.tap import FeatureTap
@@ -16,4 +17,6 @@ __all__ = [
     "Reduced",
     "SharedLayerProbe",
     "StepContext",
+    "in_words",
+    "without_graph",
 ]

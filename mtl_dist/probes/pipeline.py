@@ -13,11 +13,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mtl_dist.engines import ZERO_3, depends_on, find_partitioned, replayed
+from mtl_dist.engines import (
+    ZERO_3,
+    Past,
+    SavedBuffers,
+    depends_on,
+    find_partitioned,
+    remember_buffers,
+    replayed,
+    restore_buffers,
+)
 from mtl_dist.losses import (
-    Branches,
+    CHANGED,
     FeatureGradients,
     Features,
     Heads,
@@ -28,6 +38,18 @@ from mtl_dist.losses import (
     split,
 )
 from mtl_dist.probes.base import Reduced, StepContext
+from mtl_dist.probes.guards import (
+    DERIVATIVE_OF_FREED,
+    FREED,
+    PARAMETERS,
+    differentiates,
+    guard,
+    in_words,
+    reads_inside,
+    tell_unconnected,
+)
+
+_OUTSIDE = -1  # key of the features themselves, where heads were given something in their place
 
 
 @dataclass(frozen=True)
@@ -38,11 +60,14 @@ class Measured:
         losses: of this rank.
         gradients: of these losses.
         leaves: of the features, where the gradients were taken.
+        past: whether a loss reaches the trunk other than through the features, so that the gradients at the
+            features are not all.
     """
 
     losses: LocalLosses
     gradients: FeatureGradients
     leaves: tuple[Tensor, ...]
+    past: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,7 @@ def evaluate(
     *,
     reevaluate: bool | None = None,
     before: Measured | None = None,
+    follows: bool = False,
 ) -> Evaluation:
     """Runs the heads, and takes the gradients of all losses at the features.
 
@@ -77,19 +103,20 @@ def evaluate(
         reevaluate: measure in an evaluation of its own, which leaves no trace, and run the heads again for
             the backward; None: where the engine needs it.
         before: such a measurement, if the probe has made it already.
+        follows: whether the probe can follow losses that reach the trunk other than through the features.
 
     Raises:
-        ValueError: a head that changes the features in place, or reads them past its argument;
-            `reevaluate=False` where the engine needs it.
+        ValueError: a head that changes the features in place, reads them past its argument, or reaches the
+            trunk past them; `reevaluate=False` where the engine needs it.
     """
     if step.measure and before is None and _reevaluates(reevaluate, features, heads, step):
         before = measure_without_trace(features, heads, step)
     shared = split(features, detach=False, num_branches=_num_branches(heads, step))
-    losses = losses_at(shared, heads, step)
+    losses, past = losses_at(shared, heads, step, follows=follows and before is None)
     if before is not None:
         check_same(before.losses, losses, step)
     elif step.measure:
-        before = measure(shared, losses, step)
+        before = measure(shared, losses, step, past=past)
     return Evaluation(shared, losses, before)
 
 
@@ -104,35 +131,66 @@ def measure_without_trace(features: Any, heads: Heads, step: StepContext) -> Mea
     """A measurement on detached features, with random state and module buffers as they were before."""
     shared = split(features, detach=True, num_branches=_num_branches(heads, step))
     with replayed(leaf.device for leaf in shared.leaves):
-        return measure(shared, losses_at(shared, heads, step), step)
+        with in_words():
+            losses, _ = losses_at(shared, heads, step)
+        return measure(shared, losses, step)
 
 
-def measure(shared: Features, losses: LocalLosses, step: StepContext) -> Measured:
+def measure(shared: Features, losses: LocalLosses, step: StepContext, *, past: bool = False) -> Measured:
     """The gradients of all losses at the features."""
-    with step.engine.before_backward(losses, shared.leaves) as scale:
-        return Measured(losses, losses.gradients(shared.leaves, scale), shared.leaves)
+    saved: SavedBuffers = {}  # of modules in a checkpoint, which run again for these gradients
+    handle = register_module_forward_pre_hook(partial(remember_buffers, saved))
+    try:
+        with step.engine.before_backward(losses, shared.leaves) as scale:
+            measured = Measured(losses, losses.gradients(shared.leaves, scale), shared.leaves, past)
+    finally:
+        handle.remove()
+        if saved:
+            restore_buffers(saved)
+    if isinstance(losses, TaskLosses) and not losses.counts_on_host:
+        guard(losses, measured.gradients, step)
+    return measured
 
 
-def losses_at(shared: Features, heads: Heads, step: StepContext) -> LocalLosses:
-    """The losses of the heads on the features.
+def losses_at(
+    shared: Features, heads: Heads, step: StepContext, *, follows: bool = False
+) -> tuple[LocalLosses, bool]:
+    """The losses of the heads on the features, and whether one of them reaches the trunk past these.
 
     Raises:
-        ValueError: a head changed the features in place.
+        ValueError: a head changed the features in place; or, where gradients are wanted, a loss reads the
+            features or the trunk other than through its argument.
     """
     if step.engine.units is not None:
         step.engine.units.release()
     versions = [leaf._version for leaf in shared.leaves]
-    if shared.branches is None:
-        losses = heads.at(shared.rebuild(), shared.leaves[0].device)
-    else:
-        losses = _on_views(shared, shared.branches, heads, step.tasks)
+    crossed: list[Any] = []
+    handles = [
+        leaf.grad_fn.register_hook(lambda *_: crossed.append(None))
+        for leaf in shared.leaves
+        if step.measure and leaf.grad_fn is not None
+    ]
+    try:
+        if shared.branches is None:
+            losses = heads.at(shared.rebuild(), shared.leaves[0].device)
+        else:
+            losses = heads.on_views(shared.branches)
+    except RuntimeError as error:
+        if FREED not in str(error):
+            raise
+        raise ValueError(DERIVATIVE_OF_FREED) from error
+    for handle in handles:
+        handle.remove()
     if [leaf._version for leaf in shared.leaves] != versions:
-        raise ValueError(
-            "a head changed the features in place (nn.ReLU(inplace=True) first?): the other heads would read "
-            "the changed values, and no gradient at the features would belong to one task; use the form out "
-            "of place"
-        )
-    return losses
+        raise ValueError(CHANGED)
+    if not step.measure:
+        return losses, False
+    views = None if shared.branches is None else shared.branches.views
+    pair, past = look(losses, views, shared, step, crossed=bool(crossed), follows=follows)
+    if views is not None and pair is None:
+        assert isinstance(losses, TaskLosses)  # separable heads give losses by task
+        losses = replace(losses, views=views)
+    return losses, past
 
 
 def _num_branches(heads: Heads, step: StepContext) -> int:
@@ -140,36 +198,63 @@ def _num_branches(heads: Heads, step: StepContext) -> int:
     return len(step.tasks) if heads.separable and step.measure else 0
 
 
-def _on_views(shared: Features, branches: Branches, heads: Heads, tasks: Sequence[str]) -> LocalLosses:
-    losses = heads.on_views(branches)
-    assert isinstance(losses, TaskLosses)  # separable heads give losses by task
-    apart = entangled(losses, branches.views, shared, tasks) is None
-    return replace(losses, views=branches.views) if apart else losses
+def look(
+    losses: LocalLosses,
+    views: Views | None,
+    shared: Features,
+    step: StepContext,
+    *,
+    crossed: bool = False,
+    follows: bool = False,
+) -> tuple[tuple[str, str] | None, bool]:
+    """Whether the gradient of each loss at the features is what its weight is about.
 
+    Args:
+        losses: of the heads.
+        views: of the features, for each task; None: all heads were given the same features.
+        shared: the features.
+        step: this step.
+        crossed: whether a head took a derivative past the features.
+        follows: as for `evaluate`.
 
-def entangled(
-    losses: TaskLosses, views: Views, shared: Features, tasks: Sequence[str]
-) -> tuple[str, str] | None:
-    """A task whose loss depends on the views of another task, and that other task; None: there is none.
-
-    This happens when heads share a lazy decoder: the first head computes it, the others reuse the result.
+    Returns:
+        A task whose loss depends on the views of another task, and that other task (heads share a lazy
+        decoder: the first head computes it, the others reuse the result); None: there is none. And whether a
+        loss reaches the trunk other than through the features.
 
     Raises:
-        ValueError: a loss depends on the features past its views, where its gradient cannot be seen.
+        ValueError: a loss does so, and the probe cannot follow it.
     """
-    outside = len(tasks)
-    found = depends_on(losses.values, {**dict(enumerate(views)), outside: shared.originals})
+    tasks = step.tasks
+    by_task = isinstance(losses, TaskLosses)
+    outputs = losses.values if isinstance(losses, TaskLosses) else losses.outputs
+    if not follows and any(isinstance(tensor, nn.Parameter) for tensor in shared.originals):
+        raise ValueError(PARAMETERS)
+    own = dict(enumerate([shared.leaves] if views is None else views))
+    found = depends_on(outputs, {**own, _OUTSIDE: shared.originals}, shared.originals)
+    pair: tuple[str, str] | None = None
+    past = False
     for task, keys in enumerate(found):
-        others = keys - {task}
-        if outside in others:
+        whose = f"the loss of task {tasks[task]!r}" if by_task else "the loss of a sample"
+        inside = {key for key in keys if isinstance(key, int) and key != _OUTSIDE}
+        beside = Past.INSIDE in keys or (Past.PARAMETER in keys and (crossed or follows))
+        if crossed and (beside or _OUTSIDE in keys):
+            beside = True
+            if not follows:
+                raise ValueError(differentiates(whose))
+        elif _OUTSIDE in keys:
             raise ValueError(
-                f"the loss of task {tasks[task]!r} depends on the features other than through the argument "
-                "of its function, so its gradient there cannot be measured: write "
-                "balancer(z, {task: lambda z: ...}) and use that z"
+                f"{whose} depends on the features other than through the argument of its function, so its "
+                "gradient there cannot be measured: write balancer(z, {task: lambda z: ...}) and use that z"
             )
-        if others:
-            return tasks[task], tasks[min(others)]
-    return None
+        elif Past.INSIDE in keys and (inside or Past.PARAMETER in keys) and not follows:
+            raise ValueError(reads_inside(whose))
+        past = past or beside
+        if not inside and not (beside and follows):
+            tell_unconnected(whose, task, outputs[task], losses, step)
+        if by_task and views is not None and pair is None and inside - {task}:
+            pair = tasks[task], tasks[min(inside - {task})]
+    return pair, past
 
 
 def _reevaluates(wanted: bool | None, features: Any, heads: Heads, step: StepContext) -> bool:

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from mtl_dist.losses import Branches, Features, Heads, TaskLosses, Views, gradient_gram, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext
-from mtl_dist.probes.pipeline import entangled
+from mtl_dist.probes.guards import protect
+from mtl_dist.probes.pipeline import look
 from mtl_dist.stats import LocalStats
 
 
@@ -57,7 +58,9 @@ class FeatureTap(Probe):
         losses = heads.on_views(branches)
         assert isinstance(losses, TaskLosses)  # separable heads give losses by task
         if step.measure:
-            _check_apart(losses, branches.views, shared, step.tasks)
+            _check_apart(losses, branches.views, shared, step)
+        if not losses.counts_on_host:
+            protect(losses, branches.views)
         tap.begin(step.reduce(losses.stats()))
         total = losses.total(tap.forward.shares)
         # the anchor brings the backward, and its collective, to ranks where no task is present
@@ -65,8 +68,8 @@ class FeatureTap(Probe):
         return root
 
 
-def _check_apart(losses: TaskLosses, views: Views, shared: Features, tasks: Sequence[str]) -> None:
-    pair = entangled(losses, views, shared, tasks)
+def _check_apart(losses: TaskLosses, views: Views, shared: Features, step: StepContext) -> None:
+    pair, _ = look(losses, views, shared, step)
     if pair is not None:
         raise ValueError(
             f"FeatureTap: the loss of task {pair[0]!r} depends on what the head of task {pair[1]!r} computed "
@@ -134,7 +137,9 @@ class _TapStep:
                 )
             gram = self._local_gram(rows)
             zeros = gram.new_zeros(len(gram))
-            later = self.step.reduce(LocalStats(zeros, zeros, gram))
+            # with a factor of 0 nothing can be measured, and no task is to blame
+            faulty = ~gram.diagonal().isfinite() & (self.scale != 0)
+            later = self.step.reduce(LocalStats(zeros, zeros, gram), faulty)
             self.weights = self.step.decide(self.forward.with_gram(later))
         elif self.step.measure:
             raise RuntimeError(
@@ -162,13 +167,19 @@ class _Tap(torch.autograd.Function):
         ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         ctx.set_materialize_grads(False)
         views = (leaf.view_as(leaf) for _ in range(num_tasks) for leaf in leaves)
-        return leaves[0].new_zeros(()), *views
+        return leaves[0].new_zeros((), dtype=torch.float32), *views  # a leaf may be complex
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         m = len(gradients) // ctx.num_tasks
         rows = [gradients[i * m : (i + 1) * m] for i in range(ctx.num_tasks)]
+        if ctx.step.reduced is None:
+            raise ValueError(
+                "FeatureTap: a head takes a derivative with respect to something before the features (a PDE "
+                "residual, a gradient penalty), and the tap weighs every gradient that passes there. Use "
+                "ParameterProbe(), or a rule that reads losses only"
+            )
         weights = ctx.step.decide(rows)
         sums = (_weighted_sum(weights, leaf) for leaf in zip(*rows, strict=True))
         # zeros, not None, where no task is present: engines wait for every trunk parameter

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mtl_dist.engines import Edge, edge_of, is_partitioned, is_there, kept
-from mtl_dist.probes.parameter.segments import Plan, Segment
+from mtl_dist.probes.parameter.segments import Plan, Segment, variable
 
 
 def stream(
@@ -41,6 +41,33 @@ def stream(
                     _of_group(held, segment, number, restore)
                     for held, segment in zip(carried, segments, strict=True)
                 )
+
+
+def direct(
+    losses: Sequence[Tensor | None], scale: Tensor | None, plan: Plan
+) -> Iterator[Iterator[Sequence[Tensor | None]]]:
+    """As `stream`, of losses that reach the parameters on other ways too.
+
+    Each goes back through its whole graph. It takes one pass for each task and each group of parameters.
+
+    Args:
+        losses: of the tasks; None where there is none.
+        scale: scalar to differentiate the losses with; None: 1.
+        plan: of the graph behind the features, which names the parameters.
+    """
+    for group in plan.groups:
+        parameters = [variable(leaf) for leaf in group]
+        yield (_of_loss(loss, scale, parameters) for loss in losses)
+
+
+def _of_loss(
+    loss: Tensor | None, scale: Tensor | None, parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if loss is None or not loss.requires_grad:
+        return [None] * len(parameters)
+    if scale is not None:
+        loss = scale.to(torch.float32) * loss.to(torch.float32)
+    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
 def _check_there(plan: Plan) -> None:

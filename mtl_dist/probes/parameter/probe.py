@@ -9,15 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.engines import ZERO_3, in_graph, is_sharded, replayed
+from mtl_dist.engines import ZERO_3, buffers_kept, in_graph, is_sharded, replayed
 from mtl_dist.losses import Heads, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
-from mtl_dist.probes.parameter.rows import Trunk, check_same_parameters, parameter_rows
+from mtl_dist.probes.parameter.rows import Trunk, check_same_parameters, parameter_rows, rows_of_losses
 from mtl_dist.probes.pipeline import Measured, evaluate, measure_without_trace, weigh
 from mtl_dist.probes.sketch import CountSketch
 from mtl_dist.probes.summed import summed_gram
 
 Parameters = Callable[[], Iterable[Tensor]]
+_PAST_UNITS = (
+    "ParameterProbe: a loss reaches the trunk other than through the features (a PDE residual, a gradient "
+    "penalty, a tied weight, something that the trunk computed on its way), and FSDP2 shards the parameters "
+    "there: use DDP or ZeRO 0-2 for such losses, or FeatureProbe() where they only share a tied weight"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class ParameterProbe(Probe):
     engine frees parameters after use (ZeRO-3): the trunk is then evaluated once more for each task, on the
     same random state, and n graphs of it exist at once. Everywhere else (plain torch, DDP, FSDP2, ZeRO 0-2)
     the graph of the features is used.
+
+    Losses may reach the shared parameters on other ways too: by derivatives with respect to the trunk's input
+    (PDE residuals, gradient penalties), by a tied weight, or by something that the trunk computed on its way.
+    The gradients of the losses themselves are then taken, by n backward passes through everything for each
+    bucket (not under FSDP2 and ZeRO-3, where such losses are refused).
 
     Tensor hooks that change a gradient on its way may be applied twice; use autograd functions for that.
 
@@ -91,10 +101,13 @@ class ParameterProbe(Probe):
             step,
             reevaluate=False if before is None else None,
             before=before,
+            follows=True,
         )
         if batch.measured is not None and before is None:
             trunk = Trunk.below(batch.shared.leaves, self._wanted(), self.bucket)
             trunks = [trunk] * len(step.tasks)
+            if batch.measured.past and trunk.plan.units:
+                raise ValueError(_PAST_UNITS)
         reduced = step.reduce(batch.losses.stats())
         if batch.measured is not None:
             reduced = self._with_gram(reduced, batch.measured, trunks, step)
@@ -106,8 +119,11 @@ class ParameterProbe(Probe):
         counts = measured.losses.counts
         check_same_parameters(trunks[0], step, counts.device)
         sketch = None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + step.step)
-        blocks = parameter_rows(trunks, _where_present(measured, trunks), counts)
-        with step.engine.before_backward(measured.losses, trunks[0].leaves):
+        with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
+            if measured.past:
+                blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, counts)
+            else:
+                blocks = parameter_rows(trunks, _where_present(measured, trunks), counts)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, sketch)
         return later_gram(reduced, measured.gradients.unscaled(gram), faulty, step)
 

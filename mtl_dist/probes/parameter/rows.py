@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from mtl_dist.losses import real
 from mtl_dist.probes.base import StepContext
-from mtl_dist.probes.parameter.passes import stream
+from mtl_dist.probes.parameter.passes import direct, stream
 from mtl_dist.probes.parameter.segments import Plan, plan, shape_of, variable
 
 
@@ -79,15 +81,48 @@ def parameter_rows(
         counts: `[n]`, `c_i`.
     """
     passes = stream([t.leaves for t in trunks], gradients, [t.plan for t in trunks])
-    for group, tasks in zip(trunks[0].plan.groups, passes, strict=True):
-        lengths = [math.prod(shape_of(leaf)) for leaf in group]
-        double = any(variable(leaf).dtype == torch.float64 for leaf in group)
+    return _rows(trunks[0].plan, passes, counts)
+
+
+def rows_of_losses(
+    trunk: Trunk, losses: Sequence[Tensor | None], scale: Tensor | None, counts: Tensor
+) -> Iterator[Tensor]:
+    """The same rows, from gradients of the losses themselves: for losses that reach θ past the features too.
+
+    Args:
+        trunk: of all tasks.
+        losses: `l_i`, with their graphs; None where there is none.
+        scale: scalar to differentiate the losses with; None: 1.
+        counts: `[n]`, `c_i`.
+    """
+    return _rows(trunk.plan, direct(losses, scale, trunk.plan), counts)
+
+
+def _rows(
+    plan: Plan, passes: Iterator[Iterator[Sequence[Tensor | None]]], counts: Tensor
+) -> Iterator[Tensor]:
+    for group, tasks in zip(plan.groups, passes, strict=True):
+        lengths = [_real_length(leaf) for leaf in group]
+        double = any(variable(leaf).dtype in (torch.float64, torch.complex128) for leaf in group)
         rows = torch.zeros(
-            len(trunks), sum(lengths), dtype=torch.float64 if double else torch.float32, device=counts.device
+            len(counts), sum(lengths), dtype=torch.float64 if double else torch.float32, device=counts.device
         )
         for row, count, found in zip(rows, counts, tasks, strict=True):
             for part, gradient in zip(row.split(lengths), found, strict=True):
                 if gradient is not None:
-                    part.copy_(gradient.flatten())
+                    part.copy_(_real(gradient))
             row.mul_(count)
+        rows.masked_fill_((counts == 0)[:, None], 0)  # the mean over no sample may be NaN
         yield rows
+
+
+def _real_length(leaf: Node) -> int:
+    """Number of real coordinates of a parameter."""
+    return math.prod(shape_of(leaf)) * (2 if variable(leaf).is_complex() else 1)
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """A gradient as real numbers, flat. Embeddings may give it sparse."""
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    return real(gradient).flatten()

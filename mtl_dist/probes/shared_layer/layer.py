@@ -82,6 +82,11 @@ def _of_linear(layer: Any, x: Tensor, z: Tensor) -> Rows:
 
 
 def _of_convolution(layer: Any, x: Tensor, z: Tensor) -> Rows:
+    if x.dim() != 2 + len(layer.kernel_size):
+        raise TypeError(
+            f"SharedLayerProbe: a convolution needs a batch, {2 + len(layer.kernel_size)} dimensions; got an "
+            f"input of shape {tuple(x.shape)}: give x[None]"
+        )
     groups, width = layer.groups, z.shape[1] // layer.groups
     patches = _patches(layer, x)  # [B, positions..., channels, kernel...]
     num_rows = z.shape[0] * math.prod(z.shape[2:])

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtl_dist.losses import FeatureGradients, Heads, LayerInput
 from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
 from mtl_dist.probes.pipeline import Measured, evaluate, weigh
+from mtl_dist.probes.shared_layer.compare import compared
 from mtl_dist.probes.shared_layer.kernel import kernel_gram
 from mtl_dist.probes.shared_layer.layer import Rows, rows_of
 from mtl_dist.probes.shared_layer.products import Products
@@ -22,9 +23,14 @@ Form = Literal["auto", "exact", "kernel"]
 
 
 class FormChoice:
-    """Which form of layer takes the kernel, decided once per balancer and the same on all ranks."""
+    """Which form of layer takes the kernel, decided once per balancer and the same on all ranks.
+
+    Attributes:
+        compared: whether the layer was once compared with the linear map that its weight says.
+    """
 
     def __init__(self) -> None:
+        self.compared = False
         self._kernel: dict[tuple[int, int, int], bool] = {}
 
     def __call__(self, form: tuple[int, int, int], decide: Callable[[], bool]) -> bool:
@@ -67,8 +73,9 @@ class SharedLayerProbe(Probe):
         seed: of the sketches.
 
     Raises:
-        ValueError: the balancer was called without `layer=`; a setting out of range.
-        TypeError: a layer that is neither a linear layer nor a convolution.
+        ValueError: the balancer was called without `layer=`; a setting out of range; a layer whose output at
+            the first measured step is not its weight times its input.
+        TypeError: a layer that is neither a linear layer nor a convolution, or a complex one.
     """
 
     sketch: int | None = None
@@ -93,7 +100,7 @@ class SharedLayerProbe(Probe):
                 "SharedLayerProbe needs the last shared layer, and the features as its input: "
                 "balancer(x, heads, layer=self.last), where heads are functions of self.last(x)"
             )
-        z = features.layer(features.input)
+        z = self._output(features, step)
         rows = self._rows(features, z) if step.measure else None
         batch = evaluate(z, heads, step, reevaluate=self.reevaluate)
         products = None if batch.measured is None or rows is None else _products(rows, batch.measured)
@@ -106,11 +113,24 @@ class SharedLayerProbe(Probe):
         """The form of each layer, which follows from the first batch."""
         return FormChoice()
 
+    def _output(self, features: LayerInput, step: StepContext) -> Any:
+        memory: FormChoice = step.memory
+        if memory.compared or not step.measure:
+            return features.layer(features.input)
+        z = compared(features.layer, features.input, step)
+        memory.compared = isinstance(z, Tensor) and z.numel() > 0
+        return z
+
     def _rows(self, features: LayerInput, z: Any) -> Rows:
         if not isinstance(features.input, Tensor) or not isinstance(z, Tensor):
             raise TypeError(
                 "SharedLayerProbe: the layer must read one tensor and give one tensor; got "
                 f"{type(features.input).__name__} and {type(z).__name__}"
+            )
+        if features.input.is_complex() or z.is_complex():
+            raise TypeError(
+                "SharedLayerProbe measures real layers, and this one is complex: use ParameterProbe(), or "
+                "FeatureProbe()"
             )
         return rows_of(features.layer, features.input, z, bias=self.bias)
 
