@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TypeVar
 
@@ -52,7 +52,11 @@ def nodes(output: Tensor, ends: Iterable[Node] = ()) -> Iterator[Node]:
 
 
 def depends_on(
-    outputs: Iterable[Tensor | None], starts: Mapping[T, Iterable[Tensor]], trunk: Iterable[Tensor] = ()
+    outputs: Sequence[Tensor | None],
+    starts: Mapping[T, Iterable[Tensor]],
+    trunk: Sequence[Tensor] = (),
+    *,
+    parameters: bool = False,
 ) -> list[set[T | Past]]:
     """For each output, the keys of the tensors in its graph. What lies behind such a tensor is not searched.
 
@@ -60,10 +64,28 @@ def depends_on(
         outputs: tensors with or without a graph; None has none.
         starts: the tensors that are looked for, by any key.
         trunk: tensors whose graph is looked for too; found as `Past`, where no start lies between.
+        parameters: look for the trunk's parameters even where nothing else of it is read. This walks through
+            the whole trunk, in Python.
     """
     marks = {edge_of(t): key for key, tensors in starts.items() for t in tensors if t.requires_grad}
+    if not parameters and not _reads_older(outputs, marks, trunk):
+        trunk = ()
     inside = {node for tensor in trunk for node in nodes(tensor)}
     return [_marks_behind(output, marks, inside) for output in outputs]
+
+
+def _reads_older(outputs: Sequence[Tensor | None], marks: Mapping[Edge, T], trunk: Sequence[Tensor]) -> bool:
+    """Whether a graph holds a node that was made before the trunk's outputs: autograd counts its nodes."""
+    made = [tensor.grad_fn._sequence_nr() for tensor in trunk if tensor.grad_fn is not None]
+    if not made:
+        return False
+    ends = {node for node, _ in marks}
+    return any(
+        node._sequence_nr() <= max(made)
+        for output in outputs
+        if output is not None and output.grad_fn is not None
+        for node in nodes(output, ends)
+    )
 
 
 def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T], inside: set[Node]) -> set[T | Past]:

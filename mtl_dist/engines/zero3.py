@@ -53,9 +53,10 @@ def _in_heads(shared: Features, heads: Heads) -> bool:
             found = any(is_partitioned(parameter) for parameter in parameters)
             raise _Seen
 
+    # with gradients, because heads may take derivatives before they call their first module
     handle = register_module_forward_pre_hook(look)
     try:
-        with torch.no_grad(), replayed(leaf.device for leaf in shared.leaves):
+        with torch.enable_grad(), replayed(leaf.device for leaf in shared.leaves):
             heads.at(shared.rebuild())
     except _Seen:
         pass

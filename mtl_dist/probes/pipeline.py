@@ -231,7 +231,9 @@ def look(
     if not follows and any(isinstance(tensor, nn.Parameter) for tensor in shared.originals):
         raise ValueError(PARAMETERS)
     own = dict(enumerate([shared.leaves] if views is None else views))
-    found = depends_on(outputs, {**own, _OUTSIDE: shared.originals}, shared.originals)
+    found = depends_on(
+        outputs, {**own, _OUTSIDE: shared.originals}, shared.originals, parameters=crossed or follows
+    )
     pair: tuple[str, str] | None = None
     past = False
     for task, keys in enumerate(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,19 @@ def test_probes_at_the_features_refuse_derivatives(case: str, probe: Probe, ends
     heads = {"pde": PAST[case](net, x), "bc": lambda z: net.head(z).square().mean()}
     with pytest.raises(ValueError, match=r"derivative with respect to something before .*ParameterProbe\(\)"):
         Balancer(["pde", "bc"], MGDA(), probe=probe)(net.trunk(x), heads)
+
+
+@pytest.mark.parametrize("case", PAST)
+def test_looking_for_partitions_does_not_disturb_derivatives(case: str, monkeypatch) -> None:
+    """Where DeepSpeed was imported, the heads are asked for their first module before they run."""
+    monkeypatch.setitem(sys.modules, "deepspeed", sys.modules[__name__])
+    net, x = Net(), points().requires_grad_()
+    heads = {"pde": PAST[case](net, x), "bc": lambda z: net.head(z).square().mean()}
+    with pytest.raises(ValueError, match="derivative with respect to something before"):
+        Balancer(["pde", "bc"], MGDA())(net.trunk(x), heads)
+    balancer = Balancer(["pde", "bc"], MGDA(), probe=ParameterProbe())
+    balancer(net.trunk(x), heads).backward()
+    assert balancer.step == 1
 
 
 @pytest.mark.parametrize("probe", [FeatureProbe(), ParameterProbe()], ids=repr)
