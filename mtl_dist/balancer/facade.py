@@ -18,6 +18,7 @@ from mtl_dist.balancer.arguments import (
     checked_window,
 )
 from mtl_dist.balancer.deferred import DeferredErrors
+from mtl_dist.balancer.identity import identity, state_digest
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.zero_gradients import ZeroGradients
@@ -26,7 +27,7 @@ from mtl_dist.engines import Engine, EngineView
 from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
 from mtl_dist.stats import StepReport
-from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
+from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, collective_device, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _STATE_PREFIX = "rule."
@@ -207,8 +208,9 @@ class Balancer(nn.Module):
                 total = self.probe(shared, read, step)
         except Exception:
             if not step.reduced:
-                self._synchronizer.announce_failure()
+                self._synchronizer.announce_failure(Call(Kind.TRAINING, step.step))
             raise
+        self._synchronizer.news = 0  # all ranks have heard of it
         skips = self.on_nonfinite == "skip" and step.not_finite()
         return self._zero_gradients(total, features) if skips else total
 
@@ -228,10 +230,16 @@ class Balancer(nn.Module):
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
         self._connect()
-        step = self._new_step(measure=False)
-        with torch.no_grad():
-            local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
-            step.observe(step.reduce(local))
+        step = self._new_step(measure=False, kind=Kind.OBSERVE)
+        try:
+            with torch.no_grad():
+                local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
+                step.observe(step.reduce(local))
+        except Exception:
+            if not step.reduced:
+                self._synchronizer.announce_failure(Call(Kind.OBSERVE, step.step))
+            raise
+        self._synchronizer.news = 0
 
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -263,6 +271,7 @@ class Balancer(nn.Module):
         rule_keys = [key for key in expected if key.startswith(_STATE_PREFIX)]
         state = {key.removeprefix(_STATE_PREFIX): state_dict[key].detach().clone() for key in rule_keys}
         self._progress.restart(state, state_dict["weights"].detach().clone(), int(state_dict["step"]))
+        self._synchronizer.news = state_digest(self._progress)
         for twin in self._twins:
             twin.load_state_dict(state_dict)
 
@@ -363,13 +372,13 @@ class Balancer(nn.Module):
         return self._probe_given and step % self.probe.every == 0
 
     def _connect(self) -> None:
-        """Raises what the step before left, and meets the other ranks at the first step."""
+        """Raises what the step before left, and meets the other ranks where they were not met."""
         if self._errors.pending:
             self._errors.poll()
-        if not self._synchronizer.connected:
-            self._synchronizer.connect(self._fingerprint())
+        if self._synchronizer.connect(self._identity):
+            self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
 
-    def _new_step(self, *, measure: bool) -> Step:
+    def _new_step(self, *, measure: bool, kind: Kind = Kind.TRAINING) -> Step:
         return Step(
             tasks=self.tasks,
             step=self._progress.step,
@@ -383,6 +392,7 @@ class Balancer(nn.Module):
             checker=self._check,
             diagonal=self._diagonal,
             strict=self._strict,
+            kind=kind,
         )
 
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
@@ -421,9 +431,19 @@ class Balancer(nn.Module):
         found = next((value.device for value in values if isinstance(value, Tensor)), None)
         return collective_device(self._synchronizer.group) if found is None else found
 
-    def _fingerprint(self) -> str:
-        settings = f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
-        return settings if self.window is None else f"{settings}, window {self.window}"
+    def _identity(self) -> Identity:
+        """What ranks compare where they meet."""
+        settings = {
+            "tasks": self.tasks,
+            "rule": self.weighting,
+            "probe": self.probe,
+            "measured for the report": self._probe_given,
+            "on_nonfinite": self.on_nonfinite,
+            "window": self.window,
+            "check": self._check is not None,
+            "loss scale": self._engine.facts.scaled is not None,
+        }
+        return identity(settings, self._progress)
 
 
 def _spaced(rule: Rule, probe: Probe) -> Rule:
