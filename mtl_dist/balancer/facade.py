@@ -27,7 +27,7 @@ from mtl_dist.engines import Engine, EngineView
 from mtl_dist.losses import Counts, HeadFunctions, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
 from mtl_dist.stats import StepReport
-from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, collective_device, virtual_rank
+from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _STATE_PREFIX = "rule."
@@ -429,7 +429,7 @@ class Balancer(nn.Module):
         """Where losses are; where the statistics travel if this rank has none."""
         values = losses.values() if isinstance(losses, Mapping) else ()
         found = next((value.device for value in values if isinstance(value, Tensor)), None)
-        return collective_device(self._synchronizer.group) if found is None else found
+        return self._synchronizer.device if found is None else found
 
     def _identity(self) -> Identity:
         """What ranks compare where they meet."""

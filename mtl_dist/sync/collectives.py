@@ -63,6 +63,9 @@ class GroupCollectives:
     Args:
         parent: the data-parallel group.
 
+    Attributes:
+        device: where the statistics of a rank without samples travel.
+
     Raises:
         RuntimeError: `parent` was destroyed.
     """
@@ -74,6 +77,7 @@ class GroupCollectives:
         self._timeout = timeout_of(parent)
         self.rank = ranks.index(dist.get_rank())
         self.world_size = len(ranks)
+        self.device = collective_device(parent)
         self._board = Board(job_store(), ranks, self.rank)
         self._group: weakref.ref[dist.ProcessGroup] | None = None
 
@@ -100,9 +104,9 @@ class GroupCollectives:
         absent = [rank for rank, text in zip(self._ranks, texts, strict=True) if text is None]
         if absent:
             raise RuntimeError(
-                f"mtl_dist: rank {', '.join(map(str, absent))} did not come to the balancer's first training "
-                f"call within {seconds:g} s (the group's timeout). Every rank of the group "
-                f"{_listed(self._ranks)} must call the balancer, or give the ranks that do as group="
+                "mtl_dist: some ranks did not come to the balancer's first training call within "
+                f"{seconds:g} s (the group's timeout): {'; '.join(map(arrival.whereabouts, absent[:8]))}. "
+                f"Every rank of {_listed(self._ranks)} must call it; or give group=, the ranks that do"
             )
         return [text for text in texts if text is not None]
 
@@ -169,7 +173,7 @@ class GroupCollectives:
 
 
 def _listed(ranks: list[int]) -> str:
-    return str(ranks) if len(ranks) <= 16 else f"of {len(ranks)} ranks"
+    return str(ranks) if len(ranks) <= 16 else f"the {len(ranks)} ranks"
 
 
 def is_distributed() -> bool:

@@ -2,23 +2,19 @@
 
 A collective that some ranks do not attend hangs. Here nothing does: every wait has an end, and says who is
 missing. The first rank of the group reads all texts and publishes the list, so a meeting of W ranks costs
-O(W). Rounds are counted by set of ranks. So it does not matter in how many other groups a rank is a member,
-or in how many other meetings it was.
+O(W). Rounds belong to a set of ranks, and the next round is the first that is not published in the store. So
+it does not matter in how many other groups a rank is a member, or in how many other meetings it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 _OUTSIDERS_SECONDS = 2.0  # how long a part of the job looks whether the others mean the same balancer
-_rounds: Counter[str] = Counter()  # of each set of ranks; never set back, so that no key is used twice
-_arrivals = itertools.count()
 
 
 class Store(Protocol):
@@ -43,7 +39,7 @@ class Board:
         me: this rank's place among them.
 
     Attributes:
-        name: of the present round; no other round of any set has it.
+        name: of the last round; no other round of any set has it.
     """
 
     def __init__(self, store: Store, ranks: Sequence[int], me: int) -> None:
@@ -51,11 +47,12 @@ class Board:
         self._number = len(ranks)
         self._me = me
         self._set = f"mtl_dist/{_short('_'.join(map(str, ranks)))}"
+        self._round = 0
 
     @property
     def name(self) -> str:
-        """The key of the present round."""
-        return f"{self._set}/{_rounds[self._set]}"
+        """The key of the last round."""
+        return f"{self._set}/{self._round}"
 
     def exchange(
         self, text: str, seconds: float, clash: Callable[[list[int]], str | None] = lambda absent: None
@@ -70,8 +67,8 @@ class Board:
         Raises:
             ValueError: with what `clash` said, on every rank.
         """
-        while self._store.check([f"{self.name}/all"]):  # rounds that ended without this rank
-            _rounds[self._set] += 1
+        while self._store.check([f"{self.name}/all"]):  # also rounds that ended without this rank
+            self._round += 1
         mine = f"{self.name}/{self._me}"
         self._store.set(mine, text)
         if self._me == 0:
@@ -84,7 +81,6 @@ class Board:
         else:
             self._store.set(mine, "")  # the first rank, if it comes later, must not count on this one
             return [text if place == self._me else None for place in range(self._number)]
-        _rounds[self._set] += 1
         return self._read(published)
 
     def _collect(self, seconds: float, clash: Callable[[list[int]], str | None]) -> str:
@@ -119,8 +115,8 @@ class Arrival:
     """Tells the whole job with whom this rank meets, and finds ranks that meant the same and say otherwise.
 
     Rank 0 with `group=None` waits for all ranks; rank 1 with a group of its own would train alone. The two
-    are taken for the same balancer where their settings are equal and it is the same meeting in the order of
-    each process.
+    are taken for the same balancer where their settings are equal and it is the first one that each process
+    calls. (Some ranks only may have called later ones; there the wait for an absent rank has its end.)
 
     Args:
         store: of the job.
@@ -132,12 +128,14 @@ class Arrival:
     def __init__(self, store: Store, ranks: Sequence[int], rank: int, settings: str) -> None:
         self._store, self._ranks, self._rank = store, list(ranks), rank
         self._settings = _digest(settings)
-        self._number = next(_arrivals)
+        self._number = 0
+        while store.check([self._key(rank)]):
+            self._number += 1
         store.set(self._key(rank), json.dumps([self._ranks, self._settings]))
 
     def clash(self, others: Iterable[int]) -> str | None:
         """A sentence, if one of these ranks of the job meets another set of ranks that shares some."""
-        for other in others:
+        for other in others if self._number == 0 else ():
             if other == self._rank or not self._store.check([self._key(other)]):
                 continue
             theirs, settings = json.loads(self._store.get(self._key(other)))
@@ -145,19 +143,32 @@ class Arrival:
             if settings == self._settings and overlap and theirs != self._ranks:
                 return (
                     "mtl_dist: ranks were given different groups; give the same group= on all its ranks: "
-                    f"rank {self._rank} sums over ranks {self._ranks}, rank {other} over ranks {theirs}"
+                    f"rank {self._rank} sums over ranks {self._ranks}, rank {other} over ranks {theirs}. If "
+                    "these are different balancers, begin with the one that all ranks call"
                 )
         return None
 
+    def whereabouts(self, rank: int) -> str:
+        """With whom another rank of the job has met last, in words."""
+        number = 0
+        while self._store.check([self._key(rank, number)]):
+            number += 1
+        if not number:
+            return f"rank {rank}, which has called no balancer"
+        theirs, _ = json.loads(self._store.get(self._key(rank, number - 1)))
+        return f"rank {rank}, whose last balancer sums over ranks {theirs}"
+
     def clash_outside(self, world_size: int) -> str | None:
         """The same for the ranks outside the group, for a short while: they need not come at all."""
+        if self._number:
+            return None
         outside = sorted(set(range(world_size)) - set(self._ranks))
         keys = [self._key(rank) for rank in outside]
         _until(lambda: self._store.check(keys) or self.clash(outside), _OUTSIDERS_SECONDS)
         return self.clash(outside)
 
-    def _key(self, rank: int) -> str:
-        return f"mtl_dist/arrival/{self._number}/{rank}"
+    def _key(self, rank: int, number: int | None = None) -> str:
+        return f"mtl_dist/arrival/{rank}/{self._number if number is None else number}"
 
 
 def _until(holds: Callable[[], object], seconds: float) -> bool:

@@ -90,6 +90,12 @@ class Synchronizer:
             raise group_is_gone()
         return group
 
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics of a rank without samples travel."""
+        collectives = self._collectives
+        return collectives.device if isinstance(collectives, GroupCollectives) else collective_device()
+
     def connect(self, identity: Callable[[], Identity]) -> bool:
         """Begins a training call: meets the other ranks if there are some that were not met.
 
@@ -247,7 +253,7 @@ class Synchronizer:
         """
         if self._collectives is None:
             return
-        nothing = LocalStats.zeros(self.num_tasks, collective_device(self.group))
+        nothing = LocalStats.zeros(self.num_tasks, self.device)
         failed = torch.ones((), dtype=torch.bool, device=nothing.counts.device)
         self._collectives.all_reduce_and_leave(self._layout.pack(nothing, self.rank, call, None, failed))
 
