@@ -52,8 +52,8 @@ def compare_calls(texts: Sequence[str | None]) -> Exception | None:
     if len({call for call, _ in said}) > 1:
         return RuntimeError(
             "mtl_dist: ranks met in different calls of the balancer, and their sums mean nothing. Every rank "
-            "must make the same calls in the same order (training calls and observe(); none in eval mode) and "
-            f"load the same states:\n{_listing([call for call, _ in said])}"
+            "must make the same calls in the same order (training calls and observe(); none in eval mode) "
+            f"and load the same states:\n{_listing([call for call, _ in said])}"
         )
     try:
         _compare_states([state for _, state in said])
