@@ -200,7 +200,7 @@ class _VirtualCollectives:
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return list(self._exchange(tensor.clone()))
 
-    def gather_text(self, text: str) -> list[str]:
+    def gather_text(self, text: str) -> list[str | None]:
         return list(self._exchange(text))
 
     def all_reduce_and_leave(self, buffer: Tensor) -> None:

@@ -20,17 +20,17 @@ class DeferredErrors:
     """
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Tensor, torch.Event, Callable[[], Exception]]] = []
+        self.pending: list[tuple[Tensor, torch.Event, Callable[[], Exception | None]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without flags that are on their way: they belong to this process, and to this step."""
         return {"pending": []}
 
-    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """Raises `explain()` where `flag` (scalar bool) holds, now or at the next `poll`."""
+    def watch(self, flag: Tensor, explain: Callable[[], Exception | None]) -> None:
+        """Raises `explain()` where `flag` (scalar bool) holds, now or at the next `poll`. None: no error."""
         if flag.device.type == "cpu":
-            if flag:
-                raise explain()
+            if flag and (error := explain()) is not None:
+                raise error
             return
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(flag, non_blocking=True)
@@ -43,5 +43,5 @@ class DeferredErrors:
         pending, self.pending = self.pending, []
         for flag, event, explain in pending:
             event.synchronize()
-            if flag:
-                raise explain()
+            if flag and (error := explain()) is not None:
+                raise error

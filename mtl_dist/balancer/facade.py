@@ -19,6 +19,7 @@ from mtl_dist.balancer.arguments import (
 )
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
+from mtl_dist.balancer.identity import identity, state_digest
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
@@ -29,7 +30,7 @@ from mtl_dist.engines import Engine, EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
 from mtl_dist.stats import StepReport
-from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
+from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
@@ -180,7 +181,8 @@ class Balancer(TypedCall):
         held = self._updates_left is not None and self._updates_left <= 0
         if not held:
             self._progress.begin()
-        step = self._new_step(measure=not held and self.measures_at(self._progress.step), held=held)
+        kind = Kind.HELD if held else Kind.TRAINING
+        step = self._new_step(measure=not held and self.measures_at(self._progress.step), kind=kind)
         try:
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
             if read.on_losses:
@@ -192,8 +194,9 @@ class Balancer(TypedCall):
                 total = self.probe(shared, read, step)
         except Exception:
             if not step.reduced:
-                self._synchronizer.announce_failure()
+                self._synchronizer.announce_failure(Call(kind, step.step))
             raise
+        self._synchronizer.news = 0  # all ranks have heard of it
         if self._updates_left is not None and not held:
             self._updates_left -= 1
         if self._engine.facts.skipped is not None:
@@ -244,10 +247,16 @@ class Balancer(TypedCall):
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
         self._connect()
-        step = self._new_step(measure=False)
-        with torch.no_grad():
-            local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
-            step.observe(step.reduce(local))
+        step = self._new_step(measure=False, kind=Kind.OBSERVE)
+        try:
+            with torch.no_grad():
+                local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
+                step.observe(step.reduce(local))
+        except Exception:
+            if not step.reduced:
+                self._synchronizer.announce_failure(Call(Kind.OBSERVE, step.step))
+            raise
+        self._synchronizer.news = 0
 
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -273,6 +282,7 @@ class Balancer(TypedCall):
         """
         self._errors.poll()
         write_state(self._progress, state_dict)
+        self._synchronizer.news = state_digest(self._progress)
         for twin in self._twins:
             twin.load_state_dict(state_dict)
 
@@ -373,13 +383,13 @@ class Balancer(TypedCall):
         return self._probe_given and step % self.probe.every == 0
 
     def _connect(self) -> None:
-        """Raises what the step before left, and meets the other ranks at the first step."""
+        """Raises what the step before left, and meets the other ranks where they were not met."""
         if self._errors.pending:
             self._errors.poll()
-        if not self._synchronizer.connected:
-            self._synchronizer.connect(self._fingerprint())
+        if self._synchronizer.connect(self._identity):
+            self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
 
-    def _new_step(self, *, measure: bool, held: bool = False) -> Step:
+    def _new_step(self, *, measure: bool, kind: Kind = Kind.TRAINING) -> Step:
         return Step(
             tasks=self.tasks,
             step=self._progress.step,
@@ -393,8 +403,9 @@ class Balancer(TypedCall):
             checker=self._check,
             watches=self._watches,
             strict=self._strict,
-            held=held,
+            held=kind is Kind.HELD,
             stateful=bool(self._progress.state),
+            kind=kind,
         )
 
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
@@ -434,11 +445,21 @@ class Balancer(TypedCall):
         """Where losses are; where the statistics travel if this rank has none."""
         values = losses.values() if isinstance(losses, Mapping) else ()
         found = next((value.device for value in values if isinstance(value, Tensor)), None)
-        return collective_device(self._synchronizer.group) if found is None else found
+        return self._synchronizer.device if found is None else found
 
-    def _fingerprint(self) -> str:
-        settings = f"tasks {list(self.tasks)}, rule {self.weighting!r}, probe {self.probe!r}"
-        return settings if self.window is None else f"{settings}, window {self.window}"
+    def _identity(self) -> Identity:
+        """What ranks compare where they meet."""
+        settings = {
+            "tasks": self.tasks,
+            "rule": self.weighting,
+            "probe": self.probe,
+            "measured for the report": self._probe_given,
+            "on_nonfinite": self.on_nonfinite,
+            "window": self.window,
+            "check": self._check is not None,
+            "loss scale": self._engine.facts.scaled is not None,
+        }
+        return identity(settings, self._progress)
 
 
 def _spaced(rule: Rule, probe: Probe) -> Rule:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_failure, explain_nonfinite
+from mtl_dist.balancer.identity import state_text
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.checks import Check, Watches
 from mtl_dist.engines import EngineView
 from mtl_dist.losses import Heads
 from mtl_dist.probes import Reduced
 from mtl_dist.stats import LocalStats, global_stats
-from mtl_dist.sync import Synchronizer
+from mtl_dist.sync import Call, Kind, Synchronizer
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Step:
         strict: whether a NaN or infinity is an error.
         stateful: whether the rule has a state, so that the order of its updates matters.
         held: whether the weights stay as they are, and the rule learns nothing.
+        kind: why the ranks meet first in this step.
         reduced: whether the first collective of this step is done.
     """
 
@@ -57,6 +59,7 @@ class Step:
     strict: bool
     held: bool = False
     stateful: bool = False
+    kind: Kind = Kind.TRAINING
     reduced: bool = False
     _failed: Tensor | None = None
     _finite: Tensor | None = None
@@ -64,16 +67,21 @@ class Step:
 
     def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
         """One all-reduce."""
+        call = Call(Kind.LATER if self.reduced else self.kind, self.step)
         self.reduced = True
         if self.progress.weights.device != local.counts.device:
             self.progress.move_to(local.counts.device)
-        total, faults = self.synchronizer.reduce(local, faulty, self._failed)
+        total, faults = self.synchronizer.reduce(local, faulty, self._failed, call)
         world_size = self.synchronizer.world_size
         if world_size > 1:
             self.errors.watch(faults.failure[0] > 0, partial(explain_failure, self.step, faults))
+            self.errors.watch(faults.strangers(world_size), partial(self._explain_strangers, call))
         # s_i = W c_i / C_i
         shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
         return Reduced(total, faults, shares, world_size)
+
+    def _explain_strangers(self, call: Call) -> Exception | None:
+        return self.synchronizer.explain_strangers(call, partial(state_text, self.progress))
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """This rank's piece of a sum over ranks."""
@@ -137,7 +145,7 @@ class Step:
         check, progress = self.checker, self.progress
         if check is None or self._explicit is None:
             return None
-        explicit, _ = self.synchronizer.reduce(self._explicit)
+        explicit, _ = self.synchronizer.reduce(self._explicit, call=Call(Kind.CHECK, self.step))
         check.compare(explicit, reduced.total, self.step)
         if progress.window is not None:  # these statistics are only a part of what the weights follow from
             return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations.accelerate import attach
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Synchronizer
+from mtl_dist.sync import Identity, Synchronizer
 from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA
 
@@ -73,7 +73,7 @@ def run_trial(accelerator: Accelerator) -> Trial:
     expected = _train_alone(size)
     error = float((got - expected).abs().max() / expected.abs().max())
     synchronizer = Synchronizer(len(TASKS))
-    synchronizer.connect("doctor: agreement")
+    synchronizer.connect(lambda: Identity({"doctor": "agreement"}, ""))
     everyone = synchronizer.gather_rows(got.to(accelerator.device)[None])
     agree = all(torch.equal(everyone[0], other) for other in everyone)
     return Trial(error, TOLERANCE.get(accelerator.mixed_precision, 5e-2), agree)
@@ -82,7 +82,7 @@ def run_trial(accelerator: Accelerator) -> Trial:
 def time_all_reduce(accelerator: Accelerator) -> tuple[float, float]:
     """Median and 95th percentile of the time to reduce one step's statistics of 8 tasks, in milliseconds."""
     synchronizer = Synchronizer(8)
-    synchronizer.connect("doctor")
+    synchronizer.connect(lambda: Identity({"doctor": "times"}, ""))
     stats = LocalStats.zeros(8, accelerator.device)
     times = []
     for _ in range(_REDUCTIONS):

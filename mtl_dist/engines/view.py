@@ -56,6 +56,7 @@ class EngineView:
         """Takes new facts, and forgets what it found under the old ones."""
         self.facts = facts
         self.partitioned = None
+        self.units, self._looked_for_units = None, False
 
     def find_partitioned(self, look: Callable[[], bool], rank: int) -> bool:
         """Whether the engine frees parameters after each use, from the facts or else by looking, once.

@@ -26,6 +26,7 @@ from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
 from mtl_dist.integrations._log_window import LogWindow
+from mtl_dist.tracking import check_task_names
 
 
 def attach(balancer: Balancer, trainer: Trainer, *, name: str = "balancer") -> Balancer:
@@ -42,9 +43,12 @@ def attach(balancer: Balancer, trainer: Trainer, *, name: str = "balancer") -> B
 
     Raises:
         RuntimeError: the launch fell back silently (`accelerate.check_launch`).
-        ValueError: a combination that does not work; the message says what to change.
+        ValueError: a combination that does not work; the message says what to change. Or a task name that
+            no column of Trainer's logs can have.
     """
     _check(trainer)
+    if trainer.args.logging_strategy != "no":
+        check_task_names(balancer.tasks)
     accelerate.attach(
         balancer, trainer.accelerator, name=name, accumulation=trainer.args.gradient_accumulation_steps
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mtl_dist.sync.agreement import Identity
 from mtl_dist.sync.collectives import (
     Collectives,
     all_reduce_sum,
@@ -9,13 +10,16 @@ from mtl_dist.sync.collectives import (
     is_distributed,
     virtual_rank,
 )
-from mtl_dist.sync.layout import Faults, Layout
+from mtl_dist.sync.layout import Call, Faults, Kind, Layout
 from mtl_dist.sync.synchronizer import Synchronizer
 from mtl_dist.sync.timing import Stopwatch
 
 __all__ = [
+    "Call",
     "Collectives",
     "Faults",
+    "Identity",
+    "Kind",
     "Layout",
     "Stopwatch",
     "Synchronizer",

@@ -6,6 +6,8 @@ exchange the numbers of their rows first.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,80 +15,141 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl_dist.stats import LocalStats
+from mtl_dist.sync.agreement import Identity, compare_calls, compare_identities
 from mtl_dist.sync.collectives import (
     Collectives,
     GroupCollectives,
     collective_device,
-    is_distributed,
     is_part_of_world,
 )
-from mtl_dist.sync.layout import Faults, Layout
+from mtl_dist.sync.group import group_is_gone
+from mtl_dist.sync.joins import JoinWatch
+from mtl_dist.sync.layout import Call, Faults, Kind, Layout
 from mtl_dist.sync.timing import Stopwatch
+
+_FIRST = Call(Kind.TRAINING, 0)
 
 
 class Synchronizer:
     """Sums statistics over the data-parallel ranks, on a process group of its own.
 
     It has its own group because the tap's collective runs between the engine's gradient buckets: where a
-    task is absent on some ranks, the order of the two can differ between ranks. The group is made at the
-    first step (`connect`), which is a collective. Without `torch.distributed` nothing is reduced.
+    task is absent on some ranks, the order of the two can differ between ranks. Every training call asks
+    whether there is a job (`connect`). The ranks meet at the first call that finds one, and again where
+    `torch.distributed` was started anew. Without a job nothing is reduced.
+
+    A copy, or what pickle brings back, has met nobody: it connects at its own first call.
+
+    Args:
+        num_tasks: n, which fixes the layout.
+        group: the data-parallel group given by the user; None for all ranks. Held weakly.
 
     Attributes:
-        num_tasks: n, which fixes the layout.
-        group: the data-parallel group given by the user; None for all ranks.
+        num_tasks: n.
         stopwatch: measures the collectives of a step, including the wait for the slowest rank.
-        connected: whether the ranks have compared their settings.
+        started: whether there was a training call.
+        news: a digest of the state that this rank loaded since the last training call; 0 if it loaded none.
         rank: index of this rank among those that are summed; 0 before `connect`.
         world_size: W, the number of ranks that are summed; 1 before `connect`.
-        lost_group: whether it came out of a file, and had a group when it was saved.
     """
 
     def __init__(self, num_tasks: int, group: dist.ProcessGroup | None = None) -> None:
         self.num_tasks = num_tasks
-        self.group = group
+        self._layout = Layout(num_tasks)
+        self._meet_nobody()
+        self._given: Any = None if group is None else _reference(group)
+
+    def _meet_nobody(self) -> None:
         self.stopwatch = Stopwatch()
-        self.connected = False
+        self.started = False
+        self.news = 0
         self.rank = 0
         self.world_size = 1
-        self.lost_group = False
-        self._layout = Layout(num_tasks)
         self._collectives: Collectives | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Synchronizer:
-        """A synchronizer of the same group, which makes its own connection at its first step."""
-        return Synchronizer(self.num_tasks, self.group)
+        self._world: Any = None  # the job that the collectives belong to
+        self._joins: JoinWatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without group and connection, which belong to this process."""
-        state = Synchronizer(self.num_tasks).__dict__
-        return {**state, "lost_group": self.lost_group or is_part_of_world(self.group)}
+        group = None if self._given is None else self._given()
+        is_part = self._given is not None and (group is None or is_part_of_world(group))
+        return {"num_tasks": self.num_tasks, "given": is_part}
 
-    def connect(self, fingerprint: str) -> None:
-        """Makes the group and compares `fingerprint` (tasks, rule, probe) over its ranks, once.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["num_tasks"])  # type: ignore[misc]
+        self._given = _gone if state["given"] else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Synchronizer:
+        twin = Synchronizer(self.num_tasks)
+        twin._given = self._given
+        return twin
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The data-parallel group; None for all ranks.
 
         Raises:
-            ValueError: on every rank, where ranks differ; the message shows the fingerprint of each rank.
+            RuntimeError: the group that was given is gone.
         """
-        if self.connected:
-            return
-        if self._collectives is None and is_distributed():
-            if self.lost_group:
-                raise RuntimeError(
-                    "mtl_dist: this balancer was saved with a process group, which a file cannot hold: call "
-                    "attach again, or balancer.set_group(group)"
-                )
-            self._set(GroupCollectives(self.group))
-        if self._collectives is not None:
-            _check_agreement(self._collectives, fingerprint)
-        self.connected = True
+        if self._given is None:
+            return None
+        group: dist.ProcessGroup | None = self._given()
+        if group is None:
+            raise group_is_gone()
+        return group
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics of a rank without samples travel."""
+        collectives = self._collectives
+        return collectives.device if isinstance(collectives, GroupCollectives) else collective_device()
+
+    def connect(self, identity: Callable[[], Identity]) -> bool:
+        """Begins a training call: meets the other ranks if there are some that were not met.
+
+        They compare `identity()`: settings and state.
+
+        Returns:
+            Whether the ranks met just now.
+
+        Raises:
+            ValueError: on every rank, where ranks differ; the message shows what each of them has.
+            RuntimeError: the job or the group has ended, a rank does not come, or a join context is active.
+        """
+        first, self.started = not self.started, True
+        collectives = self._collectives
+        if collectives is not None and self._world is None:  # virtual ranks
+            if first:
+                compare_identities(collectives.gather_text(identity().text()))
+            return first
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if world is None and collectives is None and self._given is None:
+            return False
+        if world is None:
+            raise RuntimeError(_NO_JOB)
+        if self._world is None or self._world() is not world:
+            self._meet(world, identity())
+            return True
+        if self._joins is not None:
+            self._joins.check()
+        return False
+
+    def _meet(self, world: dist.ProcessGroup, identity: Identity) -> None:
+        joins = JoinWatch()
+        joins.check()
+        collectives = GroupCollectives(self.group or world)
+        compare_identities(collectives.meet(identity.settings_text(), identity.text()))
+        collectives.open()
+        self._joins = joins if collectives.world_size > 1 else None
+        self._set(collectives)
+        self._world = weakref.ref(world)
 
     def use(self, collectives: Collectives) -> None:
         """Sums with these collectives instead of those of a process group.
 
         Raises:
-            RuntimeError: `connect` was already called.
+            RuntimeError: there was a training call already.
         """
-        if self.connected:
+        if self.started:
             raise RuntimeError("mtl_dist: virtual ranks must be set before the balancer's first step")
         self._set(collectives)
 
@@ -94,15 +157,25 @@ class Synchronizer:
         """Sets the data-parallel group.
 
         Raises:
-            RuntimeError: `connect` was already called.
+            RuntimeError: the ranks have met in another group that still exists.
         """
-        if self.connected:
+        if self._world is not None and self._is_alive():
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
-        self.group = group
-        self.lost_group = False
+        self._given = None if group is None else _reference(group)
+        if self._world is not None:
+            self._collectives = self._world = None
+            self.rank, self.world_size = 0, 1
+
+    def _is_alive(self) -> bool:
+        here = dist.is_initialized() and self._world() is dist.group.WORLD
+        return here and (self._given is None or self._given() is not None)
 
     def reduce(
-        self, local: LocalStats, faulty: Tensor | None = None, failed: Tensor | None = None
+        self,
+        local: LocalStats,
+        faulty: Tensor | None = None,
+        failed: Tensor | None = None,
+        call: Call = _FIRST,
     ) -> tuple[LocalStats, Faults]:
         """Sum of `local` over all ranks, by one all-reduce of fixed layout, and the faults of all ranks.
 
@@ -111,12 +184,24 @@ class Synchronizer:
             faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity; None: those that `local` shows
                 (a Gram of summed gradients shows those of other ranks too).
             failed: scalar bool, whether this rank refuses its own input. The other ranks then raise too.
+            call: where this rank is; ranks that are elsewhere show in the faults (`Faults.strangers`).
         """
-        buffer = self._layout.pack(local, self.rank, faulty, failed)
-        if self._collectives is not None:
-            with self.stopwatch.running(buffer.device):
-                self._collectives.all_reduce(buffer)
+        call = call._replace(news=self.news)
+        if self._collectives is None:
+            return self._layout.alone(local, call, faulty, failed)
+        buffer = self._layout.pack(local, self.rank, call, faulty, failed)
+        with self.stopwatch.running(buffer.device):
+            self._collectives.all_reduce(buffer)
         return self._layout.unpack(buffer)
+
+    def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:
+        """The error where ranks met in different calls, or went on from different states.
+
+        None where some loaded what the others have, so that the states are the same. The ranks tell each
+        other where they are, and wait a short time for the answers.
+        """
+        assert self._collectives is not None
+        return compare_calls(self._collectives.gather_text(f"{call}\n{state()}"))
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """This rank's piece of the sum of `rows` over all ranks, by one reduce-scatter.
@@ -167,27 +252,48 @@ class Synchronizer:
             everyone = collectives.all_gather(padded)
         return torch.cat([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
 
-    def announce_failure(self) -> None:
-        """Takes part in this step's all-reduce with the failure slot set, so that every rank raises.
+    def announce_failure(self, call: Call) -> None:
+        """Takes part in this call's all-reduce with the failure slot set, so that every rank raises.
 
         Waits at most 30 s. Where the others cannot come (they wait in a collective of the engine), this rank
         still raises its own error, and its launcher ends the others.
         """
         if self._collectives is None:
             return
-        nothing = LocalStats.zeros(self.num_tasks, collective_device(self.group))
+        nothing = LocalStats.zeros(self.num_tasks, self.device)
         failed = torch.ones((), dtype=torch.bool, device=nothing.counts.device)
-        self._collectives.all_reduce_and_leave(self._layout.pack(nothing, self.rank, None, failed))
+        self._collectives.all_reduce_and_leave(self._layout.pack(nothing, self.rank, call, None, failed))
 
     def _set(self, collectives: Collectives) -> None:
         self._collectives = collectives
         self.rank, self.world_size = collectives.rank, collectives.world_size
 
 
-def _check_agreement(collectives: Collectives, fingerprint: str) -> None:
-    everyone = collectives.gather_text(fingerprint)
-    if any(other != fingerprint for other in everyone):
-        listing = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(everyone))
-        raise ValueError(
-            f"mtl_dist: ranks were given different balancers; make them the same on all ranks:\n{listing}"
+_NO_JOB = (
+    "mtl_dist: this balancer belongs to a torch.distributed job that has ended (or was given a group of "
+    "one), and alone this rank would train apart: call init_process_group() again, or evaluate in eval "
+    "mode. To go on alone, put its state_dict() into a new Balancer without group="
+)
+
+
+def _reference(group: Any) -> Callable[[], dist.ProcessGroup | None]:
+    if not isinstance(group, dist.ProcessGroup):  # what new_group gives to ranks that it leaves out
+        return _Outside(group)
+    return weakref.ref(group)
+
+
+class _Outside:
+    """Stands for a group that this rank is not in."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = repr(given)
+
+    def __call__(self) -> dist.ProcessGroup | None:
+        raise RuntimeError(
+            f"mtl_dist: group= is no process group that this rank is a member of, got {self._given}: give "
+            "each rank the group of the ranks that it shares the model with, or do not train on this rank"
         )
+
+
+def _gone() -> None:
+    """Stands for a group that pickle cannot bring along."""

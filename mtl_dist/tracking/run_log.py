@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from mtl_dist.stats import StepReport
 from mtl_dist.tracking.files import METRICS
+from mtl_dist.tracking.keys import check_task_names
 from mtl_dist.tracking.rows import Row, Snapshot
 from mtl_dist.tracking.tracker import RunInfo, Tracker
 
@@ -36,11 +37,15 @@ class RunLog:
         run: passed to `Tracker.start`.
         log_every: a row is due every `log_every` steps.
 
+    Raises:
+        ValueError: a task name that no column can have; before anything is trained.
+
     Attributes:
         last_row: the newest row that is on the host; None before the first.
     """
 
     def __init__(self, trackers: Sequence[Tracker], run: RunInfo, log_every: int = 1) -> None:
+        check_task_names(run.tasks)
         self.last_row: Row | None = None
         self._trackers = list(trackers)
         self._run = run
