@@ -178,7 +178,7 @@ def test_a_nan_of_a_sample_that_counts_is_still_an_error() -> None:
 
 
 WRONG = [-1, -0.5, torch.nan, torch.inf, "8", None, [8], torch.tensor(-4.0), torch.tensor(torch.nan)]
-WRONG += [torch.tensor(torch.inf), torch.tensor([1, 2]), torch.tensor(1j), torch.empty(0), object()]
+WRONG += [torch.tensor(torch.inf), torch.tensor([1, 2]), torch.tensor(1j), torch.empty(0), object]
 
 
 @pytest.mark.parametrize("form", ["heads", "function", "losses"])
