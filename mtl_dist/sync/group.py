@@ -125,7 +125,7 @@ def members(group: dist.ProcessGroup) -> Sequence[int]:
 def group_is_gone() -> RuntimeError:
     """The error for a group that was given and exists no more."""
     return RuntimeError(
-        "mtl_dist: the process group given as group= was destroyed, or the balancer came out of a file, which "
-        "cannot hold a group: call attach again, or give the new group, balancer.set_group(group), or "
+        "mtl_dist: the process group given as group= was destroyed, or the balancer came out of a file, "
+        "which cannot hold a group: call attach again, or give the new group, balancer.set_group(group), or "
         "balancer.set_group(None) for all ranks"
     )
