@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,24 @@ from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.typed_call import TypedCall
+from mtl_dist.balancer.uses import Uses
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch
 from mtl_dist.engines import Engine, EngineView
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads
 from mtl_dist.probes import FeatureProbe, Probe
-from mtl_dist.stats import StepReport
+from mtl_dist.stats import LocalStats, StepReport
 from mtl_dist.sync import Collectives, Synchronizer, collective_device, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
+
+
+class Collector(Protocol):
+    """Takes the losses of calls in eval mode; see `collect_evaluation`."""
+
+    def add(self, stats: LocalStats) -> None:
+        """Takes those of one call."""
 
 
 class Balancer(TypedCall):
@@ -119,6 +127,8 @@ class Balancer(TypedCall):
         self._memory = self.probe.memory()
         self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
+        self._uses = Uses()
+        self._collector: Collector | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to change a setting, which would change what is shown and nothing else."""
@@ -195,6 +205,7 @@ class Balancer(TypedCall):
         if self._updates_left is not None and not held:
             self._updates_left -= 1
         self._progress.follow(total)
+        self._uses.follow(total)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
     @contextmanager
@@ -303,6 +314,29 @@ class Balancer(TypedCall):
             return None
         twin = self._twins[rank - 1]
         return twin.train(self.training)
+
+    @contextmanager
+    def collecting(self, collector: Collector) -> Iterator[None]:
+        """Inside, calls in eval mode also give their losses to `collector`; see `collect_evaluation`."""
+        balancers = (self, *self._twins)
+        before = [balancer._collector for balancer in balancers]
+        for balancer in balancers:
+            balancer._collector = collector
+        try:
+            yield
+        finally:
+            for balancer, outer in zip(balancers, before, strict=True):
+                balancer._collector = outer
+
+    @property
+    def uses(self) -> Uses:
+        """How often it was called in training, and how often a backward passed through its total."""
+        return self._uses
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None: all ranks."""
+        return self._synchronizer.group
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group before the first step.
@@ -422,6 +456,8 @@ class Balancer(TypedCall):
             given = given() if callable(given) else given
             given = given if layer is None else layer(given)
         losses = heads.at(given)
+        if self._collector is not None:
+            self._collector.add(losses.stats())
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights)
 

@@ -94,9 +94,9 @@ class Synchronizer:
         """Sets the data-parallel group.
 
         Raises:
-            RuntimeError: `connect` was already called.
+            RuntimeError: `connect` was already called, with another group.
         """
-        if self.connected:
+        if self.connected and group is not self.group:
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
         self.group = group
         self.lost_group = False
