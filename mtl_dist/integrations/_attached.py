@@ -33,12 +33,12 @@ class Attached:
     def check(self, balancer: Balancer, name: str) -> None:
         """Raises what `add` raises."""
         checkpoint.checked_name(name)
-        for other_name, other in self.live().items():
-            if other is balancer:
-                raise ValueError(
-                    f"this balancer is already attached, as {other_name!r}: call attach once. To attach it "
-                    f"anew, call detach({other_name!r}, ...) before"
-                )
+        known = next((known for known, reference in self._refs.items() if reference() is balancer), None)
+        if known is not None:
+            raise ValueError(
+                f"this balancer is already attached, as {known!r}: call attach once. To attach it anew, call "
+                f"detach({known!r}, ...) before"
+            )
         if name in self.live():
             gc.collect()  # the model of an earlier attempt may be garbage that waits
         if (old := self.live().get(name)) is not None:

@@ -30,8 +30,8 @@ _ATTACHED: WeakKeyDictionary[Any, Attached] = WeakKeyDictionary()
 def attached_to(accelerator: Checkpointer) -> Attached:
     """The balancers in the checkpoints of the accelerator. The first call adds its hooks.
 
-    Every rank packs the states, so that an error of the previous step is raised on all ranks. The main process
-    writes them (with `save_on_each_node`, one process per machine). Every rank reads them.
+    Every rank packs the states, so that an error of the previous step is raised on all ranks. The main
+    process writes them (with `save_on_each_node`, one process per machine). Every rank reads them.
     """
     if (known := _ATTACHED.get(accelerator)) is not None:
         return known

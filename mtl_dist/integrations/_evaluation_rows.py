@@ -21,7 +21,8 @@ def checked_weights(balancer: Balancer, given: Weights | None) -> Weights:
         return dict.fromkeys(balancer.tasks, 1 / len(balancer.tasks))
     if set(given) != set(balancer.tasks) or not all(math.isfinite(w) for w in given.values()):
         raise ValueError(
-            f"eval_weights must give each of the tasks {list(balancer.tasks)} a finite number, got {dict(given)}"
+            f"eval_weights must give each of the tasks {list(balancer.tasks)} a finite number, "
+            f"got {dict(given)}"
         )
     return dict(given)
 

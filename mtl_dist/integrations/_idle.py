@@ -56,7 +56,7 @@ class IdleWatch:
             self._before.clear()
             for balancer in unused:
                 _LOGGER.warning(
-                    "mtl_dist: the balancer of the tasks %s was not used in %d optimizer steps, another one was: "
+                    "mtl_dist: the balancer of the tasks %s was not used in %d optimizer steps, another was: "
                     "call it in the forward, or detach it",
                     list(balancer.tasks),
                     self._steps,

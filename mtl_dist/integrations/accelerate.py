@@ -51,8 +51,8 @@ def attach(
     does not keep the balancer alive: where the model is made anew (folds, a smaller batch), attach the new
     balancer under the same name.
 
-    If 10 optimizer steps use `accelerator.backward` and none of them passes through an attached balancer,
-    `RuntimeError` says so. Rows (`step_row`) that are given to `accelerator.log` without `step` stand at their
+    If 10 optimizer steps use `accelerator.backward` and none passes through an attached balancer, it raises
+    `RuntimeError`. Rows (`step_row`) that are given to `accelerator.log` without `step` stand at their
     own step.
 
     Args:

@@ -10,9 +10,9 @@
     trainer.train()
 
 Trainer's logs then have weights, losses and norms beside its own loss, `trainer_state.json` in each
-checkpoint has the balancer's state, and evaluations have each task's loss and a total in fixed weights. Each micro-batch updates the rule. With
-`Balancer(..., window=args.gradient_accumulation_steps)` all micro-batches of an optimizer step have the same
-weights.
+checkpoint has the balancer's state, and evaluations have each task's loss and a total in fixed weights. Each
+micro-batch updates the rule. With `Balancer(..., window=args.gradient_accumulation_steps)` all micro-batches
+of an optimizer step have the same weights.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer, collect_evaluation
 from mtl_dist.integrations import accelerate
 from mtl_dist.integrations._attached import Attached
+from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._evaluation_rows import Weights, checked_weights, evaluation_row
 from mtl_dist.integrations._idle import IdleWatch
 from mtl_dist.integrations._log_window import LogWindow
@@ -99,7 +100,7 @@ def detach(balancer: Balancer | str, trainer: Trainer) -> None:
     """
     callback = _callback_of(trainer)
     name = callback.remove(balancer)
-    if name in accelerate.attached_to(trainer.accelerator).live():
+    if name in attached_to(trainer.accelerator).live():
         accelerate.detach(name, trainer.accelerator)
 
 
@@ -298,7 +299,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
             self.remove(name)
             trainer = None if self._trainer is None else self._trainer()
             if trainer is not None:
-                if name in accelerate.attached_to(trainer.accelerator).live():
+                if name in attached_to(trainer.accelerator).live():
                     accelerate.detach(name, trainer.accelerator)
                 accelerate.connect(
                     new,
@@ -312,17 +313,17 @@ class BalancerCallback(TrainerCallback, ExportableState):
 
 
 _MOVING = (
-    "mtl_dist: metric_for_best_model is %r, which is the total in the weights of the moment: it rises and falls "
-    "with the weights, also where all losses fall. The best checkpoint, early stopping and learning-rate "
-    "schedules that read it are misled. Use metric_for_best_model=%r, the total in fixed weights"
+    "mtl_dist: metric_for_best_model is %r, which is the total in the weights of the moment: it rises and "
+    "falls with the weights, also where all losses fall. The best checkpoint, early stopping and schedules "
+    "that read it are misled. Use metric_for_best_model=%r, the total in fixed weights"
 )
 
 
 def _idle_watch() -> IdleWatch:
     return IdleWatch(
         1,
-        "Return the balancer's scalar as the loss of the model's forward; a trainer that computes its loss itself "
-        "(compute_loss of a subclass, as in TRL) must call the balancer there, and return its scalar",
+        "Return the balancer's scalar as the loss of the model's forward; a trainer that computes its loss "
+        "itself (compute_loss of a subclass, as in TRL) must call the balancer there, and return its scalar",
     )
 
 
@@ -338,8 +339,8 @@ def _balancer_at(model: nn.Module, place: str | None, name: str) -> Balancer:
     if found is None:
         raise ValueError(
             f"the model of the attached balancer {name!r} is gone, and the model that Trainer trains now has "
-            f"none at {place!r}; it has balancers at {list(balancers)}. Put the balancer at the same place in "
-            "every model that model_init makes, or call attach again for the new model"
+            f"none at {place!r}; it has balancers at {list(balancers)}. Put the balancer at the same place "
+            "in every model that model_init makes, or call attach again for the new model"
         )
     check_task_names(found.tasks)
     return found
@@ -392,7 +393,6 @@ def _collect_evaluations(trainer: Trainer, callback: BalancerCallback) -> None:
         row: Row = {}
         with callback.evaluating(row, given.get("metric_key_prefix", "eval")):
             output = inner(*args, **kwargs)
-        output.metrics.update(row)
-        return output
+        return output._replace(metrics={**(output.metrics or {}), **row})
 
-    trainer.evaluation_loop = evaluation_loop
+    trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]  # what a subclass would override
