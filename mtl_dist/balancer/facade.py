@@ -24,6 +24,7 @@ from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.typed_call import TypedCall
 from mtl_dist.balancer.uses import Uses
+from mtl_dist.balancer.window_guard import WindowGuard
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch
 from mtl_dist.engines import Engine, EngineView
@@ -128,6 +129,7 @@ class Balancer(TypedCall):
         self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
         self._uses = Uses()
+        self._guard = WindowGuard()
         self._collector: Collector | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -206,6 +208,8 @@ class Balancer(TypedCall):
             self._updates_left -= 1
         self._progress.follow(total)
         self._uses.follow(total)
+        if self.window is not None and self.window > 1 and self._engine.facts.closes_window is None:
+            self._guard.follow(total, self.window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
     @contextmanager

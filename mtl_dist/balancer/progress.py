@@ -95,6 +95,11 @@ class RuleProgress:
         self._backward_ran = False
         self._skipped_before = False
 
+    @property
+    def inside_window(self) -> bool:
+        """Whether a window has begun, and goes on with the next call."""
+        return self._window.calls > 0
+
     def window_state(self) -> dict[str, Tensor]:
         """The statistics of the window so far, by name; empty where weights do not hold for a window."""
         if self.window is None:

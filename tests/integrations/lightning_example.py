@@ -1,4 +1,4 @@
-"""Lightning's automatic optimisation with a balancer; started by test_lightning.py, quoted in docs/engines.md.
+"""Lightning with a balancer; started by test_lightning.py, quoted in docs/engines.md.
 
 lightning_example.py OUT NUM_PROCESSES
 """
