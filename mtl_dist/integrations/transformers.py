@@ -75,6 +75,13 @@ def attach(
     check_task_names(balancer.tasks)
     weights = checked_weights(balancer, eval_weights)
     _check(trainer)
+    place = None if trainer.model is None else _place_of(balancer, trainer.model)
+    if place is None and trainer.model_init is not None:
+        raise ValueError(
+            f"the balancer of the tasks {list(balancer.tasks)} is not a part of trainer.model, and "
+            "model_init makes a new model in each train(): make the balancer in model_init's model, and "
+            "attach that of trainer.model"
+        )
     callback = _callback_of(trainer)
     accelerate.connect(
         balancer, trainer.accelerator, name=name, accumulation=trainer.args.gradient_accumulation_steps
@@ -82,7 +89,6 @@ def attach(
     # The scalar is a mean over its micro-batch. If the model's forward has **kwargs, Trainer assumes that the
     # loss is already divided by the number of labels in the whole step, and multiplies it by the world size.
     trainer.model_accepts_loss_kwargs = False
-    place = None if trainer.model is None else _place_of(balancer, trainer.model)
     callback.add(balancer, name, _Settings(place, weights, eval_weights is not None, late))
     callback.check_choice(trainer.args)
     return balancer
@@ -339,8 +345,9 @@ def _balancer_at(model: nn.Module, place: str | None, name: str) -> Balancer:
     if found is None:
         raise ValueError(
             f"the model of the attached balancer {name!r} is gone, and the model that Trainer trains now has "
-            f"none at {place!r}; it has balancers at {list(balancers)}. Put the balancer at the same place "
-            "in every model that model_init makes, or call attach again for the new model"
+            f"none at {place or 'a place that is known'!r}; it has balancers at {list(balancers)}. Put the "
+            "balancer at the same place in every model that model_init makes, or call attach again for the "
+            "new model"
         )
     check_task_names(found.tasks)
     return found

@@ -166,6 +166,12 @@ def test_a_new_model_without_its_balancer_is_refused(tmp_path: Path) -> None:
         it.train()
 
 
+def test_a_balancer_outside_of_the_model_that_is_made_anew_is_refused(tmp_path: Path) -> None:
+    it = trainer(tmp_path, model_init=lambda: Model(Config()))
+    with pytest.raises(ValueError, match=r"not a part of trainer\.model, and model_init makes a new model"):
+        for_transformers.attach(model().net.balancer, it)
+
+
 def test_a_trainer_keeps_no_balancer_alive(tmp_path: Path) -> None:
     it, owner = trainer(tmp_path, model()), net()
     for_transformers.attach(owner.balancer, it, late=True)
@@ -363,6 +369,20 @@ def test_a_loop_that_never_uses_its_balancer_is_refused(called: bool) -> None:
     what = "was called, but no backward" if called else "was never called"
     with pytest.raises(RuntimeError, match=f"step 10 after attach.*{what}"):
         step()
+
+
+def test_a_balancer_that_nobody_holds_is_missed() -> None:
+    accelerator, model = Accelerator(cpu=True), nn.Linear(4, 1)
+    for_accelerate.attach(Balancer(["a", "b"], MGDA()), accelerator)
+    for _ in range(9):
+        accelerator.backward(model(batch()).mean())
+    with pytest.raises(RuntimeError, match=r"does not exist any more, because no model holds it"):
+        accelerator.backward(model(batch()).mean())
+    named = Balancer(["a", "b"], MGDA())
+    for_accelerate.attach(named, accelerator)
+    for_accelerate.detach(named, accelerator)
+    for _ in range(20):
+        accelerator.backward(model(batch()).mean())
 
 
 def test_the_steps_of_a_discriminator_before_are_no_fault() -> None:
