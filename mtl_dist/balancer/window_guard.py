@@ -62,8 +62,8 @@ class WindowGuard:
         if self._inside and usual > 1 and (calls % usual or self._window % usual):
             raise RuntimeError(
                 "mtl_dist: the optimizer stepped inside a window: "
-                f"window={self._window} calls of the balancer, and this step came after {calls}, the first one "
-                f"after {usual}. From here on, weights would "
+                f"window={self._window} calls of the balancer, and this step came after {calls}, the "
+                f"first one after {usual}. From here on, weights would "
                 "change inside an optimizer step. A trainer that also steps at the end of an epoch tells the "
                 "balancer so: attach(balancer, trainer) of mtl_dist.integrations, or in your own loop "
                 "balancer.set_engine(Engine(closes_window=...))"
