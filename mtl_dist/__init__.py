@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from mtl_dist.balancer import Balancer, OnNonfinite
+from mtl_dist.balancer import Balancer, EvaluationSums, OnNonfinite, collect_evaluation
 from mtl_dist.checks import Finding
 from mtl_dist.engines import Engine
 from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
@@ -21,6 +21,7 @@ __all__ = [
     "Balancer",
     "Elapsed",
     "Engine",
+    "EvaluationSums",
     "FeatureProbe",
     "FeatureTap",
     "Finding",
@@ -31,4 +32,5 @@ __all__ = [
     "SharedLayerProbe",
     "StepReport",
     "TaskStats",
+    "collect_evaluation",
 ]

@@ -81,8 +81,8 @@ def load(balancer: Balancer, folder: str | Path, name: str = "balancer") -> None
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"no balancer's checkpoint {str(error.filename)!r}: it was written before the balancer was "
-            "attached, under another name, or only on another machine. Resume from a complete one, or "
-            "start a new run"
+            f"attached, under another name (this folder has balancers named {_names_in(file.parent)}), or "
+            "only on another machine. Resume from a complete one, or start a new run"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(str(file), repr(error)) from None
@@ -210,6 +210,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1, sort_keys=True)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Names of the balancers whose files stand in `folder`."""
+    tensors = re.compile(r"([A-Za-z0-9_-]+)\.[0-9a-f]{16}\.safetensors")
+    found = (tensors.fullmatch(file.name) for file in folder.glob("*.safetensors"))
+    return sorted(match[1] for match in found if match)
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,25 @@ from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.typed_call import TypedCall
+from mtl_dist.balancer.uses import Uses
+from mtl_dist.balancer.window_guard import WindowGuard
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch, Watches
 from mtl_dist.engines import Engine, EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
-from mtl_dist.stats import StepReport
+from mtl_dist.stats import LocalStats, StepReport
 from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 _FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
+
+
+class Collector(Protocol):
+    """Takes the losses of calls in eval mode; see `collect_evaluation`."""
+
+    def add(self, stats: LocalStats) -> None:
+        """Takes those of one call."""
 
 
 class Balancer(TypedCall):
@@ -103,6 +112,7 @@ class Balancer(TypedCall):
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._errors = DeferredErrors()
         self._engine = EngineView()
+        self._uses = Uses()
         self._progress = RuleProgress(
             self.tasks,
             self.weighting,
@@ -110,6 +120,7 @@ class Balancer(TypedCall):
             self._engine,
             self._synchronizer.stopwatch,
             self._errors,
+            self._uses,
             strict=self._strict,
         )
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
@@ -121,6 +132,8 @@ class Balancer(TypedCall):
         self._memory = self.probe.memory()
         self._updates_left: int | None = None  # inside `held`
         self._twins: tuple[Balancer, ...] = ()
+        self._guard = WindowGuard()
+        self._collector: Collector | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to change a setting, which would change what is shown and nothing else."""
@@ -199,8 +212,11 @@ class Balancer(TypedCall):
         self._synchronizer.news = 0  # all ranks have heard of it
         if self._updates_left is not None and not held:
             self._updates_left -= 1
-        if self._engine.facts.skipped is not None:
-            self._progress.follow(total)
+        self._uses.calls += 1
+        if total.requires_grad:
+            total.register_hook(self._uses.note_backward)  # type: ignore[no-untyped-call]
+        if self.window is not None and self.window > 1 and self._engine.facts.closes_window is None:
+            self._guard.follow(total, self.window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
     @contextmanager
@@ -316,6 +332,29 @@ class Balancer(TypedCall):
             return None
         twin = self._twins[rank - 1]
         return twin.train(self.training)
+
+    @contextmanager
+    def collecting(self, collector: Collector) -> Iterator[None]:
+        """Inside, calls in eval mode also give their losses to `collector`; see `collect_evaluation`."""
+        balancers = (self, *self._twins)
+        before = [balancer._collector for balancer in balancers]
+        for balancer in balancers:
+            balancer._collector = collector
+        try:
+            yield
+        finally:
+            for balancer, outer in zip(balancers, before, strict=True):
+                balancer._collector = outer
+
+    @property
+    def uses(self) -> Uses:
+        """How often it was called in training, and how often a backward passed through its total."""
+        return self._uses
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None: all ranks."""
+        return self._synchronizer.group
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group before the first step.
@@ -438,6 +477,8 @@ class Balancer(TypedCall):
                 losses = heads.at(given)
         else:
             losses = heads.at(given)
+        if self._collector is not None:
+            self._collector.add(losses.stats())
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_refusal
+from mtl_dist.balancer.uses import Uses
 from mtl_dist.engines import EngineView
 from mtl_dist.stats import Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Stopwatch
@@ -43,6 +44,7 @@ class RuleProgress:
         engine: tells where windows end and which optimizer steps were skipped.
         stopwatch: of the collectives, for the report.
         errors: raises an error for statistics that the rule cannot take.
+        uses: counts the backwards of the balancer's totals.
         strict: whether weights that are not finite are an error.
 
     Attributes:
@@ -60,6 +62,7 @@ class RuleProgress:
         engine: EngineView,
         stopwatch: Stopwatch,
         errors: DeferredErrors,
+        uses: Uses,
         *,
         strict: bool,
     ) -> None:
@@ -70,6 +73,7 @@ class RuleProgress:
         self._stopwatch = stopwatch
         self._strict = strict
         self._errors = errors
+        self._uses = uses
         self._positive_losses = rule.positive_losses
         cpu = torch.device("cpu")
         with cpu:  # wherever the model is built, such as on the meta device
@@ -92,8 +96,13 @@ class RuleProgress:
         self._before = _Point(state, weights, step)
         self._window = _empty_window(weights) if window is None else _read_window(window)
         self._closed = self.window is None or self._window.calls % self.window == 0
-        self._backward_ran = False
+        self._backwards_before = self._uses.backwards
         self._skipped_before = False
+
+    @property
+    def inside_window(self) -> bool:
+        """Whether a window has begun, and goes on with the next call."""
+        return self._window.calls > 0
 
     def window_state(self) -> dict[str, Tensor]:
         """The statistics of the window so far, by name; empty where weights do not hold for a window."""
@@ -122,19 +131,13 @@ class RuleProgress:
         if skipped is None or not self._closed or self.step == self._before.step:
             return
         is_skipped = skipped()
-        if not (self._backward_ran or (is_skipped and not self._skipped_before)):
+        backward_ran = self._uses.backwards > self._backwards_before
+        if not (backward_ran or (is_skipped and not self._skipped_before)):
             return
         if is_skipped:
             self.state, self.weights, self.step = self._before
         self._before = _Point(self.state, self.weights, self.step)
-        self._backward_ran, self._skipped_before = False, is_skipped
-
-    def follow(self, total: Tensor) -> None:
-        """Notes when the backward of this call runs, which tells `settle` that an optimizer step follows."""
-        total.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
-
-    def _note_backward(self, _: Tensor) -> None:
-        self._backward_ran = True
+        self._backwards_before, self._skipped_before = self._uses.backwards, is_skipped
 
     def move_to(self, device: torch.device) -> None:
         """Moves everything to the device of the statistics."""

@@ -1,12 +1,13 @@
-"""Adds a balancer to `accelerator.save_state` and `load_state`: hooks and its own files, without pickle."""
+"""Adds balancers to `accelerator.save_state` and `load_state`: hooks and their own files, without pickle."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
+from mtl_dist.integrations._attached import Attached
 
 
 class Checkpointer(Protocol):
@@ -23,38 +24,41 @@ class Checkpointer(Protocol):
         """Calls `hook(models, folder)` on every rank in `load_state`."""
 
 
-_ATTACHED: WeakKeyDictionary[Any, dict[str, ReferenceType[Balancer]]] = WeakKeyDictionary()
+_ATTACHED: WeakKeyDictionary[Any, Attached] = WeakKeyDictionary()
+
+
+def attached_to(accelerator: Checkpointer) -> Attached:
+    """The balancers in the checkpoints of the accelerator. The first call adds its hooks.
+
+    Every rank packs the states, so that an error of the previous step is raised on all ranks. The main
+    process writes them (with `save_on_each_node`, one process per machine). Every rank reads them.
+    """
+    if (known := _ATTACHED.get(accelerator)) is not None:
+        return known
+    attached = _ATTACHED[accelerator] = Attached()
+
+    def save(models: Any, weights: Any, folder: str) -> None:
+        for name, balancer in attached.live().items():
+            packed = checkpoint.pack(balancer)
+            if _writes(accelerator):
+                checkpoint.write(packed, folder, name)
+
+    def load(models: Any, folder: str) -> None:
+        for name, balancer in attached.live().items():
+            checkpoint.load(balancer, folder, name)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    return attached
 
 
 def register(balancer: Balancer, accelerator: Checkpointer, name: str) -> None:
     """Adds `balancer` to the checkpoints of the accelerator, as `<name>.json` and its tensors.
 
-    Every rank packs the state, so that an error of the previous step is raised on all ranks. The main process
-    writes it (with `save_on_each_node`, one process per machine). Every rank reads it.
-
     Raises:
         ValueError: the balancer is already attached, or another balancer has this name.
     """
-    attached = _ATTACHED.setdefault(accelerator, {})
-    if any(other() is balancer for other in attached.values()):
-        raise ValueError("this balancer is already attached: call attach once")
-    if name in attached:
-        raise ValueError(
-            f"a balancer named {name!r} is already attached, and its checkpoint would be overwritten: "
-            "use attach(balancer, accelerator, name=...) with another name"
-        )
-    attached[checkpoint.checked_name(name)] = ref(balancer)
-
-    def save(models: Any, weights: Any, folder: str) -> None:
-        packed = checkpoint.pack(balancer)
-        if _writes(accelerator):
-            checkpoint.write(packed, folder, name)
-
-    def load(models: Any, folder: str) -> None:
-        checkpoint.load(balancer, folder, name)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    attached_to(accelerator).add(balancer, name)
 
 
 def _writes(accelerator: Checkpointer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 from mtl_dist.balancer import Balancer
 from mtl_dist.stats import StepReport
 from mtl_dist.tracking import STEP_KEY, Row, Snapshot
@@ -18,13 +20,13 @@ class LogWindow:
     """
 
     def __init__(self, balancer: Balancer, prefix: str) -> None:
-        self._balancer = balancer
+        self._balancer = ref(balancer)  # a logger must not keep a model alive
         self._prefix = prefix
         self.clear()
 
     def clear(self) -> None:
         """Removes all collected reports. The current report of the balancer counts as old."""
-        self._last: StepReport | None = self._balancer.report
+        self._last: StepReport | None = self._report()
         self._micro_batches: list[StepReport] = []
         self._pending: list[list[StepReport]] = []
         self._sums: Row = {}
@@ -33,7 +35,7 @@ class LogWindow:
 
     def add_micro_batch(self) -> None:
         """Adds the balancer's report, if it is new."""
-        report = self._balancer.report
+        report = self._report()
         if report is not None and report is not self._last:
             self._micro_batches.append(report)
             self._last = report
@@ -53,6 +55,10 @@ class LogWindow:
         means = {self._named(key): value / counts[key] for key, value in self._sums.items()}
         self._sums, self._counts, self._steps = {}, {}, 0
         return means
+
+    def _report(self) -> StepReport | None:
+        balancer = self._balancer()
+        return None if balancer is None else balancer.report
 
     def _sum(self) -> None:
         snapshots = [Snapshot(reports) for reports in self._pending]  # starts all copies

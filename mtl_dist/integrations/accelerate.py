@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,37 +25,130 @@ from torch import Tensor
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
-from mtl_dist.integrations._checkpoints import register
+from mtl_dist.integrations._checkpoints import attached_to
+from mtl_dist.integrations._idle import IdleWatch, call_after
+from mtl_dist.tracking import STEP_KEY
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # the scripts in launch/ set it; you may set it too
 
 
+_PATIENCE = 10  # optimizer steps; some loops begin with steps of another model (the discriminator of a GAN)
+_WATCHES: WeakKeyDictionary[Accelerator, IdleWatch] = WeakKeyDictionary()
+
+
 def attach(
-    balancer: Balancer, accelerator: Accelerator, *, name: str = "balancer", accumulation: int | None = None
+    balancer: Balancer,
+    accelerator: Accelerator,
+    *,
+    name: str = "balancer",
+    accumulation: int | None = None,
+    late: bool = False,
 ) -> Balancer:
     """Connects `balancer` to `accelerator` (process group, engine, checkpoints) before the first step.
 
     `accelerator.save_state` and `load_state` then include the balancer's state, in its own files
-    (`mtl_dist.checkpoint`). Loading a checkpoint that was saved without it raises an error.
+    (`mtl_dist.checkpoint`). Loading a checkpoint that was saved without it raises an error. The accelerator
+    does not keep the balancer alive: where the model is made anew (folds, a smaller batch), attach the new
+    balancer under the same name.
+
+    If 10 optimizer steps use `accelerator.backward` and none passes through an attached balancer, it raises
+    `RuntimeError`. Rows (`step_row`) that are given to `accelerator.log` without `step` stand at their
+    own step.
 
     Args:
         balancer: the balancer in the model that the accelerator prepares.
         accelerator: the accelerator of this process.
         name: name of the balancer's files in checkpoints. A second balancer needs another name.
         accumulation: micro-batches per optimizer step, if the accelerator does not know it (HF Trainer).
+        late: whether the training may begin without the balancer.
 
     Returns:
         The same balancer.
 
     Raises:
         RuntimeError: the launch fell back silently (`check_launch`).
-        ValueError: a combination that does not work; the message says what to change.
+        ValueError: a combination that does not work, or another balancer of this name still exists; the
+            message says what to change.
     """
+    connect(balancer, accelerator, name=name, accumulation=accumulation)
+    if not late:
+        _watch(accelerator).add(balancer)
+    return balancer
+
+
+def connect(
+    balancer: Balancer, accelerator: Accelerator, *, name: str, accumulation: int | None = None
+) -> None:
+    """What `attach` does, without watching whether the balancer is used: for integrations that watch."""
     check_launch(accelerator)
     balancer.set_engine(engine_of(accelerator, accumulation))
-    balancer.set_group(data_parallel_group(accelerator))
-    register(balancer, accelerator, name)
-    return balancer
+    balancer.set_group(data_parallel_group(accelerator) if balancer.group is None else balancer.group)
+    attached_to(accelerator).add(balancer, name)
+    _log_rows_at_their_step(accelerator)
+
+
+def detach(balancer: Balancer | str, accelerator: Accelerator) -> None:
+    """Undoes `attach`: checkpoints no longer hold the balancer, and it no longer knows the accelerator.
+
+    Args:
+        balancer: the balancer, or its name.
+        accelerator: what it is attached to.
+
+    Raises:
+        ValueError: it is not attached.
+    """
+    found = attached_to(accelerator).remove(balancer)
+    if found is not None:
+        found.set_engine(Engine())
+        if accelerator in _WATCHES:
+            _WATCHES[accelerator].remove(found)
+
+
+def log_row(
+    accelerator: Accelerator, row: Mapping[str, Any], log_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Gives a row to the accelerator's trackers at its own step, `row["train/global_step"]`.
+
+    W&B gets the step as a column only (see `define_wandb_metrics`), because its own step cannot go back when
+    a run is resumed.
+    """
+    for tracker in accelerator.trackers:
+        step = None if tracker.name == "wandb" else int(row[STEP_KEY])
+        tracker.log(dict(row), step=step, **(log_kwargs or {}).get(tracker.name, {}))
+
+
+def _log_rows_at_their_step(accelerator: Accelerator) -> None:
+    """Makes `accelerator.log(row)` use the row's step; without one, TensorBoard shows all points at 0."""
+    inner = accelerator.log
+    if getattr(inner, "logs_rows", False):
+        return
+
+    @wraps(inner)
+    def log(values: Any, step: int | None = None, log_kwargs: Any = None) -> None:
+        if step is None and isinstance(values, Mapping) and STEP_KEY in values:
+            log_row(accelerator, values, log_kwargs)
+        else:
+            inner(values, step=step, log_kwargs=log_kwargs)
+
+    log.logs_rows = True  # type: ignore[attr-defined]
+    accelerator.log = log
+
+
+def _watch(accelerator: Accelerator) -> IdleWatch:
+    if accelerator in _WATCHES:
+        return _WATCHES[accelerator]
+    watch = _WATCHES[accelerator] = IdleWatch(
+        _PATIENCE,
+        "Call balancer(features, heads) in the model's forward, and give the scalar that it returns to "
+        "accelerator.backward",
+    )
+
+    def after_backward() -> None:
+        if accelerator.sync_gradients:  # an optimizer step follows
+            watch.after_step()
+
+    call_after(accelerator, "backward", after_backward)
+    return watch
 
 
 def start(num_processes: int | None = None, data: DataLoaderConfiguration | None = None) -> Accelerator:

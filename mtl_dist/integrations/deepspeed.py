@@ -15,18 +15,28 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
-from mtl_dist.engines import deepspeed_facts
+from mtl_dist.engines import Engine, deepspeed_facts
+from mtl_dist.integrations._idle import IdleWatch, call_after
+
+_WATCHES: WeakKeyDictionary[Any, IdleWatch] = WeakKeyDictionary()
 
 
-def attach(balancer: Balancer, engine: Any) -> Balancer:
+def attach(balancer: Balancer, engine: Any, *, late: bool = False) -> Balancer:
     """Connects `balancer` to a `DeepSpeedEngine`: process group, ZeRO stage, loss scale, accumulation.
 
-    Call it before the first step.
+    Call it before the first step. If the first optimizer step of the engine did not pass through the
+    balancer, `engine.step` raises `RuntimeError`.
+
+    Args:
+        balancer: the balancer in the engine's model.
+        engine: what `deepspeed.initialize` returned first.
+        late: whether the training may begin without the balancer.
 
     Returns:
         The same balancer.
@@ -38,7 +48,36 @@ def attach(balancer: Balancer, engine: Any) -> Balancer:
     check_engine(engine)
     balancer.set_engine(deepspeed_facts(engine))
     balancer.set_group(data_parallel_group(engine))
+    if not late:
+        _watch(engine).add(balancer)
     return balancer
+
+
+def detach(balancer: Balancer, engine: Any) -> None:
+    """Undoes `attach`: the balancer no longer knows the engine."""
+    balancer.set_engine(Engine())
+    if engine in _WATCHES:
+        _WATCHES[engine].remove(balancer)
+
+
+def _watch(engine: Any) -> IdleWatch:
+    if engine in _WATCHES:
+        return _WATCHES[engine]
+    watch = _WATCHES[engine] = IdleWatch(
+        1,
+        "Call balancer(features, heads) in the forward of the engine's model, and give the scalar that it "
+        "returns to engine.backward",
+    )
+    steps = engine.global_steps
+
+    def after_step() -> None:
+        nonlocal steps
+        if engine.global_steps > steps:  # not inside an accumulation
+            watch.after_step()
+        steps = engine.global_steps
+
+    call_after(engine, "step", after_step)
+    return watch
 
 
 def save_checkpoint(

@@ -159,6 +159,8 @@ class Synchronizer:
         Raises:
             RuntimeError: the ranks have met in another group that still exists.
         """
+        if self._given is not None and group is not None and self._given() is group:
+            return
         if self._world is not None and self._is_alive():
             raise RuntimeError("mtl_dist: the group cannot change after the first step")
         self._given = None if group is None else _reference(group)

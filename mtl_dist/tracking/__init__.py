@@ -7,7 +7,7 @@ A program makes one row per optimizer step (with `RunLog`, or with `step_row`) a
 from __future__ import annotations
 
 from mtl_dist.tracking.jsonl import JsonlTracker, JsonlWriter, RowReader, read_rows
-from mtl_dist.tracking.keys import STEP_KEY, check_task_names
+from mtl_dist.tracking.keys import STEP_KEY, EvaluationKeys, check_task_names, evaluation_keys
 from mtl_dist.tracking.rows import Row, Snapshot, step_row
 from mtl_dist.tracking.run_log import RunLog
 from mtl_dist.tracking.tensorboard_tracker import TensorboardTracker, tensorboard_layout
@@ -25,6 +25,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 __all__ = [
     "STEP_KEY",
     "TRACKERS",
+    "EvaluationKeys",
     "JsonlTracker",
     "JsonlWriter",
     "Row",
@@ -38,6 +39,7 @@ __all__ = [
     "WandbTracker",
     "check_task_names",
     "define_wandb_metrics",
+    "evaluation_keys",
     "read_rows",
     "step_row",
     "tensorboard_layout",

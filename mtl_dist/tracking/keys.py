@@ -39,6 +39,29 @@ def keys_of(tasks: tuple[str, ...]) -> Keys:
     return Keys(weight, loss, grad_norm, contribution, cosine)
 
 
+@dataclass(frozen=True)
+class EvaluationKeys:
+    """The columns of an evaluation: each task's loss, and their total in fixed weights."""
+
+    loss: dict[str, str]
+    total: str
+
+
+def evaluation_keys(tasks: Sequence[str], prefix: str = "eval", name: str = "") -> EvaluationKeys:
+    """`eval_loss/<task>` and `eval_total_loss`, as HF Trainer wants evaluation columns to begin.
+
+    W&B and TensorBoard show them as `eval/loss/<task>`. The total ends in `loss`, because Trainer takes the
+    largest value of any other column for the best one.
+
+    Args:
+        tasks: task names.
+        prefix: "eval", "test", or "eval_<data set>".
+        name: of a second balancer, whose columns are `eval_<name>/loss/<task>`.
+    """
+    of = f"{prefix}_{name}/" if name else f"{prefix}_"
+    return EvaluationKeys({task: f"{of}loss/{task}" for task in tasks}, f"{of}total_loss")
+
+
 def check_task_names(tasks: Sequence[str]) -> None:
     """Raises an error for task names that cannot be part of a key.
 

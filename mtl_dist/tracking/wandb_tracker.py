@@ -138,7 +138,8 @@ def define_wandb_metrics(run: Any) -> None:
     """Makes `train/global_step` the x axis of every column of `run`.
 
     Use it for runs that another program has opened, such as `accelerator.get_tracker("wandb", unwrap=True)`.
-    Then log rows without `step=`: `accelerator.log(step_row(balancer.report, step))`.
+    Then log rows with `mtl_dist.integrations.accelerate.log_row(accelerator, row)`, which gives W&B no
+    `step=`: its own step cannot go back when a run is resumed.
     """
     run.define_metric(STEP_KEY)
     run.define_metric("*", step_metric=STEP_KEY)

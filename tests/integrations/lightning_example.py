@@ -1,4 +1,4 @@
-"""Lightning's automatic optimisation with a balancer; started by test_lightning.py, quoted in the README.
+"""Lightning with a balancer; started by test_lightning.py, quoted in docs/engines.md.
 
 lightning_example.py OUT NUM_PROCESSES
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from mtl_dist import Balancer
+from mtl_dist.integrations.lightning import attach
 from mtl_dist.weighting import MGDA, Smooth
 
 BATCH = 8  # over all ranks
@@ -33,24 +33,16 @@ class Model(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         x, y = batch
-        loss = self.balancer(
+        return self.balancer(
             self.trunk(x),
             {
                 "size": lambda z: F.mse_loss(self.size(z).squeeze(-1), y),
                 "sign": lambda z: F.cross_entropy(self.sign(z), (y > 0).long()),
             },
         )
-        self.log_dict({f"mtl/weight/{task}": w for task, w in self.balancer.report.weights.items()})
-        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["balancer"] = self.balancer.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.balancer.load_state_dict(checkpoint["balancer"])
 
 
 class Data(lightning.LightningDataModule):
@@ -90,6 +82,7 @@ def fit(num_processes: int, epochs: int, folder: str, resume: str | None = None)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    attach(model.balancer, trainer)
     trainer.fit(model, Data(), ckpt_path=resume, weights_only=None if resume is None else True)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     facts = {

@@ -31,7 +31,7 @@ class Engine:
         self.module = net
         self.accumulation = accumulation
         self.optimizer = SimpleNamespace(loss_scale=scale, overflow=False)
-        self.micro_steps = 0
+        self.micro_steps = self.global_steps = 0
         self._sgd = torch.optim.SGD(net.parameters(), lr=0.1)
 
     def fp16_enabled(self) -> bool:
@@ -63,6 +63,7 @@ class Engine:
                     gradient /= self.optimizer.loss_scale
                 self._sgd.step()
             self._sgd.zero_grad()
+            self.global_steps += 1
         self.micro_steps += 1
 
 

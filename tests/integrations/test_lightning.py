@@ -1,4 +1,4 @@
-"""Lightning needs no code of ours: the README's example, on real ranks and resumed."""
+"""Lightning: the example of docs/engines.md, on real ranks and resumed."""
 
 from __future__ import annotations
 

@@ -82,6 +82,8 @@ def test_two_ranks_equal_one_process(
             assert [row["loss"] for row in got["log"]] == pytest.approx(
                 [row["loss"] for row in expected["log"]], rel=1e-6
             )
+            assert got["evaluation"].keys() >= {"eval_loss/topic", "eval_loss/kind", "eval_total_loss"}
+            assert got["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
         whole, resumed = facts["whole"], facts["resumed"]
         assert resumed["weights"] == whole["weights"][8:], "resume is not bitwise"
         assert resumed["moved"] == whole["moved"]
@@ -148,7 +150,7 @@ def step(balancer: Balancer, times: int) -> None:
 
 
 def saved_by(**balancers: Balancer) -> TrainerState:
-    """The state that Trainer reads back from a checkpoint with these balancers."""
+    """The state that Trainer reads back from a checkpoint with these balancers, which live in the caller."""
     callback = BalancerCallback()
     for name, balancer in balancers.items():
         callback.add(balancer, name)

@@ -83,6 +83,7 @@ def arguments(out: str, engine: str, **others: object) -> TrainingArguments:
         # Trainer gives DeepSpeed no backend: the state is made before, and used as it is
         place = {"deepspeed": DEEPSPEED, "accelerator_config": {"use_configured_state": True}}
     settings = {"max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "optim": "sgd"}
+    settings |= {"per_device_eval_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1))}
     settings |= {"learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 1e6}
     settings |= {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "data_seed": 5}
     return TrainingArguments(output_dir=out, **{**settings, **place, **others})
@@ -111,6 +112,7 @@ def train(
         "weights": diary.rows,
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "moved": (flat(net) - before).tolist(),
+        "evaluation": {key: value for key, value in trainer.evaluate(table).items() if "loss" in key},
     }
 
 
