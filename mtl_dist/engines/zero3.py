@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,20 +23,26 @@ ZERO_3 = (
 def find_partitioned(shared: Features, heads: Heads) -> bool:
     """Whether trunk or heads have partitioned parameters. Changes nothing in either.
 
-    It looks at the parameters in the graph of the features, and at those of the first module that the heads
-    call, before that module runs.
+    It looks at the leaves of the features' graph, because an engine partitions the parameters of a model or
+    none of them. If the graph has no leaf (a frozen trunk), it looks at the parameters of the first module
+    that the heads call, before that module runs.
     """
     if "deepspeed" not in sys.modules:
         return False
-    return in_graph(shared) or _in_heads(shared, heads)
+    found = [is_partitioned(leaf) for leaf in _leaves(shared)]
+    return any(found) if found else _in_heads(shared, heads)
 
 
 def in_graph(shared: Features) -> bool:
     """Whether a partitioned parameter made the features."""
-    return any(
-        is_partitioned(getattr(node, "variable", None))
-        for leaf in shared.leaves
-        for node in accumulators(leaf)
+    return any(is_partitioned(leaf) for leaf in _leaves(shared))
+
+
+def _leaves(shared: Features) -> Iterator[Any]:
+    """The leaves of the graph that made the features, parameters as a rule."""
+    made = (tensor for tensor in shared.originals if tensor.grad_fn is not None or tensor.requires_grad)
+    return (
+        getattr(node, "variable", None) for tensor in made for node in accumulators(tensor.view_as(tensor))
     )
 
 
