@@ -1,4 +1,4 @@
-"""A balancer's checkpoint: tensors and JSON, no pickle; whole or refused.
+"""The checkpoint of a balancer: tensors and JSON, no pickle. It loads completely, or it is refused.
 
     save(balancer, folder)      balancer.json and balancer.<digest>.safetensors
     load(balancer, folder)      continues bit for bit, or raises and changes nothing

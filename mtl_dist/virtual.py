@@ -61,7 +61,7 @@ class VirtualRanks:
     def split(self, batch: Any) -> list[Any]:
         """R parts of a batch (any pytree of tensors), along the first axis and in order.
 
-        Sizes differ by at most one; what is no tensor goes to every part.
+        Sizes differ by at most one; anything that is not a tensor goes to every part.
         """
         flat, spec = pytree.tree_flatten(batch)
         parts = [

@@ -26,7 +26,7 @@ from typing import Any
 from supervise import GRACE, end_descendants, own_descendants
 
 FORKABLE = {"jemalloc_bg_thd"}  # of pyarrow; jemalloc itself ends it before a fork and starts it after
-FAREWELL = 1.0  # seconds that the other ranks have to tell what they saw, when one has failed
+LAST_WORDS = 1.0  # seconds that the other ranks have to tell what they saw, when one has failed
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def wait(ranks: dict[int, int]) -> list[int | None]:
             code = statuses[ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
             if code != 0:
                 break
-    end_descendants(FAREWELL if ranks else GRACE)
+    end_descendants(LAST_WORDS if ranks else GRACE)
     return statuses
 
 

@@ -19,23 +19,20 @@ from mtl_dist.balancer.arguments import (
 )
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
-from mtl_dist.balancer.identity import identity, state_digest
+from mtl_dist.balancer.identity import identity
+from mtl_dist.balancer.members import BalancerMembers
 from mtl_dist.balancer.progress import RuleProgress
-from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.step import Step
-from mtl_dist.balancer.typed_call import TypedCall
 from mtl_dist.balancer.uses import Uses
 from mtl_dist.balancer.window_guard import WindowGuard
 from mtl_dist.balancer.zero_gradients import zeroed
-from mtl_dist.checks import Check, DiagonalWatch, Finding, OneTaskWatch, Watches
-from mtl_dist.engines import Engine, EngineView, will_run_again
+from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch, Watches
+from mtl_dist.engines import EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
-from mtl_dist.stats import LocalStats, StepReport
+from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
-
-_FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
 
 
 class Collector(Protocol):
@@ -45,7 +42,7 @@ class Collector(Protocol):
         """Takes those of one call."""
 
 
-class Balancer(TypedCall):
+class Balancer(BalancerMembers):
     """Turns task losses into one scalar loss with weights that all ranks agree on.
 
     Call it in the model's forward, on the shared features and the tasks' heads, or on losses alone:
@@ -134,15 +131,6 @@ class Balancer(TypedCall):
         self._twins: tuple[Balancer, ...] = ()
         self._guard = WindowGuard()
         self._collector: Collector | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses to change a setting, which would change what is shown and nothing else."""
-        if name == "window" or (name in _FIXED and name in self.__dict__):
-            raise AttributeError(
-                f"balancer.{name} is fixed at construction, got {value!r}: make a new Balancer. Its "
-                "load_state_dict takes the state of this one if tasks and rule are the same"
-            )
-        super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it unannotated
     def forward(
@@ -274,34 +262,6 @@ class Balancer(TypedCall):
             raise
         self._synchronizer.news = 0
 
-    def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
-        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """Everything that the next step depends on: tensors, strings and numbers.
-
-        As part of a model's state (`destination` given) it adds nothing, so model checkpoints do not depend
-        on how the model was trained.
-        """
-        if destination is not None:
-            return destination
-        self._errors.poll()
-        self._progress.settle()
-        return read_state(self._progress)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> None:
-        """Continues from a `state_dict`, bit for bit.
-
-        Raises:
-            ValueError: it belongs to other tasks or another rule; nothing is changed then.
-        """
-        self._errors.poll()
-        write_state(self._progress, state_dict)
-        self._synchronizer.news = state_digest(self._progress)
-        for twin in self._twins:
-            twin.load_state_dict(state_dict)
-
     def become_virtual(self, collectives: Sequence[Collectives]) -> None:
         """Becomes rank 0 of several ranks in one process, with a copy of itself for each of the others.
 
@@ -315,15 +275,6 @@ class Balancer(TypedCall):
         for balancer, own in zip([self, *twins], collectives, strict=True):
             balancer._synchronizer.use(own)
         self._twins = tuple(twins)
-
-    def check_virtual_agreement(self) -> None:
-        """Raises `RuntimeError` unless all virtual ranks hold bitwise the same weights."""
-        for rank, twin in enumerate(self._twins, start=1):
-            if not torch.equal(twin._progress.weights, self._progress.weights):
-                raise RuntimeError(
-                    f"mtl_dist: virtual rank {rank} has weights {twin.weights}, rank 0 {self.weights}; "
-                    "the rule, the probe or a head takes something that is not the same on all ranks"
-                )
 
     def _virtual_twin(self) -> Balancer | None:
         """The copy that the running virtual rank calls; None for rank 0 and for real ranks."""
@@ -345,75 +296,6 @@ class Balancer(TypedCall):
         finally:
             for balancer, outer in zip(balancers, before, strict=True):
                 balancer._collector = outer
-
-    @property
-    def uses(self) -> Uses:
-        """How often it was called in training, and how often a backward passed through its total."""
-        return self._uses
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold different samples; None: all ranks."""
-        return self._synchronizer.group
-
-    def set_group(self, group: dist.ProcessGroup | None) -> None:
-        """Sets the data-parallel group before the first step.
-
-        Raises:
-            RuntimeError: a step was already taken with another group.
-        """
-        self._synchronizer.set_group(group)
-
-    def set_engine(self, engine: Engine) -> None:
-        """Tells the balancer about the engine: loss scale, skipped steps, accumulation, partitioning.
-
-        The integrations' `attach` calls it; call it before the first step.
-
-        Raises:
-            ValueError: the weights hold for another number of micro-batches than the engine accumulates.
-        """
-        if self.window is not None and engine.accumulation not in (None, self.window):
-            raise ValueError(
-                f"the balancer holds its weights for window={self.window} micro-batches, and the engine "
-                f"accumulates {engine.accumulation}: give both the same number"
-            )
-        self._engine.learn(engine)
-
-    @property
-    def report(self) -> StepReport | None:
-        """What happened in the last training step (the last whole window); None before the first."""
-        return self._progress.report
-
-    @report.setter
-    def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
-        self._progress.report = report
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """What `check=True` found, in the order it was found; virtual ranks after rank 0."""
-        checks = [balancer._check for balancer in (self, *self._twins)]
-        return tuple(finding for check in checks if check is not None for finding in check.findings.all())
-
-    @property
-    def step(self) -> int:
-        """Number of training steps (windows, where weights are held) taken and not skipped by the engine."""
-        return self._progress.step
-
-    @property
-    def window(self) -> int | None:
-        """Micro-batches for which the weights hold; None where each has its own."""
-        return self._progress.window
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The current weight of each task: that of the last step it was present in."""
-        return dict(zip(self.tasks, self._progress.weights.tolist(), strict=True))
-
-    def extra_repr(self) -> str:
-        """Tasks, rule and probe."""
-        window = "" if self.window is None else f", window={self.window}"
-        policy = f"on_nonfinite={self.on_nonfinite!r}"
-        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, {policy}{window}"
 
     def measures_at(self, step: int) -> bool:
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""

@@ -12,7 +12,7 @@ def whole_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(checkpoint / "model.safetensors")
-    if (checkpoint / "pytorch_model_fsdp_0").exists():  # FSDP2: a file a rank
+    if (checkpoint / "pytorch_model_fsdp_0").exists():  # FSDP2: one file per rank
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
         dcp_to_torch_save(checkpoint / "pytorch_model_fsdp_0", checkpoint / "whole.pt")

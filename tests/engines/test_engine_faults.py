@@ -12,7 +12,7 @@ from engine_faults import HEALED
 from matrix import START_LIMIT, run_script
 
 # a rank that fails alone waits 30 s for the others to hear of it (sync.py), then its launcher ends them
-FAREWELL = 30.0
+LEAVE_SECONDS = 30.0
 
 
 def test_a_head_that_raises_on_one_rank_raises_on_all(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_an_exception_elsewhere_ends_the_job(engine: str) -> None:
 def test_a_head_that_raises_among_the_engines_collectives_ends_the_job(engine: str) -> None:
     """Rank 0 waits for parameters that rank 1 does not gather any more."""
     began = time.monotonic()
-    limit = START_LIMIT + FAREWELL
+    limit = START_LIMIT + LEAVE_SECONDS
     done = run_script("engine_faults.py", 2, "head", engine, timeout=limit, torchrun=True)
     assert done.returncode != 0
     assert "KeyError: 'no such label'" in done.stderr
-    assert time.monotonic() - began < START_LIMIT + FAREWELL
+    assert time.monotonic() - began < START_LIMIT + LEAVE_SECONDS

@@ -77,7 +77,7 @@ def parameter_rows(
 
     Args:
         trunks: for each task; tasks may share one.
-        gradients: `∂l_i/∂z` for each task, one tensor a leaf of the features.
+        gradients: `∂l_i/∂z` for each task, one tensor per leaf of the features.
         counts: `[n]`, `c_i`.
     """
     passes = stream([t.leaves for t in trunks], gradients, [t.plan for t in trunks])
