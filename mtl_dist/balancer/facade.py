@@ -203,8 +203,9 @@ class Balancer(BalancerMembers):
         self._uses.calls += 1
         if total.requires_grad:
             total.register_hook(self._uses.note_backward)  # type: ignore[no-untyped-call]
-        if self.window is not None and self.window > 1 and self._engine.facts.closes_window is None:
-            self._guard.follow(total, self.window, inside=self._progress.inside_window)
+        window = self._progress.window
+        if window is not None and window > 1 and self._engine.facts.closes_window is None:
+            self._guard.follow(total, window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
     @contextmanager
