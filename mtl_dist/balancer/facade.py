@@ -226,15 +226,8 @@ class Balancer(BalancerMembers):
         """
         if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
             raise ValueError(f"held: updates must be a number of calls >= 0, got {updates!r}")
-        balancers = (self, *self._twins)
-        before = [balancer._updates_left for balancer in balancers]
-        for balancer in balancers:
-            balancer._updates_left = updates
-        try:
+        with self._set_inside("_updates_left", updates):
             yield
-        finally:
-            for balancer, left in zip(balancers, before, strict=True):
-                balancer._updates_left = left
 
     def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
         """Gives losses that were measured outside the step to the rule; all ranks must call it.
@@ -288,15 +281,21 @@ class Balancer(BalancerMembers):
     @contextmanager
     def collecting(self, collector: Collector) -> Iterator[None]:
         """Inside, calls in eval mode also give their losses to `collector`; see `collect_evaluation`."""
+        with self._set_inside("_collector", collector):
+            yield
+
+    @contextmanager
+    def _set_inside(self, name: str, value: Any) -> Iterator[None]:
+        """Sets an attribute of this balancer and of its virtual ranks, and restores it afterwards."""
         balancers = (self, *self._twins)
-        before = [balancer._collector for balancer in balancers]
+        before = [getattr(balancer, name) for balancer in balancers]
         for balancer in balancers:
-            balancer._collector = collector
+            setattr(balancer, name, value)
         try:
             yield
         finally:
             for balancer, outer in zip(balancers, before, strict=True):
-                balancer._collector = outer
+                setattr(balancer, name, outer)
 
     def measures_at(self, step: int) -> bool:
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
