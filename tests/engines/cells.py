@@ -195,7 +195,7 @@ READY_TWICE = Refusal(
 PARTITIONED = Refusal(
     re.compile(r"reevaluate=False: DeepSpeed ZeRO-3 partitions the parameters.* Leave reevaluate out"),
     "ZeRO-3 frees parameters after their first use: FeatureProbe() evaluates the heads again by itself, and "
-    "refuses when told not to, naming FeatureProbe() and FeatureTap()",
+    "refuses when told not to, and says what to do",
     engines_own=False,
 )
 
