@@ -34,8 +34,9 @@ def weights(rank: int) -> list[list[float]]:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    print(f"rank {rank} prints")
-    print(f"rank {rank} complains", file=sys.stderr)
+    # whole lines in one write: `print` writes text and newline apart, and another rank may write in between
+    sys.stdout.write(f"rank {rank} prints\n")
+    sys.stderr.write(f"rank {rank} complains\n")
     if sys.argv[2] == "fails" and rank == 1:
         raise KeyError("no such file")
     if sys.argv[2] == "fails":
