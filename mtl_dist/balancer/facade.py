@@ -176,6 +176,18 @@ class Balancer(BalancerMembers):
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
+        return self._trained(features, heads, counts, layer, task_ids, mask)
+
+    def _trained(
+        self,
+        features: Any,
+        heads: Any,
+        counts: Counts | None,
+        layer: nn.Module | None,
+        task_ids: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """A call in training mode: one step."""
         if will_run_again():
             raise explain_recomputation()
         self._connect()
