@@ -188,8 +188,6 @@ class Balancer(BalancerMembers):
         mask: Tensor | None,
     ) -> Tensor:
         """A call in training mode: one step."""
-        if will_run_again():
-            raise explain_recomputation()
         self._connect()
         held = self._updates_left is not None and self._updates_left <= 0
         if not held:
@@ -197,6 +195,8 @@ class Balancer(BalancerMembers):
         kind = Kind.HELD if held else Kind.TRAINING
         step = self._new_step(measure=not held and self.measures_at(self._progress.step), kind=kind)
         try:
+            if will_run_again():
+                raise explain_recomputation()
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
             if read.on_losses:
                 total = self._of_losses(features, read, step)

@@ -39,6 +39,25 @@ def test_a_call_that_the_backward_would_run_again_is_refused(rule: Rule) -> None
     assert model.balancer.step == 1
 
 
+def test_a_rank_that_is_refused_so_tells_the_others() -> None:
+    model = net(GradNorm())
+    ranks = VirtualRanks(2, model.balancer, model)
+    heard: list[str] = []
+
+    def work(rank: int) -> Tensor:
+        try:
+            if rank == 0:
+                return checkpoint(model, batch().requires_grad_(), use_reentrant=False)
+            return model(batch())
+        except RuntimeError as error:
+            heard.append(str(error))
+            raise
+
+    with pytest.raises(RuntimeError, match="call the balancer outside"):
+        ranks.run(work)
+    assert any("rank 0 failed before it had its statistics" in text for text in heard), heard
+
+
 @pytest.mark.parametrize("probe", [FeatureProbe(), FeatureTap()], ids=repr)
 def test_checkpointed_trunk_and_heads_are_right(probe: Probe) -> None:
     plain, saved = net(MGDA(), probe=probe), net(MGDA(), probe=probe)
