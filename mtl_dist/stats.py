@@ -38,23 +38,32 @@ class LocalStats:
     Attributes:
         loss_sums: `[n]`, `c_i l_i`; 0 where the task is absent.
         counts: `[n]`, `c_i`, samples (or tokens) behind each local mean; 0 where the task is absent.
-        gram: `[n, n]`, `c_i c_j ⟨g_i, g_j⟩`; zeros where gradients were not measured.
+        gram: `[n, n]`, `c_i c_j ⟨g_i, g_j⟩`; None where gradients were not measured, which adds as zeros.
+        known: the counts as numbers, where the host knows them; None: only the device does.
     """
 
     loss_sums: Tensor
     counts: Tensor
-    gram: Tensor
+    gram: Tensor | None = None
+    known: tuple[float, ...] | None = None
 
     def __add__(self, other: LocalStats) -> LocalStats:
+        grams = [gram for gram in (self.gram, other.gram) if gram is not None]
         return LocalStats(
-            self.loss_sums + other.loss_sums, self.counts + other.counts, self.gram + other.gram
+            self.loss_sums + other.loss_sums,
+            self.counts + other.counts,
+            grams[0] + grams[1] if len(grams) == 2 else next(iter(grams), None),
         )
+
+    def with_gram(self, gram: Tensor) -> LocalStats:
+        """These losses and counts, with a Gram."""
+        return replace(self, gram=gram)
 
     @classmethod
     def zeros(cls, num_tasks: int, device: torch.device) -> LocalStats:
         """The statistics of a rank that saw no sample: the neutral element of `+`."""
-        n, dtype = num_tasks, stats_dtype(device)
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in ((n,), (n,), (n, n))))
+        zeros = torch.zeros(num_tasks, dtype=stats_dtype(device), device=device)
+        return cls(zeros, zeros, None, (0.0,) * num_tasks)
 
 
 @dataclass(frozen=True)
@@ -108,22 +117,26 @@ class TaskStats:
 
         So a rule never sees NaN or infinity, and the host does not have to wait for the decision.
         """
-        losses = torch.where(ok, self.losses, torch.ones_like(self.losses))
+        bad = ~ok
+        losses = self.losses.masked_fill(bad, 1)
         if self.gram is None:
             return replace(self, losses=losses)
         eye = torch.eye(len(losses), dtype=self.gram.dtype, device=self.gram.device)
-        return replace(self, losses=losses, gram=torch.where(ok, self.gram, eye))
+        return replace(self, losses=losses, gram=torch.where(bad, eye, self.gram))
 
 
 def global_stats(total: LocalStats, step: int, *, with_gram: bool) -> TaskStats:
     """Statistics of the concatenated batch from the sum over ranks: the equations at the top of this file."""
-    present = total.counts > 0
-    counts = torch.where(present, total.counts, torch.ones_like(total.counts))
+    absent = total.counts <= 0
+    counts = total.counts.masked_fill(absent, 1)
     # L_i = Σ c_i l_i / C_i
-    losses = torch.where(present, total.loss_sums / counts, torch.ones_like(counts))
-    # G_ij = Σ c_i c_j <g_i, g_j> / (C_i C_j)
-    gram = total.gram / torch.outer(counts, counts) if with_gram else None
-    return TaskStats(losses, present, gram, total.counts, step)
+    losses = (total.loss_sums / counts).masked_fill(absent, 1)
+    gram = None
+    if with_gram:
+        # G_ij = Σ c_i c_j <g_i, g_j> / (C_i C_j)
+        pairs = torch.outer(counts, counts)
+        gram = torch.zeros_like(pairs) if total.gram is None else total.gram / pairs
+    return TaskStats(losses, ~absent, gram, total.counts, step)
 
 
 @dataclass(frozen=True)

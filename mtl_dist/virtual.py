@@ -187,8 +187,9 @@ class _VirtualCollectives:
         self.rank = rank
         self.world_size = world_size
 
-    def all_reduce(self, buffer: Tensor) -> None:
+    def start_all_reduce(self, buffer: Tensor) -> Callable[[], None]:
         self._add_up(buffer)
+        return lambda: None
 
     def _add_up(self, buffer: Tensor) -> None:
         buffer.copy_(torch.stack(list(self._exchange(buffer.clone()))).sum(0))

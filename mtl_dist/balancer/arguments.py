@@ -8,6 +8,7 @@ from typing import Literal
 from mtl_dist.probes import FeatureTap, Probe
 
 OnNonfinite = Literal["raise", "skip", "hold"]
+CountsOf = Literal["given", "equal"]
 
 
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -42,3 +43,19 @@ def checked_window(window: int | None, probe: Probe) -> int | None:
             "add, because all samples share its coordinates: use window=None, or FeatureProbe()"
         )
     return window
+
+
+def checked_lag(lag: int, counts: CountsOf, on_nonfinite: OnNonfinite) -> tuple[int, CountsOf]:
+    """A lag of 0 or 1 step, and how counts reach the other ranks."""
+    if isinstance(lag, bool) or lag not in (0, 1):
+        raise ValueError(f"lag must be 0 or 1, the steps between statistics and their use, got {lag!r}")
+    if counts not in ("given", "equal"):
+        raise ValueError(f'counts must be "given" or "equal", got {counts!r}')
+    if counts == "equal" and not lag:
+        raise ValueError('counts="equal" saves the sum of the counts in the forward, which only lag=1 makes: give lag=1')
+    if lag and on_nonfinite == "skip":
+        raise ValueError(
+            'with lag=1 the statistics of a step are known after it, so on_nonfinite="skip" cannot undo it; '
+            'use "hold" or "raise", or lag=0'
+        )
+    return lag, counts

@@ -1,47 +1,54 @@
-"""Errors that a flag on the device decides, raised without making the host wait for the device."""
+"""Errors that values of the device decide, raised without making the host wait for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from mtl_dist.sync import HostCopy
+
+Judge = Callable[[], Exception | None]
 
 
 class DeferredErrors:
-    """Looks at flags: at once on the CPU, one step later on an accelerator.
+    """Looks at values: at once on the CPU, one step later on an accelerator.
 
-    The flag of an accelerator is copied to the host in the background and read at the next `poll`, one whole
-    step later, so the host never waits inside a step. All ranks read the same flag at the same step.
+    Values of an accelerator are copied to the host in the background and read at the next `poll`, one whole
+    step later, so the host never waits inside a step. All ranks read the same values at the same step.
 
     Attributes:
-        pending: flags that were not read yet, each with the event of its copy and its error.
+        pending: judges whose values were not read yet.
     """
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Tensor, torch.Event, Callable[[], Exception | None]]] = []
+        self.pending: list[Judge] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without flags that are on their way: they belong to this process, and to this step."""
+        """Without values that are on their way: they belong to this process, and to this step."""
         return {"pending": []}
 
-    def watch(self, flag: Tensor, explain: Callable[[], Exception | None]) -> None:
+    def judge(self, copy: HostCopy, judge: Judge) -> None:
+        """Raises the error that `judge` finds in values that are copied; None: it finds none."""
+        if not copy.is_here:
+            self.pending.append(judge)
+        elif (error := judge()) is not None:
+            raise error
+
+    def watch(self, flag: Tensor, explain: Judge) -> None:
         """Raises `explain()` where `flag` (scalar bool) holds, now or at the next `poll`. None: no error."""
-        if flag.device.type == "cpu":
-            if flag and (error := explain()) is not None:
-                raise error
-            return
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
-        event = torch.Event(flag.device)
-        event.record()
-        self.pending.append((host, event, explain))
+        copy = HostCopy(flag)
+        self.judge(copy, partial(_where, copy, explain))
 
     def poll(self) -> None:
-        """Raises the error of the first flag that was set since the last `poll`."""
+        """Raises the first error in what was copied since the last `poll`."""
         pending, self.pending = self.pending, []
-        for flag, event, explain in pending:
-            event.synchronize()
-            if flag and (error := explain()) is not None:
+        for judge in pending:
+            if (error := judge()) is not None:
                 raise error
+
+
+def _where(flag: HostCopy, explain: Judge) -> Exception | None:
+    return explain() if flag.values() else None

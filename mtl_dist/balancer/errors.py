@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.sync import Faults
+from mtl_dist.sync import Bad, Faults, Summed
 from mtl_dist.weighting import Rule
 
 
@@ -14,29 +14,43 @@ class PeerFailed(RuntimeError):
 
 
 def explain_failure(step: int, faults: Faults) -> PeerFailed:
-    """The error of a rank whose peer failed. Reads values from the device."""
+    """The error of a rank whose peer failed."""
     return PeerFailed(
-        f"mtl_dist, step {step}: {_ranks(*faults.failure.tolist())} failed before it had its statistics; "
+        f"mtl_dist, step {step}: {faults.failure} failed before it had its statistics; "
         "the error printed there says why"
     )
 
 
-def explain_nonfinite(tasks: Sequence[str], step: int, faults: Faults) -> ValueError:
-    """The error for a NaN or infinity: which task, which rank. Reads values from the device."""
-    bad = [
-        f"task {task!r} on {_ranks(number, ranks)}"
-        for task, number, ranks in zip(tasks, faults.counts.tolist(), faults.rank_sums.tolist(), strict=True)
-        if number > 0
-    ]
+def explain_nonfinite(
+    tasks: Sequence[str], step: int, summed: Sequence[Summed], *, losses_only: bool
+) -> ValueError | None:
+    """The error for a NaN or infinity: which task, which rank; None: there is none.
+
+    Args:
+        tasks: names of the n tasks.
+        step: of the balancer.
+        summed: what was reduced in this step. The first fault of a task is the cause, a later one only its
+            consequence.
+        losses_only: whether gradients may be infinite.
+    """
+    faults = [one.faults for one in summed]
+    if all(one.losses_are_finite() if losses_only else one.all_finite() for one in faults):
+        return None
+    bad: dict[str, Bad] = {}
+    for one in faults:
+        for task, ranks in zip(tasks, one.by_task(), strict=True):
+            if ranks.number:
+                bad.setdefault(task, ranks)
     if not bad:
         return ValueError(
             f"mtl_dist, step {step}: the scalar was differentiated with the factor 0 on a rank, as in "
             "(0 * loss).backward(), and FeatureTap sees no gradient then. To leave a batch out, return None "
             'from its heads; or give on_nonfinite="hold", which keeps the weights, or use FeatureProbe()'
         )
+    where = ", ".join(f"task {task!r} on {bad[task]}" for task in tasks if task in bad)
     return ValueError(
         f"mtl_dist, step {step}: a loss or its gradient at the features is NaN or infinite: "
-        f"{', '.join(bad)}. Look at that task's data and learning rate, or give "
+        f"{where}. Look at that task's data and learning rate, or give "
         'on_nonfinite="skip" or "hold"'
     )
 
@@ -70,6 +84,3 @@ def explain_recomputation() -> RuntimeError:
         "and the heads, and call the balancer outside"
     )
 
-
-def _ranks(number: float, rank_sum: float) -> str:
-    return f"rank {int(rank_sum)}" if number == 1 else f"{int(number)} ranks"

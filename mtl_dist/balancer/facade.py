@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist.balancer.arguments import (
+    CountsOf,
     OnNonfinite,
+    checked_lag,
     checked_policy,
     checked_tasks,
     checked_window,
@@ -20,6 +22,7 @@ from mtl_dist.balancer.arguments import (
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
 from mtl_dist.balancer.identity import identity
+from mtl_dist.balancer.lagged_step import LaggedStep, Underway
 from mtl_dist.balancer.members import BalancerMembers
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.step import Step
@@ -31,7 +34,7 @@ from mtl_dist.engines import EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Call, Collectives, Identity, Kind, Synchronizer, virtual_rank
+from mtl_dist.sync import Collectives, Identity, Kind, Synchronizer, virtual_rank
 from mtl_dist.weighting import Every, Needs, Rule
 
 
@@ -76,6 +79,15 @@ class Balancer(BalancerMembers):
             rule, with its own weights. k: the weights hold for windows of k micro-batches. The weights of a
             window follow from the statistics of the whole window before it (uniform in the first window), so
             k micro-batches of equal counts train like one batch that is k times as large.
+        lag: 0: the weights of a step follow from its own statistics. 1: from those of the step before (the first
+            step has uniform weights). Then the weights are known before the heads run and reach heads and
+            trunk alike, gradients are measured as they pass in the one backward, the all-reduce runs beside
+            the backward, and the rule is solved at the next call: a step costs what a plain step costs. Errors
+            about values come one step later. A weight of zero would hide the gradient of its task, so the
+            heads receive at least 2⁻¹⁰ of the largest weight; the trunk receives the weights as they are.
+        counts: with lag=1, "given": the counts of each step are summed over ranks in the forward. "equal":
+            the user promises that all ranks have the same counts in every step, so nothing is awaited in the
+            forward; the promise is checked, and a broken one is an error at the next step.
         check: for debugging: measure every step a second time by plain autograd, compare, and look for what
             makes weights worthless (`findings`). It costs twice as much, and the host waits.
 
@@ -97,6 +109,8 @@ class Balancer(BalancerMembers):
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "raise",
         window: int | None = None,
+        lag: int = 0,
+        counts: CountsOf = "given",
         check: bool = False,
     ) -> None:
         super().__init__()
@@ -105,6 +119,7 @@ class Balancer(BalancerMembers):
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
+        self.lag, self.counts = checked_lag(lag, counts, on_nonfinite)
         self._strict = on_nonfinite == "raise"
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._errors = DeferredErrors()
@@ -119,7 +134,9 @@ class Balancer(BalancerMembers):
             self._errors,
             self._uses,
             strict=self._strict,
+            lag=lag > 0,
         )
+        self._underway = Underway()
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
         told = (self.weighting, self.probe)
         self._watches = Watches(
@@ -189,25 +206,20 @@ class Balancer(BalancerMembers):
     ) -> Tensor:
         """A call in training mode: one step."""
         self._connect()
+        self._underway.arrive()
         held = self._updates_left is not None and self._updates_left <= 0
         if not held:
             self._progress.begin()
-        kind = Kind.HELD if held else Kind.TRAINING
-        step = self._new_step(measure=not held and self.measures_at(self._progress.step), kind=kind)
+        step = self._new_step(Kind.HELD if held else Kind.TRAINING)
         try:
             if will_run_again():
                 raise explain_recomputation()
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
-            if read.on_losses:
-                total = self._of_losses(features, read, step)
-            else:
-                shared = self._shared(features, layer)
-                if self._check is not None:
-                    step.check(shared, read)
-                total = self.probe(shared, read, step)
+            total = self._total(features, read, layer, step)
         except Exception:
             if not step.reduced:
-                self._synchronizer.announce_failure(Call(kind, step.step))
+                self._synchronizer.announce_failure(step.first_call)
+            self._underway.forget(step)
             raise
         self._synchronizer.news = 0  # all ranks have heard of it
         if self._updates_left is not None and not held:
@@ -219,6 +231,16 @@ class Balancer(BalancerMembers):
         if window is not None and window > 1 and self._engine.facts.closes_window is None:
             self._guard.follow(total, window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
+
+    def _total(self, features: Any, read: Heads, layer: nn.Module | None, step: Step) -> Tensor:
+        if read.on_losses:
+            return self._of_losses(features, read, step)
+        shared = self._shared(features, layer)
+        if self._check is not None:
+            step.check(shared, read)
+        if isinstance(step, LaggedStep):
+            return self.probe.lagged(shared, read, step)
+        return self.probe(shared, read, step)
 
     @contextmanager
     def held(self, *, updates: int = 0) -> Iterator[None]:
@@ -257,14 +279,15 @@ class Balancer(BalancerMembers):
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
         self._connect()
-        step = self._new_step(measure=False, kind=Kind.OBSERVE)
+        self._underway.arrive()
+        step = self._new_step(Kind.OBSERVE)
         try:
             with torch.no_grad():
                 local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
                 step.observe(step.reduce(local))
         except Exception:
             if not step.reduced:
-                self._synchronizer.announce_failure(Call(Kind.OBSERVE, step.step))
+                self._synchronizer.announce_failure(step.first_call)
             raise
         self._synchronizer.news = 0
 
@@ -322,24 +345,30 @@ class Balancer(BalancerMembers):
         if self._synchronizer.connect(self._identity):
             self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
 
-    def _new_step(self, *, measure: bool, kind: Kind = Kind.TRAINING) -> Step:
-        return Step(
-            tasks=self.tasks,
-            step=self._progress.step,
-            rank=self._synchronizer.rank,
-            measure=measure,
-            engine=self._engine,
-            memory=self._memory,
-            progress=self._progress,
-            synchronizer=self._synchronizer,
-            errors=self._errors,
-            checker=self._check,
-            watches=self._watches,
-            strict=self._strict,
-            held=kind is Kind.HELD,
-            stateful=bool(self._progress.state),
-            kind=kind,
-        )
+    def _new_step(self, kind: Kind) -> Step:
+        number = self._progress.step + (self._underway.ahead(self._progress) if kind is Kind.TRAINING else 0)
+        parts: dict[str, Any] = {
+            "tasks": self.tasks,
+            "step": number,
+            "rank": self._synchronizer.rank,
+            "measure": kind is Kind.TRAINING and self.measures_at(number),
+            "engine": self._engine,
+            "memory": self._memory,
+            "progress": self._progress,
+            "synchronizer": self._synchronizer,
+            "errors": self._errors,
+            "checker": self._check,
+            "watches": self._watches,
+            "strict": self._strict,
+            "held": kind is Kind.HELD,
+            "stateful": bool(self._progress.state),
+            "kind": kind,
+            "news": self._synchronizer.news,
+        }
+        if self.lag and kind is Kind.TRAINING:
+            closed = self._progress.closed_by_engine
+            return self._underway.begin(**parts, equal_counts=self.counts == "equal", closed=closed)
+        return Step(**parts)
 
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
         """The features in the form that the probe takes."""
@@ -359,6 +388,10 @@ class Balancer(BalancerMembers):
             )
         step.measure = False
         losses = heads.at(given, self._device_of(given))
+        if isinstance(step, LaggedStep):
+            total = losses.total(step.coefficients(losses))
+            step.send(losses.stats())
+            return total if total.requires_grad else without_graph(total, losses, step)
         reduced = step.reduce(losses.stats())
         total = losses.total(step.decide(reduced, losses.dtype) * reduced.shares)
         return total if total.requires_grad else without_graph(total, losses, step)
@@ -373,6 +406,7 @@ class Balancer(BalancerMembers):
             losses = heads.at(given)
         if self._collector is not None:
             self._collector.add(losses.stats())
+        self._underway.arrive()
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights)
 
@@ -391,6 +425,8 @@ class Balancer(BalancerMembers):
             "measured for the report": self._probe_given,
             "on_nonfinite": self.on_nonfinite,
             "window": self.window,
+            "lag": self.lag,
+            "counts": self.counts,
             "check": self._check is not None,
             "loss scale": self._engine.facts.scaled is not None,
         }

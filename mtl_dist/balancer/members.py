@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtl_dist.balancer.arguments import OnNonfinite
+from mtl_dist.balancer.arguments import CountsOf, OnNonfinite
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.identity import state_digest
+from mtl_dist.balancer.lagged_step import Underway
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.state import read_state, write_state
 from mtl_dist.balancer.typed_call import TypedCall
@@ -22,7 +23,7 @@ from mtl_dist.stats import StepReport
 from mtl_dist.sync import Synchronizer
 from mtl_dist.weighting import Rule
 
-_FIXED = ("tasks", "weighting", "probe", "on_nonfinite")
+_FIXED = ("tasks", "weighting", "probe", "on_nonfinite", "lag", "counts")
 
 
 class BalancerMembers(TypedCall):
@@ -33,12 +34,17 @@ class BalancerMembers(TypedCall):
         weighting: the rule.
         probe: how gradients are measured.
         on_nonfinite: what all ranks do about a NaN or infinite loss or gradient.
+        lag: how many steps the weights lie behind the statistics they follow from.
+        counts: with lag=1, whether counts are summed in each step, or promised to be equal.
     """
 
     tasks: tuple[str, ...]
     weighting: Rule
     probe: Probe
     on_nonfinite: OnNonfinite
+    lag: int
+    counts: CountsOf
+    _underway: Underway
     _progress: RuleProgress
     _synchronizer: Synchronizer
     _errors: DeferredErrors
@@ -91,7 +97,16 @@ class BalancerMembers(TypedCall):
 
     @property
     def report(self) -> StepReport | None:
-        """What happened in the last training step (the last whole window); None before the first."""
+        """What happened in the last training step (the last whole window); None before the first.
+
+        With lag=1 it waits for the statistics of that step; `latest_report` does not.
+        """
+        self._underway.arrive()
+        return self._progress.report
+
+    @property
+    def latest_report(self) -> StepReport | None:
+        """The newest report that is there: with lag=1, before the next call, that of the step before."""
         return self._progress.report
 
     @report.setter
@@ -107,6 +122,7 @@ class BalancerMembers(TypedCall):
     @property
     def step(self) -> int:
         """Number of training steps (windows, where weights are held) taken and not skipped by the engine."""
+        self._underway.arrive()
         return self._progress.step
 
     @property
@@ -117,13 +133,15 @@ class BalancerMembers(TypedCall):
     @property
     def weights(self) -> dict[str, float]:
         """The current weight of each task: that of the last step it was present in."""
+        self._underway.arrive()
         return dict(zip(self.tasks, self._progress.weights.tolist(), strict=True))
 
     def extra_repr(self) -> str:
         """Tasks, rule and probe."""
         window = "" if self.window is None else f", window={self.window}"
         policy = f"on_nonfinite={self.on_nonfinite!r}"
-        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, {policy}{window}"
+        lag = f", lag={self.lag}, counts={self.counts!r}" if self.lag else ""
+        return f"{list(self.tasks)}, {self.weighting}, probe={self.probe}, {policy}{window}{lag}"
 
     def state_dict(  # type: ignore[override]  # torch's overloads return what they are given
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -135,6 +153,7 @@ class BalancerMembers(TypedCall):
         """
         if destination is not None:
             return destination
+        self._underway.arrive()
         self._errors.poll()
         self._progress.settle()
         return read_state(self._progress)
@@ -148,6 +167,7 @@ class BalancerMembers(TypedCall):
             ValueError: it belongs to other tasks or another rule; nothing is changed then.
         """
         self._errors.poll()
+        self._underway.clear()
         write_state(self._progress, state_dict)
         self._synchronizer.news = state_digest(self._progress)
         for twin in self._twins:
@@ -155,6 +175,8 @@ class BalancerMembers(TypedCall):
 
     def check_virtual_agreement(self) -> None:
         """Raises `RuntimeError` unless all virtual ranks hold bitwise the same weights."""
+        for balancer in (self, *self._twins):
+            balancer._underway.arrive()
         for rank, twin in enumerate(self._twins, start=1):
             if not torch.equal(twin._progress.weights, self._progress.weights):
                 raise RuntimeError(

@@ -46,6 +46,7 @@ class RuleProgress:
         errors: raises an error for statistics that the rule cannot take.
         uses: counts the backwards of the balancer's totals.
         strict: whether weights that are not finite are an error.
+        lag: whether the weights of a call follow from the calls before it.
 
     Attributes:
         state: of the rule.
@@ -65,9 +66,11 @@ class RuleProgress:
         uses: Uses,
         *,
         strict: bool,
+        lag: bool = False,
     ) -> None:
         self.tasks = tasks
         self.rule = rule
+        self.lag = lag
         self.window = window
         self._engine = engine
         self._stopwatch = stopwatch
@@ -109,17 +112,28 @@ class RuleProgress:
         if self.window is None:
             return {}
         total, sound, calls = self._window
-        sums = {"loss_sums": total.loss_sums, "counts": total.counts, "gram": total.gram}
+        gram = total.counts.new_zeros(len(total.counts), len(total.counts)) if total.gram is None else total.gram
+        sums = {"loss_sums": total.loss_sums, "counts": total.counts, "gram": gram}
         return {**sums, "sound": sound, "calls": torch.tensor(calls)}
 
     def begin(self) -> None:
         """Begins a training call: settles what came before, and asks whether an optimizer step follows."""
         self.settle()
         closes_window = self._engine.facts.closes_window
-        if closes_window is not None:
-            self._closed = closes_window()
-        else:
-            self._closed = self.window is None or (self._window.calls + 1) % self.window == 0
+        self._closed = self._closes() if closes_window is None else closes_window()
+
+    @property
+    def closed_by_engine(self) -> bool | None:
+        """Whether the engine says that an optimizer step follows this call; None: it says nothing."""
+        return None if self._engine.facts.closes_window is None else self._closed
+
+    def closes_within(self, calls: int) -> int:
+        """How many windows end within the next calls, by their number."""
+        return 0 if self.window is None else (self._window.calls + calls) // self.window
+
+    def _closes(self) -> bool:
+        """Whether the next call is the last one of its window, by their number."""
+        return self.window is None or (self._window.calls + 1) % self.window == 0
 
     def settle(self) -> None:
         """At the end of an optimizer step: forgets all its updates, if the engine skipped it.
@@ -162,7 +176,7 @@ class RuleProgress:
         held = self.weights
         if self.window is None:
             self._update(global_stats(total, self.step, with_gram=measured), finite, dtype)
-            return _where_present(total, self.weights)
+            return _where_present(total, held if self.lag else self.weights)
         whole = _Window(self._window.total + total, self._window.sound & finite, self._window.calls + 1)
         if self._closed:
             self._update(global_stats(whole.total, self.step, with_gram=measured), whole.sound, dtype)
@@ -170,27 +184,41 @@ class RuleProgress:
         self._window = whole
         return _where_present(total, held)
 
+    def learn(
+        self, total: LocalStats, finite: Tensor, *, measured: bool, dtype: torch.dtype, closed: bool | None
+    ) -> Tensor:
+        """As `decide`, for statistics of an earlier call.
+
+        Args:
+            total: as for `decide`.
+            finite: as for `decide`.
+            measured: as for `decide`.
+            dtype: as for `decide`.
+            closed: whether an optimizer step followed that call; None: the number of calls says so.
+        """
+        self._closed = self._closes() if closed is None else closed
+        return self.decide(total, finite, measured=measured, dtype=dtype)
+
     def observe(self, total: LocalStats, finite: Tensor) -> None:
         """Gives losses measured outside the step to the rule."""
         stats = global_stats(total, self.step, with_gram=False)
-        out_of_domain = self._out_of_domain(stats)
-        sound = finite & ~out_of_domain
+        sound = self._in_domain(stats, finite)
         state = self.rule.observe(stats.guarded(sound), self.state)
-        self._errors.watch(out_of_domain, self._explanation(stats))
+        self._errors.watch(finite & ~sound, self._explanation(stats))
         self.state = _chosen(sound, state, self.state)
 
     def _update(self, stats: TaskStats, finite: Tensor, dtype: torch.dtype) -> None:
-        out_of_domain = self._out_of_domain(stats)
-        sound = finite & ~out_of_domain
+        sound = self._in_domain(stats, finite)
         weights, state = self.rule.update(stats.guarded(sound), self.state)
-        usable = weights.to(dtype).isfinite().all()
-        refused = out_of_domain | ~usable if self._strict else out_of_domain
-        self._errors.watch(refused, self._explanation(stats))
+        usable = weights.abs().amax() <= torch.finfo(dtype).max  # NaN is not
+        if self._strict:
+            refused = ~usable if sound is finite else (finite & ~sound) | ~usable
+            self._errors.watch(refused, self._explanation(stats))
         sound = sound & usable
         held = self.weights
         self.weights = torch.where(sound & stats.present, weights, held)
         self.state = _chosen(sound, state, self.state)
-        used = self.weights if self.window is None else held
+        used = self.weights if self.window is None and not self.lag else held
         time = self._stopwatch.take() if self._stopwatch.laps else Elapsed()
         self.report = StepReport(self.tasks, stats, used * stats.present, ~sound, time)
         self.step += 1
@@ -198,12 +226,15 @@ class RuleProgress:
     def _explanation(self, stats: TaskStats) -> Callable[[], Exception]:
         return partial(explain_refusal, self.tasks, self.rule, stats)
 
-    def _out_of_domain(self, stats: TaskStats) -> Tensor:
-        return (stats.present & (stats.losses <= 0)).any() & self._positive_losses
+    def _in_domain(self, stats: TaskStats, finite: Tensor) -> Tensor:
+        """Where the statistics are finite, and positive if the rule needs that."""
+        if not self._positive_losses:
+            return finite
+        return finite & (stats.losses > 0).all()  # those of absent tasks are 1
 
 
 def _where_present(total: LocalStats, weights: Tensor) -> Tensor:
-    return torch.where(total.counts > 0, weights, torch.zeros_like(weights))
+    return weights.masked_fill(total.counts <= 0, 0)
 
 
 def _empty_window(weights: Tensor) -> _Window:
@@ -218,8 +249,9 @@ def _read_window(state: Mapping[str, Tensor]) -> _Window:
 
 def _moved_window(window: _Window, device: torch.device) -> _Window:
     dtype, total = stats_dtype(device), window.total
-    sums = (part.to(device, dtype) for part in (total.loss_sums, total.counts, total.gram))
-    return _Window(LocalStats(*sums), window.sound.to(device), window.calls)
+    gram = None if total.gram is None else total.gram.to(device, dtype)
+    sums = LocalStats(total.loss_sums.to(device, dtype), total.counts.to(device, dtype), gram)
+    return _Window(sums, window.sound.to(device), window.calls)
 
 
 def _moved(point: _Point, device: torch.device) -> _Point:

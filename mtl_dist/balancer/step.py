@@ -19,7 +19,8 @@ from mtl_dist.engines import EngineView
 from mtl_dist.losses import Heads
 from mtl_dist.probes import Reduced
 from mtl_dist.stats import LocalStats, global_stats
-from mtl_dist.sync import Call, Kind, Synchronizer
+from mtl_dist.sync import Call, Kind, Summed, Synchronizer
+from mtl_dist.weighting import Needs
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Step:
         stateful: whether the rule has a state, so that the order of its updates matters.
         held: whether the weights stay as they are, and the rule learns nothing.
         kind: why the ranks meet first in this step.
+        news: a digest of the state that this rank loaded since the last call; 0 if it loaded none.
         reduced: whether the first collective of this step is done.
     """
 
@@ -60,28 +62,62 @@ class Step:
     held: bool = False
     stateful: bool = False
     kind: Kind = Kind.TRAINING
+    news: int = 0
     reduced: bool = False
     _failed: Tensor | None = None
     _finite: Tensor | None = None
     _explicit: LocalStats | None = None
 
+    @property
+    def first_call(self) -> Call:
+        """What the other ranks meet this rank in first."""
+        return self.call(self.kind)
+
+    def call(self, kind: Kind) -> Call:
+        """A reduction of this step."""
+        return Call(kind, self.step, self.news)
+
     def reduce(self, local: LocalStats, faulty: Tensor | None = None) -> Reduced:
         """One all-reduce."""
-        call = Call(Kind.LATER if self.reduced else self.kind, self.step)
+        call = self.call(Kind.LATER if self.reduced else self.kind)
+        summed = self.reduce_now(local, faulty, call)
+        world_size = self.world_size
+        # s_i = W c_i / C_i
+        counts = local.counts if world_size == 1 else world_size * local.counts
+        shares = counts / summed.total.counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        return Reduced(summed.total, (summed,), shares, world_size)
+
+    def reduce_now(self, local: LocalStats, faulty: Tensor | None, call: Call) -> Summed:
+        """One all-reduce, as part of a given call."""
         self.reduced = True
+        self._place(local)
+        summed = self.synchronizer.reduce(
+            local, faulty, self._failed, call, with_gram=local.gram is not None
+        )
+        self.look_at_ranks(summed, call)
+        return summed
+
+    def _place(self, local: LocalStats) -> None:
+        """Where the statistics are, everything else goes."""
         if self.progress.weights.device != local.counts.device:
             self.progress.move_to(local.counts.device)
-        total, faults = self.synchronizer.reduce(local, faulty, self._failed, call)
-        world_size = self.synchronizer.world_size
-        if world_size > 1:
-            self.errors.watch(faults.failure[0] > 0, partial(explain_failure, self.step, faults))
-            self.errors.watch(faults.strangers(world_size), partial(self._explain_strangers, call))
-        # s_i = W c_i / C_i
-        shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
-        return Reduced(total, faults, shares, world_size)
 
-    def _explain_strangers(self, call: Call) -> Exception | None:
-        return self.synchronizer.explain_strangers(call, partial(state_text, self.progress))
+    def look_at_ranks(self, summed: Summed, call: Call) -> None:
+        """Raises where a rank failed, or is in another call."""
+        if self.world_size > 1:
+            self.errors.judge(summed.copy, partial(self._explain_ranks, summed, call))
+
+    def _explain_ranks(self, summed: Summed, call: Call) -> Exception | None:
+        if summed.faults.failure.number:
+            return explain_failure(self.step, summed.faults)
+        if summed.faults.strangers(self.world_size):
+            return self.synchronizer.explain_strangers(call, partial(state_text, self.progress))
+        return None
+
+    @property
+    def world_size(self) -> int:
+        """W, number of ranks."""
+        return self.synchronizer.world_size
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """This rank's piece of a sum over ranks."""
@@ -105,9 +141,24 @@ class Step:
         if self.held:
             self._checked(reduced)
             return self.progress.hold(reduced.total)
+        return self._decided(reduced, partial(self.progress.decide, dtype=dtype))
+
+    def learn(self, reduced: Reduced, dtype: torch.dtype, closed: bool | None) -> None:
+        """As `decide`, for a step whose weights are used already.
+
+        Args:
+            reduced: as for `decide`.
+            dtype: as for `decide`.
+            closed: as for `RuleProgress.learn`.
+        """
+        if not self.measure and self.progress.rule.needs_at(self.progress.step) > Needs.LOSSES:
+            return  # a call before this one had no backward, so this is another step than was foreseen
+        self._decided(reduced, partial(self.progress.learn, dtype=dtype, closed=closed))
+
+    def _decided(self, reduced: Reduced, decide: Callable[..., Tensor]) -> Tensor:
         finite = self._checked(reduced)
         expected = self._expected(reduced, finite)
-        used = self.progress.decide(reduced.total, finite, measured=self.measure, dtype=dtype)
+        used = decide(reduced.total, finite, measured=self.measure)
         self.watches.look(reduced.total.gram if self.measure else None, used, self.rank)
         if self.checker is not None and bool(finite):
             self.checker.look_at_weights(global_stats(reduced.total, self.step, with_gram=self.measure), used)
@@ -130,13 +181,20 @@ class Step:
 
     def _checked(self, reduced: Reduced) -> Tensor:
         """Scalar bool: whether losses and gradients of all ranks are finite. Raises where they must be."""
-        total, faults = reduced.total, reduced.faults
-        losses = total.loss_sums.isfinite().all()
-        finite = losses & total.gram.isfinite().all() & (faults.failure[0] == 0)
         if self.strict:
             # under a loss scale, gradients overflow now and then, and the engine skips those steps
-            needed = finite if self.engine.facts.scaled is None else losses
-            self.errors.watch(~needed, partial(explain_nonfinite, self.tasks, self.step, faults))
+            explain = partial(
+                explain_nonfinite,
+                self.tasks,
+                self.step,
+                reduced.summed,
+                losses_only=self.engine.facts.scaled is not None,
+            )
+            self.errors.judge(reduced.summed[-1].copy, explain)
+        sizes = [summed.sizes.abs().amax() for summed in reduced.summed]
+        finite = sizes[0] < torch.inf  # NaN is not
+        for size in sizes[1:]:
+            finite = finite & (size < torch.inf)
         self._finite = finite
         return finite
 
@@ -145,9 +203,9 @@ class Step:
         check, progress = self.checker, self.progress
         if check is None or self._explicit is None:
             return None
-        explicit, _ = self.synchronizer.reduce(self._explicit, call=Call(Kind.CHECK, self.step))
+        explicit = self.synchronizer.reduce(self._explicit, call=self.call(Kind.CHECK)).total
         check.compare(explicit, reduced.total, self.step)
-        if progress.window is not None:  # these statistics are only a part of what the weights follow from
+        if progress.window is not None or progress.lag:  # the weights follow from other statistics
             return None
         stats = global_stats(explicit, self.step, with_gram=True)
         weights, _ = progress.rule.update(stats.guarded(finite), progress.state)

@@ -83,10 +83,13 @@ class Heads(ABC):
     Attributes:
         separable: whether every task's loss is a function of its own, so that each can be evaluated on its
             own view of the features (`on_views`).
+        apart: whether the gradients of the tasks arrive apart in one backward: on views of their own, or in
+            the rows of their own samples.
         on_losses: whether the model hands over losses instead of features.
     """
 
     separable: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
     on_losses: ClassVar[bool] = False
 
     @abstractmethod

@@ -28,15 +28,17 @@ class FeatureGradients:
 
     Attributes:
         sets: n sets, or one; each has one tensor per leaf.
-        counts: `[n]`, `c_i`.
+        counts: `[n]`, `c_i`, or whatever makes a set that of `c_i l_i`.
         owner: int64 in [0, n), the task of each row of the features, in the shape of their first dimensions.
         scale: scalar that the losses were multiplied by; None: they were not.
+        row_factors: `[n]`, with one set: what the rows of each task must still be multiplied with; None: 1.
     """
 
     sets: Sequence[Gradients]
     counts: Tensor
     owner: Tensor | None = None
     scale: Tensor | None = None
+    row_factors: Tensor | None = None
 
     def gram(self) -> Tensor:
         """`[n, n]`, `c_i c_j ⟨g_i, g_j⟩`, without the loss scale; zero for tasks that are absent.
@@ -44,11 +46,14 @@ class FeatureGradients:
         With one set for all tasks it is diagonal, because tasks share no row of the features.
         """
         if self.owner is not None:
-            return self.unscaled(torch.diag(self._squares_by_owner(self.owner)))
+            squares = self._squares_by_owner(self.owner)
+            if self.row_factors is not None:
+                squares = torch.where(squares == 0, 0, squares * self.row_factors.square())
+            return self.unscaled(torch.diag(squares))
         pairs = torch.outer(self.counts, self.counts)
         gram = self.unscaled(_added_products(torch.zeros_like(pairs), self.sets))
         # a task with count 0 may have a NaN gradient, that of the mean over nothing
-        return torch.where(pairs > 0, pairs * gram, torch.zeros_like(pairs))
+        return (pairs * gram).masked_fill(pairs == 0, 0)
 
     def by_task(self) -> Sequence[Gradients]:
         """The gradients of the n local mean losses, times the loss scale. n copies if there is one set."""

@@ -59,8 +59,7 @@ class SampleLosses(LocalLosses):
 
     def stats(self, gram: Tensor | None = None) -> LocalStats:
         """`c_i l_i` and `c_i`."""
-        sums, n = self._by_task(self.mask * self.losses.detach()), self.num_tasks
-        return LocalStats(sums, self.counts, self.counts.new_zeros(n, n) if gram is None else gram)
+        return LocalStats(self._by_task(self.mask * self.losses.detach()), self.counts, gram)
 
     def gradients(self, leaves: Sequence[Tensor], scale: Tensor | None) -> FeatureGradients:
         """One set for all tasks, by one pass: no sample's loss depends on the features of another sample.
@@ -169,6 +168,8 @@ class SampleHeads(Heads):
 
     function: Callable[[Any], Tensor]
     losses: GivenSampleLosses
+
+    apart: ClassVar[bool] = True
 
     def at(self, given: Any, device: torch.device | None = None) -> SampleLosses:
         """The function on the features; raises as `GivenSampleLosses.at`."""

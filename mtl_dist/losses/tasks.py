@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -28,7 +28,7 @@ class TaskLosses(LocalLosses):
         views: n sets of views of the features, where each loss depends only on its own set; the gradients of
             all losses then take one pass. None: one pass per task.
         empty: tasks whose count the host knows to be 0, so that their losses have no gradient.
-        counts_on_host: whether the host knew every count.
+        known: the counts as numbers, where the host knew all of them.
         dtype: float64 where a loss is, else float32.
     """
 
@@ -36,8 +36,13 @@ class TaskLosses(LocalLosses):
     counts: Tensor
     views: Views | None = None
     empty: frozenset[int] = frozenset()
-    counts_on_host: bool = True
+    known: tuple[float, ...] | None = None
     dtype: torch.dtype = torch.float32
+
+    @property
+    def counts_on_host(self) -> bool:
+        """Whether the host knew every count."""
+        return self.known is not None
 
     @property
     def outputs(self) -> Sequence[Tensor]:
@@ -50,13 +55,8 @@ class TaskLosses(LocalLosses):
 
     def stats(self, gram: Tensor | None = None) -> LocalStats:
         """`c_i l_i` and `c_i`."""
-        losses = self._stacked(self.values, self.counts.dtype).detach()
-        # a task with count 0 may have a NaN loss, the mean over nothing
-        losses = torch.where(self.counts > 0, losses, torch.zeros_like(losses))
-        n = len(self.values)
-        return LocalStats(
-            self.counts * losses, self.counts, self.counts.new_zeros(n, n) if gram is None else gram
-        )
+        losses = self._vector.detach().to(self.counts.dtype)
+        return LocalStats(self.counts * losses, self.counts, gram, self.known)
 
     def gradients(self, leaves: Sequence[Tensor], scale: Tensor | None) -> FeatureGradients:
         """One set of gradients per task."""
@@ -69,18 +69,27 @@ class TaskLosses(LocalLosses):
 
     def total(self, coefficients: Tensor) -> Tensor:
         """`Σ coefficients_i l_i` in float32 (float64 for float64 losses)."""
-        losses = self._stacked(self.values, self.dtype)
-        losses = torch.where(self.counts > 0, losses, torch.zeros_like(losses))
-        return torch.dot(coefficients.detach().to(losses.dtype), losses)
+        return torch.dot(coefficients.detach().to(self.dtype), self._vector)
 
     def nan_and_empty(self) -> Tensor:
         """`[n]` bool, tasks with count 0 and a loss that is NaN or infinite."""
-        losses = self._stacked(self.values, self.counts.dtype).detach()
-        return (self.counts == 0) & ~losses.isfinite()
+        return (self.counts == 0) & ~self._stacked.detach().isfinite()
 
-    def _stacked(self, values: Iterable[Tensor | None], dtype: torch.dtype) -> Tensor:
-        absent = torch.zeros((), dtype=dtype, device=self.counts.device)
-        return torch.stack([absent if value is None else value.to(dtype) for value in values])
+    @cached_property
+    def _vector(self) -> Tensor:
+        """`[n]`, the losses, 0 where the count is; with their graph."""
+        if self.known is not None and not self.empty:  # those that are not there are 0
+            return self._stacked
+        # a task with count 0 may have a NaN loss, the mean over nothing
+        return self._stacked.masked_fill(self.counts == 0, 0)
+
+    @cached_property
+    def _stacked(self) -> Tensor:
+        given = [value for value in self.values if value is not None]
+        if len(given) == len(self.values) and len({value.dtype for value in given}) == 1:
+            return torch.stack(given).to(self.dtype)
+        absent = torch.zeros((), dtype=self.dtype, device=self.counts.device)
+        return torch.stack([absent if value is None else value.to(self.dtype) for value in self.values])
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class HeadMapping(Heads):
     refuse: Refuse | None = None
 
     separable: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     def at(self, given: Any, device: torch.device | None = None) -> TaskLosses:
         """Every function on the same features."""
@@ -198,9 +208,8 @@ def collect(
     double = torch.float64 in {value.dtype for value in values if value is not None}
     total = torch.float64 if double else torch.float32
     if counts is None:
-        present = [float(value is not None) for value in values]
-        vector = torch.tensor(present, dtype=stats_dtype(device)).to(device)
-        return TaskLosses(values, vector, dtype=total)
+        present = tuple([float(value is not None) for value in values])
+        return TaskLosses(values, _on_device(present, device), known=present, dtype=total)
     return replace(_counted(values, counts, tasks, device, refuse or _look), dtype=total)
 
 
@@ -219,15 +228,22 @@ def _counted(
     if idle:
         silence(idle, [value for i, value in enumerate(values) if i not in empty and _has_graph(value)])
     dtype = stats_dtype(device)
-    if all(isinstance(entry, float) for entry in entries):  # one transfer, not n
-        return TaskLosses(values, torch.tensor(entries, dtype=dtype).to(device), empty=empty)
+    known = tuple([entry for entry in entries if isinstance(entry, float)])
+    if len(known) == len(entries):
+        return TaskLosses(values, _on_device(known, device), empty=empty, known=known)
     vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
-    losses = TaskLosses(values, vector, empty=empty, counts_on_host=False)
+    losses = TaskLosses(values, vector, empty=empty)
     wrong = ~((vector >= 0) & vector.isfinite())
     refuse(wrong.any(), partial(_wrong_counts, tasks, vector))
     hollow = losses.nan_and_empty()
     refuse(hollow.any(), partial(nan_and_empty, tasks, hollow))
     return losses
+
+
+@lru_cache(maxsize=64)
+def _on_device(counts: tuple[float, ...], device: torch.device) -> Tensor:
+    """The counts as a tensor, which nobody changes: most steps have those of the step before."""
+    return torch.tensor(counts, dtype=stats_dtype(device)).to(device)
 
 
 def _has_graph(value: Tensor | None) -> TypeGuard[Tensor]:

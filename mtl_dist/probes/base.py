@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.engines import EngineView
-from mtl_dist.losses import Heads
+from mtl_dist.losses import Heads, LocalLosses
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Faults
+from mtl_dist.sync import Summed
 
 
 class StepContext(Protocol):
@@ -77,26 +77,53 @@ class StepContext(Protocol):
         ...
 
 
+class LaggedStep(StepContext, Protocol):
+    """One step of a balancer with lag=1, as a probe sees it.
+
+    Attributes:
+        world_size: W, number of ranks.
+    """
+
+    world_size: int
+
+    def weights(self, losses: LocalLosses) -> Tensor:
+        """`[n]`, the weights of this step, from the statistics before it; the same on every rank."""
+        ...
+
+    def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
+        """`[n]`, `s_i` of this rank (None: 1 for every task that it has), and `[n]`, `c_i / s_i`."""
+        ...
+
+    def send(self, local: LocalStats, faulty: Tensor | None = None) -> None:
+        """Starts the reduction of this step's statistics. The rule learns from them at the next step.
+
+        Args:
+            local: statistics of this rank.
+            faulty: as for `reduce`.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Reduced:
     """Statistics summed over ranks.
 
     Attributes:
         total: the sum.
-        faults: which ranks sent values that are not finite.
+        summed: what was reduced for it, one or two sums.
         shares: `[n]`, `s_i = W c_i / C_i` of this rank: they turn the engine's mean over ranks into the mean
             over samples. 0 for tasks absent on this rank.
         world_size: W, number of ranks.
     """
 
     total: LocalStats
-    faults: Faults
+    summed: tuple[Summed, ...]
     shares: Tensor
     world_size: int
 
     def with_gram(self, later: Reduced) -> Reduced:
         """These losses and counts, with the Gram of a later reduction of the same step."""
-        return replace(self, total=self.total + later.total, faults=self.faults.first(later.faults))
+        return replace(self, total=self.total + later.total, summed=self.summed + later.summed)
 
 
 class Probe(ABC):
@@ -125,6 +152,13 @@ class Probe(ABC):
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """The scalar whose backward, averaged over ranks by the engine, is that of `Σ α_i L_i`."""
 
+    def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
+        """The same with the weights from before this step, where the statistics may come later.
+
+        Unless a probe can measure as the gradients pass, it measures as always.
+        """
+        return self(features, heads, step)
+
     def memory(self) -> Any:
         """What the probe keeps from step to step, made once for each balancer; None: nothing."""
         return None
@@ -139,5 +173,5 @@ def later_gram(reduced: Reduced, gram: Tensor, faulty: Tensor, step: StepContext
         faulty: `[n]` bool, tasks in which this rank saw a NaN or infinity.
         step: this step.
     """
-    zeros = gram.new_zeros(len(gram))
-    return reduced.with_gram(step.reduce(LocalStats(zeros, zeros, gram), faulty))
+    nothing = LocalStats.zeros(len(gram), gram.device)
+    return reduced.with_gram(step.reduce(nothing.with_gram(gram), faulty))

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mtl_dist.losses import Heads
-from mtl_dist.probes.base import Probe, StepContext
+from mtl_dist.probes.base import LaggedStep, Probe, StepContext
+from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.pipeline import evaluate, weigh
 
 
@@ -47,3 +48,8 @@ class FeatureProbe(Probe):
         batch = evaluate(features, heads, step, reevaluate=self.reevaluate)
         gram = None if batch.measured is None else batch.measured.gradients.gram()
         return weigh(batch, step.reduce(batch.losses.stats(gram)), step)
+
+    def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
+        """The same with the weights from before this step. Where tasks' gradients arrive apart, they are
+        measured in the one backward; one function for all tasks takes one pass per task, as always."""
+        return lagged(features, heads, step) if heads.apart else self(features, heads, step)

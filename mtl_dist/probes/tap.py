@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mtl_dist.losses import Branches, Features, Heads, TaskLosses, Views, gradient_gram, split
+from mtl_dist.losses import Features, Heads, TaskLosses, Views, gradient_gram, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext
 from mtl_dist.probes.guards import protect
+from mtl_dist.probes.lagged import lagged
+from mtl_dist.probes.passage import Rows, branch, rooted
 from mtl_dist.probes.pipeline import look
 from mtl_dist.stats import LocalStats
 
@@ -54,7 +55,7 @@ class FeatureTap(Probe):
         shared = split(features, detach=False)
         order: _Order = step.memory
         tap = _TapStep(step, shared.leaves[0].device, order.next_number(), order)
-        anchor, branches = tap.branch(shared)
+        anchor, branches = branch(tap, shared, len(step.tasks))
         losses = heads.on_views(branches)
         assert isinstance(losses, TaskLosses)  # separable heads give losses by task
         if step.measure:
@@ -62,10 +63,11 @@ class FeatureTap(Probe):
         if not losses.counts_on_host:
             protect(losses, branches.views)
         tap.begin(step.reduce(losses.stats()))
-        total = losses.total(tap.forward.shares)
-        # the anchor brings the backward, and its collective, to ranks where no task is present
-        root: Tensor = _Root.apply(total + anchor.to(total.dtype), tap)  # type: ignore[no-untyped-call]
-        return root
+        return rooted(losses.total(tap.forward.shares), anchor, tap)
+
+    def lagged(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
+        """`Σ s_i l_i`, whose backward is weighted at the features by weights that are known already."""
+        return lagged(features, heads, step, weighs_heads=False)
 
 
 def _check_apart(losses: TaskLosses, views: Views, shared: Features, step: StepContext) -> None:
@@ -114,20 +116,14 @@ class _TapStep:
         assert self.reduced is not None
         return self.reduced
 
-    def branch(self, shared: Features) -> tuple[Tensor, Branches]:
-        """A scalar zero, and branches of the features whose gradients come back together."""
-        n, m = len(self.step.tasks), len(shared.leaves)
-        anchor, *views = _Tap.apply(self, n, *shared.leaves)  # type: ignore[no-untyped-call]
-        return anchor, shared.with_views([views[i * m : (i + 1) * m] for i in range(n)])
-
     def begin(self, reduced: Reduced) -> None:
         """Takes the losses and counts of all ranks. Without a measurement the rule decides here."""
         self.reduced = reduced
         if not self.step.measure:
             self.weights = self.step.decide(reduced)
 
-    def decide(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        """`[n]` weights, once the gradient of every task has arrived."""
+    def receive(self, rows: Rows) -> Sequence[Tensor]:
+        """The weights, once the gradient of every task has arrived."""
         if self.weights is None:
             if self.order.note_backward(self.number) and self.step.stateful:
                 raise RuntimeError(
@@ -146,71 +142,14 @@ class _TapStep:
                 "FeatureTap: a second backward through the same step; the weights belong to the first one. "
                 "Call backward once per step (retain_graph is not supported here)"
             )
-        return self.weights
+        return self.weights.unbind()
 
-    def _local_gram(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    def _local_gram(self, rows: Rows) -> Tensor:
         """`c_i c_j ⟨g_i, g_j⟩` from gradients that arrive as `scale s_i g_i`, with `s_i = W c_i / C_i`."""
         assert self.scale is not None
         received = gradient_gram(rows, self.device)
         # c_i / (scale s_i)
-        factor = self.forward.total.counts / (self.forward.world_size * self.scale)
+        scale = self.scale.to(self.forward.shares.dtype)
+        factor = self.forward.total.counts / (self.forward.world_size * scale)
         factor = torch.where(self.forward.shares > 0, factor, torch.zeros_like(factor))
         return received * torch.outer(factor, factor)
-
-
-class _Tap(torch.autograd.Function):
-    """A zero and n views of every leaf forward; the weighted sum of the views' gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, step: _TapStep, num_tasks: int, *leaves: Tensor) -> tuple[Tensor, ...]:
-        ctx.step, ctx.num_tasks = step, num_tasks
-        ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-        ctx.set_materialize_grads(False)
-        views = (leaf.view_as(leaf) for _ in range(num_tasks) for leaf in leaves)
-        return leaves[0].new_zeros((), dtype=torch.float32), *views  # a leaf may be complex
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        m = len(gradients) // ctx.num_tasks
-        rows = [gradients[i * m : (i + 1) * m] for i in range(ctx.num_tasks)]
-        if ctx.step.reduced is None:
-            raise ValueError(
-                "FeatureTap: a head takes a derivative with respect to something before the features (a PDE "
-                "residual, a gradient penalty), and the tap weighs every gradient that passes there. Use "
-                "ParameterProbe(), or a rule that reads losses only"
-            )
-        weights = ctx.step.decide(rows)
-        sums = (_weighted_sum(weights, leaf) for leaf in zip(*rows, strict=True))
-        # zeros, not None, where no task is present: engines wait for every trunk parameter
-        return None, None, *(_or_zeros(s, like) for s, like in zip(sums, ctx.like, strict=True))
-
-
-class _Root(torch.autograd.Function):
-    """Identity that reads the factor (loss scale, 1 / accumulation) its scalar is differentiated with."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, step: _TapStep) -> Tensor:
-        ctx.step = step
-        return total.view_as(total)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.step.scale = gradient.to(ctx.step.forward.shares.dtype)
-        return gradient, None
-
-
-def _or_zeros(gradient: Tensor | None, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-    shape, dtype, device = like
-    return torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-
-
-def _weighted_sum(weights: Tensor, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """`Σ α_i g_i` of one leaf."""
-    total: Tensor | None = None
-    for weight, gradient in zip(weights, gradients, strict=True):
-        if gradient is not None:
-            term = weight * gradient  # a scalar keeps the gradient's dtype
-            total = term if total is None else total.add_(term)
-    return total

@@ -10,18 +10,22 @@ from mtl_dist.sync.collectives import (
     is_distributed,
     virtual_rank,
 )
-from mtl_dist.sync.layout import Call, Faults, Kind, Layout
-from mtl_dist.sync.synchronizer import Synchronizer
+from mtl_dist.sync.host import HostCopy
+from mtl_dist.sync.layout import Bad, Call, Faults, Kind, Layout
+from mtl_dist.sync.synchronizer import Summed, Synchronizer
 from mtl_dist.sync.timing import Stopwatch
 
 __all__ = [
+    "Bad",
     "Call",
     "Collectives",
     "Faults",
+    "HostCopy",
     "Identity",
     "Kind",
     "Layout",
     "Stopwatch",
+    "Summed",
     "Synchronizer",
     "all_reduce_sum",
     "collective_device",

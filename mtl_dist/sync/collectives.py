@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -36,8 +36,8 @@ class Collectives(Protocol):
     rank: int
     world_size: int
 
-    def all_reduce(self, buffer: Tensor) -> None:
-        """Sums over ranks, in place."""
+    def start_all_reduce(self, buffer: Tensor) -> Callable[[], None]:
+        """Begins to sum over ranks, in place; returns a function that waits for the sum."""
         ...
 
     def reduce_scatter(self, mine: Tensor, by_rank: Tensor) -> None:
@@ -53,7 +53,7 @@ class Collectives(Protocol):
         ...
 
     def all_reduce_and_leave(self, buffer: Tensor) -> None:
-        """`all_reduce` by a rank that will raise an error. It does not wait for ranks that do not come."""
+        """An all-reduce by a rank that will raise an error. It does not wait for ranks that do not come."""
         ...
 
 
@@ -117,11 +117,18 @@ class GroupCollectives:
             # Held weakly: a Gloo group that outlives destroy_process_group() can hang at exit (torch 2.13).
             self._group = weakref.ref(make_group(parent, self._board.name))
 
-    def all_reduce(self, buffer: Tensor) -> None:
-        """Sums over ranks, in place."""
-        if self.world_size > 1:
+    def start_all_reduce(self, buffer: Tensor) -> Callable[[], None]:
+        """Begins to sum over ranks, in place; the host waits for Gloo, only the stream for NCCL."""
+        if self.world_size == 1:
+            return _nothing
+        with self._in_words():
+            work = dist.all_reduce(buffer, group=self._live_group(), async_op=True)
+
+        def wait() -> None:
             with self._in_words():
-                dist.all_reduce(buffer, group=self._live_group())
+                work.wait()
+
+        return wait
 
     def reduce_scatter(self, mine: Tensor, by_rank: Tensor) -> None:
         """Puts the sum over ranks of `by_rank[rank]` into `mine`."""
@@ -140,7 +147,7 @@ class GroupCollectives:
         return self._board.exchange(text, min(_TELL_SECONDS, self._timeout.total_seconds()))
 
     def all_reduce_and_leave(self, buffer: Tensor) -> None:
-        """`all_reduce`, and a short wait."""
+        """An all-reduce, and a short wait."""
         if self.world_size == 1:
             return
         try:
@@ -170,6 +177,10 @@ class GroupCollectives:
                 "must call the balancer in training mode equally often: look at the errors of the others, "
                 f"and at the numbers of batches. torch says: {str(error).splitlines()[0]}"
             ) from error
+
+
+def _nothing() -> None:
+    """The wait for a sum that is already there."""
 
 
 def _listed(ranks: list[int]) -> str:

@@ -1,11 +1,12 @@
 """What travels in one step: one buffer whose layout depends on the number of tasks only.
 
-    loss sums n | counts n | upper triangle of the Gram n(n+1)/2 | fault counts n | fault ranks n | failure 2
+    loss sums n | upper triangle of the Gram n(n+1)/2 | faults n | counts n | squares of the counts n | failure 1
     | codes 3 | their squares 3
 
 Ranks may disagree about their data, but never about the number of bytes. The buffer is summed over ranks,
-because everything in it adds. So do the codes x and their squares: ranks sent the same code exactly where
-`W Σx² = (Σx)²`.
+because everything in it adds. So do counts and codes x and their squares: ranks sent the same x exactly where
+`W Σx² = (Σx)²`. A fault is `1 + B rank` with a large B, so its sum tells how many ranks had it, and which one
+where there is only one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ from mtl_dist.stats import LocalStats
 _CODES = 3
 _EXACT = 4096  # codes below this are compared exactly in float64, on up to 16384 ranks
 _EXACT_FLOAT32 = 64  # and in float32 on 64 virtual ranks
+_BASE = 1 << 20  # of faults, more than there are ranks
+_BASE_FLOAT32 = 1 << 12
+_EQUAL = 1e-9  # relative error of a sum of squares of counts that are the same
 
 
 class Kind(IntEnum):
@@ -33,6 +38,8 @@ class Kind(IntEnum):
     OBSERVE = 3
     CHECK = 4
     HELD = 5
+    COUNTS = 6
+    LAGGED = 7
 
 
 class Call(NamedTuple):
@@ -63,56 +70,98 @@ _NAMES = {
     Kind.OBSERVE: "observe()",
     Kind.CHECK: "the check of a training call",
     Kind.HELD: "a call that holds the weights",
+    Kind.COUNTS: "the counts of a training call (lag=1)",
+    Kind.LAGGED: "the statistics of a training call (lag=1)",
 }
+
+
+class Bad(NamedTuple):
+    """Ranks that had a fault.
+
+    Attributes:
+        number: how many ranks.
+        rank_sum: the sum of their indices: the rank itself where there is only one.
+    """
+
+    number: int
+    rank_sum: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank_sum}" if self.number == 1 else f"{self.number} ranks"
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Which ranks sent a value that is not finite, or failed before they had any.
+    """What the sum of all buffers says about the ranks that sent them; numbers on the host.
 
     Attributes:
-        counts: `[n]`, number of ranks whose loss or gradient of the task was NaN or infinite.
-        rank_sums: `[n]`, sum of the indices of those ranks: the rank itself where there is only one.
-        failure: `[2]`, number of ranks that failed before this step's statistics, and the sum of their
-            indices (see `Synchronizer.announce_failure`).
-        calls: `[6]`, sums over ranks of the codes of their calls, and of the squares.
+        values: the summed buffer.
+        num_tasks: n.
+        is_double: whether it was summed in float64.
     """
 
-    counts: Tensor
-    rank_sums: Tensor
-    failure: Tensor
-    calls: Tensor
+    values: Sequence[float]
+    num_tasks: int
+    is_double: bool = True
 
-    def strangers(self, world_size: int) -> Tensor:
-        """Scalar bool: whether ranks met in different calls, or with different states just loaded."""
-        codes, squares = torch.split(self.calls, _CODES)
-        differ: Tensor = (world_size * squares != codes * codes).any()
-        return differ & (self.failure[0] == 0)
+    @cached_property
+    def _tail(self) -> int:
+        n = self.num_tasks
+        return n + n * (n + 1) // 2
 
-    def first(self, later: Faults) -> Faults:
-        """These faults, and those of `later` for tasks that had none yet.
+    def by_task(self) -> list[Bad]:
+        """For each task, the ranks whose loss or gradient was NaN or infinite."""
+        return [self._decoded(value) for value in self.values[self._tail : self._tail + self.num_tasks]]
 
-        The first fault of a task is the cause, a later one only its consequence.
-        """
-        had = self.counts > 0
-        return Faults(
-            torch.where(had, self.counts, later.counts),
-            torch.where(had, self.rank_sums, later.rank_sums),
-            self.failure,
-            self.calls,
-        )
+    @property
+    def failure(self) -> Bad:
+        """The ranks that failed before this step's statistics (see `Synchronizer.announce_failure`)."""
+        return self._decoded(self.values[self._tail + 3 * self.num_tasks])
+
+    def losses_are_finite(self) -> bool:
+        """Whether the losses of all ranks are."""
+        return all(map(_is_finite, self.values[: self.num_tasks]))
+
+    def all_finite(self) -> bool:
+        """Whether losses and Gram of all ranks are."""
+        return all(map(_is_finite, self.values[: self._tail]))
+
+    def strangers(self, world_size: int) -> bool:
+        """Whether ranks met in different calls, or with different states just loaded."""
+        codes = self.values[-2 * _CODES : -_CODES]
+        squares = self.values[-_CODES:]
+        differ = any(world_size * s != c * c for c, s in zip(codes, squares, strict=True))
+        return differ and not self.failure.number
+
+    def unequal_counts(self, world_size: int) -> list[int]:
+        """The tasks whose counts were not the same on all ranks."""
+        start, n = self._tail + self.num_tasks, self.num_tasks
+        counts, squares = self.values[start : start + n], self.values[start + n : start + 2 * n]
+        return [
+            task
+            for task, (c, s) in enumerate(zip(counts, squares, strict=True))
+            if abs(world_size * s - c * c) > _EQUAL * c * c
+        ]
+
+    def _decoded(self, value: float) -> Bad:
+        base = _BASE if self.is_double else _BASE_FLOAT32
+        return Bad(int(value) % base, int(value) // base)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
 
 
 class Layout:
     """Packs the statistics of n tasks into one buffer, and unpacks their sum.
 
-    Args:
+    Attributes:
         num_tasks: n.
     """
 
     def __init__(self, num_tasks: int) -> None:
-        self._num_tasks = num_tasks
-        self._indices: Tensor | None = None
+        self.num_tasks = num_tasks
+        self._constants: _Constants | None = None
 
     def pack(
         self,
@@ -131,50 +180,76 @@ class Layout:
             faulty: `[n]` bool, tasks in which it saw a NaN or infinity; None: those that `local` shows.
             failed: scalar bool, whether it will raise an error; None: it will not.
         """
+        loss_sums, is_double = local.loss_sums, local.loss_sums.dtype == torch.float64
+        fixed = self._constants_on(loss_sums)
+        mark = 1.0 + (_BASE if is_double else _BASE_FLOAT32) * rank
         if faulty is None:
-            faulty = ~(local.loss_sums.isfinite() & local.gram.diagonal().isfinite())
-        faults = faulty.to(local.loss_sums.dtype)
-        failure = faults.new_zeros(2)
+            size = loss_sums.abs() if local.gram is None else loss_sums.abs() + local.gram.diagonal().abs()
+            faulty = ~(size < torch.inf)  # which NaN is not
+        codes = call.codes(_EXACT if is_double else _EXACT_FLOAT32)
+        tail = [0.0, *codes, *(code * code for code in codes)]
+        header: list[float] = []
+        if local.known is not None:  # one transfer
+            header = [*local.known, *(count * count for count in local.known)]
+        on_host = torch.tensor([*header, *tail], dtype=loss_sums.dtype)
+        known = on_host.to(loss_sums.device, non_blocking=True)
         if failed is not None:
-            failure[0] = failed
-            failure[1] = failed * rank
-        codes = faults.new_zeros(_CODES)
-        exact = _EXACT if codes.dtype == torch.float64 else _EXACT_FLOAT32
-        for place, code in enumerate(call.codes(exact)):
-            if code:
-                codes[place] = code  # a fill: the host does not wait for it
-        row, column = self._triangle(local.gram.device)
-        parts: Sequence[Tensor] = (
-            local.loss_sums,
-            local.counts,
-            local.gram[row, column],
-            faults,
-            faults * rank,
+            known = known.clone()
+            known[len(header)] = failed * mark
+        triangle = fixed.no_triangle if local.gram is None else local.gram.flatten().take(fixed.upper)
+        counts = () if local.known is not None else (local.counts, local.counts * local.counts)
+        faults = fixed.no_faults.masked_fill(faulty, mark)
+        return torch.cat([loss_sums, triangle, faults, *counts, known])
+
+    def unpack(self, buffer: Tensor, *, with_gram: bool = True) -> LocalStats:
+        """The statistics in one buffer, or in the sum of the buffers of all ranks."""
+        n = self.num_tasks
+        loss_sums, triangle, _, counts, _ = torch.split(
+            buffer, [n, n * (n + 1) // 2, n, n, len(buffer) - 3 * n - n * (n + 1) // 2]
         )
-        return torch.cat([*parts, failure, codes, codes * codes])
+        gram = triangle.take(self._constants_on(buffer).places) if with_gram else None
+        return LocalStats(loss_sums, counts, gram)
 
-    def alone(
-        self,
-        local: LocalStats,
-        call: Call,
-        faulty: Tensor | None = None,
-        failed: Tensor | None = None,
-    ) -> tuple[LocalStats, Faults]:
-        """What `unpack` gives where there is one rank."""
-        return self.unpack(self.pack(local, 0, call, faulty, failed))
+    def faults(self, values: Sequence[float], dtype: torch.dtype) -> Faults:
+        """What the sum of all buffers says about the ranks.
 
-    def unpack(self, buffer: Tensor) -> tuple[LocalStats, Faults]:
-        """Statistics and faults of one buffer, or of the sum of the buffers of all ranks."""
-        n = self._num_tasks
-        sizes = [n, n, n * (n + 1) // 2, n, n, 2, 2 * _CODES]
-        loss_sums, counts, triangle, fault_counts, rank_sums, failure, calls = torch.split(buffer, sizes)
-        row, column = self._triangle(buffer.device)
-        gram = buffer.new_zeros(n, n)
-        gram[row, column] = triangle
-        gram[column, row] = triangle
-        return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure, calls)
+        Args:
+            values: of the summed buffer.
+            dtype: of the summed buffer.
+        """
+        return Faults(values, self.num_tasks, dtype == torch.float64)
 
-    def _triangle(self, device: torch.device) -> Tensor:
-        if self._indices is None or self._indices.device != device:
-            self._indices = torch.triu_indices(self._num_tasks, self._num_tasks, device=device)
-        return self._indices
+    def statistics_end(self) -> int:
+        """How many values at the beginning of a buffer are losses and Gram."""
+        n = self.num_tasks
+        return n + n * (n + 1) // 2
+
+    def _constants_on(self, like: Tensor) -> _Constants:
+        if self._constants is None or self._constants.upper.device != like.device:
+            self._constants = _Constants.on(like, self.num_tasks)
+        return self._constants
+
+
+class _Constants(NamedTuple):
+    """What is the same in every step.
+
+    Attributes:
+        upper: `[n(n+1)/2]`, where the upper triangle is in a flat Gram.
+        places: `[n, n]`, where each entry of a Gram is in its upper triangle.
+        no_triangle: the triangle of a Gram that was not measured.
+        no_faults: `[n]` zeros.
+    """
+
+    upper: Tensor
+    places: Tensor
+    no_triangle: Tensor
+    no_faults: Tensor
+
+    @classmethod
+    def on(cls, like: Tensor, n: int) -> _Constants:
+        row, column = torch.triu_indices(n, n)
+        places = torch.zeros(n, n, dtype=torch.int64)
+        places[row, column] = places[column, row] = torch.arange(len(row))
+        device = like.device
+        zeros = like.new_zeros(len(row)), like.new_zeros(n)
+        return cls((row * n + column).to(device), places.to(device), *zeros)

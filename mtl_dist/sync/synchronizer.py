@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,11 +25,38 @@ from mtl_dist.sync.collectives import (
     is_part_of_world,
 )
 from mtl_dist.sync.group import group_is_gone
+from mtl_dist.sync.host import HostCopy
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.sync.layout import Call, Faults, Kind, Layout
 from mtl_dist.sync.timing import Stopwatch
 
 _FIRST = Call(Kind.TRAINING, 0)
+
+
+class Summed:
+    """What the ranks sent, summed.
+
+    Args:
+        layout: of the buffer.
+        buffer: the sum of the buffers of all ranks.
+        with_gram: whether they hold a Gram.
+
+    Attributes:
+        total: the statistics.
+        copy: of all values, on its way to the host.
+        sizes: losses and Gram in one tensor, in no order that matters.
+    """
+
+    def __init__(self, layout: Layout, buffer: Tensor, *, with_gram: bool) -> None:
+        self.total = layout.unpack(buffer, with_gram=with_gram)
+        self.copy = HostCopy(buffer)
+        self.sizes = buffer[: layout.statistics_end() if with_gram else layout.num_tasks]
+        self._layout = layout
+
+    @cached_property
+    def faults(self) -> Faults:
+        """What the sum says about the ranks. On an accelerator the host waits for the copy."""
+        return self._layout.faults(self.copy.values(), self.copy.dtype)
 
 
 class Synchronizer:
@@ -178,7 +207,9 @@ class Synchronizer:
         faulty: Tensor | None = None,
         failed: Tensor | None = None,
         call: Call = _FIRST,
-    ) -> tuple[LocalStats, Faults]:
+        *,
+        with_gram: bool = True,
+    ) -> Summed:
         """Sum of `local` over all ranks, by one all-reduce of fixed layout, and the faults of all ranks.
 
         Args:
@@ -187,14 +218,34 @@ class Synchronizer:
                 (a Gram of summed gradients shows those of other ranks too).
             failed: scalar bool, whether this rank refuses its own input. The other ranks then raise too.
             call: where this rank is; ranks that are elsewhere show in the faults (`Faults.strangers`).
+            with_gram: whether the sum is asked for its Gram.
         """
-        call = call._replace(news=self.news)
+        buffer = self._packed(local, faulty, failed, call)
+        if self._collectives is not None:
+            with self.stopwatch.running(buffer.device):
+                self._collectives.start_all_reduce(buffer)()
+        return Summed(self._layout, buffer, with_gram=with_gram)
+
+    def start_reduce(
+        self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call, *, with_gram: bool
+    ) -> Callable[[], Summed]:
+        """As `reduce`, without waiting: returns a function that waits, and gives the sum."""
+        buffer = self._packed(local, faulty, failed, call)
         if self._collectives is None:
-            return self._layout.alone(local, call, faulty, failed)
-        buffer = self._layout.pack(local, self.rank, call, faulty, failed)
-        with self.stopwatch.running(buffer.device):
-            self._collectives.all_reduce(buffer)
-        return self._layout.unpack(buffer)
+            return lambda: Summed(self._layout, buffer, with_gram=with_gram)
+        wait = self._collectives.start_all_reduce(buffer)
+
+        def finish() -> Summed:
+            with self.stopwatch.running(buffer.device):
+                wait()
+            return Summed(self._layout, buffer, with_gram=with_gram)
+
+        return finish
+
+    def _packed(
+        self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call
+    ) -> Tensor:
+        return self._layout.pack(local, self.rank, call, faulty, failed)
 
     def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:
         """The error where ranks met in different calls, or went on from different states.
@@ -264,7 +315,8 @@ class Synchronizer:
             return
         nothing = LocalStats.zeros(self.num_tasks, self.device)
         failed = torch.ones((), dtype=torch.bool, device=nothing.counts.device)
-        self._collectives.all_reduce_and_leave(self._layout.pack(nothing, self.rank, call, None, failed))
+        unknown = replace(nothing, loss_sums=nothing.loss_sums + torch.nan)  # so that no rule learns from it
+        self._collectives.all_reduce_and_leave(self._layout.pack(unknown, self.rank, call, None, failed))
 
     def _set(self, collectives: Collectives) -> None:
         self._collectives = collectives

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses import FeatureGradients, Heads, LayerInput
-from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
-from mtl_dist.probes.pipeline import Measured, evaluate, weigh
+from mtl_dist.probes.base import LaggedStep, Probe, Reduced, StepContext, later_gram
+from mtl_dist.probes.lagged import lagged
+from mtl_dist.probes.pipeline import evaluate, weigh
 from mtl_dist.probes.shared_layer.compare import compared
 from mtl_dist.probes.shared_layer.kernel import kernel_gram
 from mtl_dist.probes.shared_layer.layer import Rows, rows_of
@@ -95,19 +96,39 @@ class SharedLayerProbe(Probe):
 
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """`Σ α_i s_i l_i`."""
+        z, rows = self._layer_rows(features, step)
+        batch = evaluate(z, heads, step, reevaluate=self.reevaluate)
+        products = None
+        if batch.measured is not None and rows is not None:
+            products = _products(rows, batch.measured.gradients)
+        reduced = step.reduce(batch.losses.stats())
+        if products is not None and batch.measured is not None:
+            reduced = self._with_gram(reduced, products, batch.measured.gradients, step)
+        return weigh(batch, reduced, step)
+
+    def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
+        """The same with the weights from before this step, measured in the one backward. The ranks exchange
+        rows there, as always; only the last reduction runs beside the backward."""
+        if not heads.apart:
+            return self(features, heads, step)
+        z, rows = self._layer_rows(features, step)
+
+        def to_gram(gradients: FeatureGradients) -> tuple[Tensor, Tensor]:
+            assert rows is not None
+            products = _products(rows, gradients)
+            return self._gram(products, step.world_size, step), products.faulty
+
+        return lagged(z, heads, step, to_gram=to_gram)
+
+    def _layer_rows(self, features: Any, step: StepContext) -> tuple[Any, Rows | None]:
+        """The layer's output, and its rows if the step measures."""
         if not isinstance(features, LayerInput):
             raise ValueError(
                 "SharedLayerProbe needs the last shared layer, and the features as its input: "
                 "balancer(x, heads, layer=self.last), where heads are functions of self.last(x)"
             )
         z = self._output(features, step)
-        rows = self._rows(features, z) if step.measure else None
-        batch = evaluate(z, heads, step, reevaluate=self.reevaluate)
-        products = None if batch.measured is None or rows is None else _products(rows, batch.measured)
-        reduced = step.reduce(batch.losses.stats())
-        if products is not None and batch.measured is not None:
-            reduced = self._with_gram(reduced, products, batch.measured.gradients, step)
-        return weigh(batch, reduced, step)
+        return z, self._rows(features, z) if step.measure else None
 
     def memory(self) -> FormChoice:
         """The form of each layer, which follows from the first batch."""
@@ -137,14 +158,16 @@ class SharedLayerProbe(Probe):
     def _with_gram(
         self, reduced: Reduced, products: Products, gradients: FeatureGradients, step: StepContext
     ) -> Reduced:
-        n, device = products.num_tasks, products.inputs.device
         faulty = products.faulty
-        if self._takes_kernel(products, step):
-            gram = kernel_gram(products, step, reduced.world_size)
-        else:
-            sketch = self._sketch(products, step.step)
-            gram, _ = summed_gram(products.blocks(), step, n, device, sketch)
+        gram = self._gram(products, reduced.world_size, step)
         return later_gram(reduced, gradients.unscaled(gram), faulty, step)
+
+    def _gram(self, products: Products, world_size: int, step: StepContext) -> Tensor:
+        """`[n, n]`, this rank's part of the Gram."""
+        if self._takes_kernel(products, step):
+            return kernel_gram(products, step, world_size)
+        sketch = self._sketch(products, step.step)
+        return summed_gram(products.blocks(), step, products.num_tasks, products.inputs.device, sketch)[0]
 
     def _sketch(self, products: Products, step: int) -> CountSketch | None:
         groups, depth = products.inputs.shape[1:]
@@ -171,16 +194,23 @@ class SharedLayerProbe(Probe):
         return choice((q, width, depth), cheaper)
 
 
-def _products(rows: Rows, measured: Measured) -> Products:
+def _products(rows: Rows, found: FeatureGradients) -> Products:
     """The local rows: gradients of `c_i l_i` at the layer's output, times the loss scale, and its inputs."""
-    (z,) = measured.leaves
-    sets, counts, owner = measured.gradients.sets, measured.gradients.counts, measured.gradients.owner
-    dtype = torch.float64 if torch.float64 in (z.dtype, rows.inputs.dtype) else torch.float32
+    sets, counts, owner = found.sets, found.counts, found.owner
+    dtype = max(
+        [rows.inputs.dtype, torch.float32, *[g.dtype for own in sets for g in own if g is not None]],
+        key=lambda dtype: torch.finfo(dtype).bits,
+    )
     inputs, n = rows.inputs.to(dtype), len(counts)
     if owner is not None:
         (gradient,) = sets[0]
-        g = rows.outputs(torch.zeros_like(z) if gradient is None else gradient).to(dtype)
-        return Products(inputs, g[None], rows.of_samples(owner), n)
+        tasks = rows.of_samples(owner)
+        if gradient is None:
+            return Products(inputs, inputs.new_zeros(1, len(inputs), rows.groups, rows.width), tasks, n)
+        g = rows.outputs(gradient).to(dtype)
+        if found.row_factors is not None:
+            g = g * found.row_factors.to(dtype)[tasks][:, None, None]
+        return Products(inputs, g[None], tasks, n)
     gradients = inputs.new_zeros(n, len(inputs), rows.groups, rows.width)
     for row, count, (gradient,) in zip(gradients, counts.to(dtype), sets, strict=True):
         if gradient is not None:

@@ -1,0 +1,171 @@
+"""One training step with lag=1: weights from before it, statistics that arrive after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_dist.balancer.progress import RuleProgress
+from mtl_dist.balancer.step import Step
+from mtl_dist.losses import LocalLosses
+from mtl_dist.probes import Reduced
+from mtl_dist.stats import LocalStats
+from mtl_dist.sync import Call, Kind, Summed
+
+
+@dataclass(kw_only=True)
+class LaggedStep(Step):
+    """One step, as a probe sees it (`probes.LaggedStep`).
+
+    Attributes:
+        underway: the steps whose statistics have not arrived.
+        equal_counts: whether the user promises that all ranks have the same counts.
+        closed: whether an optimizer step follows the call; None: the number of calls says so.
+    """
+
+    underway: Underway
+    equal_counts: bool = False
+    closed: bool | None = None
+    _dtype: torch.dtype = torch.float32
+    _packed: tuple[LocalStats, Tensor | None] | None = None
+    _finish: Callable[[], Summed] | None = None
+
+    def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[n]` weights, for probes that measure before the backward: nothing is on its way then."""
+        self.underway.forget(self)
+        return super().decide(reduced, dtype)
+
+    def weights(self, losses: LocalLosses) -> Tensor:
+        """`[n]`, the weights of this step."""
+        self._dtype = losses.dtype
+        if self.progress.weights.device != losses.counts.device:
+            self.progress.move_to(losses.counts.device)
+        return self.progress.weights
+
+    def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
+        """`[n]`, `s_i`, and `[n]`, `c_i / s_i`."""
+        counts = losses.counts
+        if self.world_size == 1 or self.equal_counts:
+            self.reduced = True
+            return None, counts
+        own = LocalStats(torch.zeros_like(counts), counts, None, losses.stats().known)
+        total = self.reduce_now(own, None, self.call(Kind.COUNTS)).total.counts
+        # s_i = W c_i / C_i
+        shares = self.world_size * counts / total.clamp(min=torch.finfo(counts.dtype).tiny)
+        return shares, (total / self.world_size).masked_fill(counts <= 0, 0)
+
+    def coefficients(self, losses: LocalLosses) -> Tensor:
+        """`[n]`, `α_i s_i`, what the losses of this rank are multiplied with."""
+        weights, (shares, _) = self.weights(losses), self.shares(losses)
+        return weights if shares is None else weights * shares
+
+    def send(self, local: LocalStats, faulty: Tensor | None = None) -> None:
+        """Starts the reduction of this step's statistics."""
+        self._packed = (local, faulty)
+        self.underway.advance()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its statistics are there, so that they can be sent."""
+        return self._packed is not None
+
+    def start(self) -> None:
+        """Sends the statistics, if they were not sent yet."""
+        if self._finish is None and self._packed is not None:
+            local, faulty = self._packed
+            self._finish = self.synchronizer.start_reduce(
+                local, faulty, self._failed, self._call, with_gram=local.gram is not None
+            )
+
+    def finish(self) -> None:
+        """Waits for the statistics, and lets the rule learn from them."""
+        assert self._finish is not None
+        summed = self._finish()
+        self.look_at_ranks(summed, self._call)
+        if self.equal_counts and self.world_size > 1:
+            self.errors.judge(summed.copy, partial(self._explain_counts, summed))
+        reduced = Reduced(summed.total, (summed,), summed.total.counts, self.world_size)
+        self.learn(reduced, self._dtype, self.closed)
+
+    @property
+    def first_call(self) -> Call:
+        """What the other ranks meet this rank in first."""
+        return self._call if self.equal_counts else self.call(Kind.COUNTS)
+
+    @property
+    def _call(self) -> Call:
+        return self.call(Kind.LAGGED)
+
+    def _explain_counts(self, summed: Summed) -> Exception | None:
+        wrong = summed.faults.unequal_counts(self.world_size)
+        if not wrong:
+            return None
+        return ValueError(
+            f'mtl_dist, step {self.step}: counts="equal" promises that all ranks have the same counts, and '
+            f"they differ for task {[self.tasks[task] for task in wrong]}, so the gradients of this step "
+            'were not those of the whole batch. Use counts="given", or batches of equal size (drop_last=True)'
+        )
+
+
+class Underway:
+    """The steps whose statistics have not arrived, in the order of their calls.
+
+    All ranks send in this order, whatever the order of their backwards. A call whose backward does not come,
+    while that of a later call does, was no training step: it is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[LaggedStep] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __reduce__(self) -> tuple[type[Underway], tuple[()]]:
+        """Statistics on their way belong to this process."""
+        return Underway, ()
+
+    def ahead(self, progress: RuleProgress) -> int:
+        """How many updates of the rule these steps will make."""
+        if progress.window is None:
+            return len(self._steps)
+        closed = [step.closed for step in self._steps]
+        if None in closed:
+            return progress.closes_within(len(closed))
+        return sum(map(bool, closed))
+
+    def begin(self, **parts: Any) -> LaggedStep:
+        """A new call; see `LaggedStep`."""
+        step = LaggedStep(underway=self, **parts)
+        self._steps.append(step)
+        return step
+
+    def forget(self, step: object) -> None:
+        """Forgets a call that sends nothing, because it failed or was decided at once."""
+        self._steps = deque(other for other in self._steps if other is not step)
+
+    def advance(self) -> None:
+        """Sends what is measured, up to the first call that is not."""
+        for step in self._steps:
+            if not step.is_measured:
+                return
+            step.start()
+
+    def clear(self) -> None:
+        """Forgets all calls."""
+        self._steps.clear()
+
+    def arrive(self) -> None:
+        """Waits for all that was measured, and lets the rule learn from it, in order."""
+        last = max((place for place, step in enumerate(self._steps) if step.is_measured), default=-1)
+        arriving = [self._steps.popleft() for _ in range(last + 1)]
+        measured = [step for step in arriving if step.is_measured]
+        for step in measured:
+            step.start()
+        for step in measured:
+            step.finish()
