@@ -52,7 +52,9 @@ def checked_lag(lag: int, counts: CountsOf, on_nonfinite: OnNonfinite) -> tuple[
     if counts not in ("given", "equal"):
         raise ValueError(f'counts must be "given" or "equal", got {counts!r}')
     if counts == "equal" and not lag:
-        raise ValueError('counts="equal" saves the sum of the counts in the forward, which only lag=1 makes: give lag=1')
+        raise ValueError(
+            'counts="equal" saves the sum of counts in the forward, which lag=0 needs: give lag=1'
+        )
     if lag and on_nonfinite == "skip":
         raise ValueError(
             'with lag=1 the statistics of a step are known after it, so on_nonfinite="skip" cannot undo it; '

@@ -83,4 +83,3 @@ def explain_recomputation() -> RuntimeError:
         "runs the call again in the backward, as another step with other weights: checkpoint the trunk "
         "and the heads, and call the balancer outside"
     )
-

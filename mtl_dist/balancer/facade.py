@@ -79,12 +79,13 @@ class Balancer(BalancerMembers):
             rule, with its own weights. k: the weights hold for windows of k micro-batches. The weights of a
             window follow from the statistics of the whole window before it (uniform in the first window), so
             k micro-batches of equal counts train like one batch that is k times as large.
-        lag: 0: the weights of a step follow from its own statistics. 1: from those of the step before (the first
-            step has uniform weights). Then the weights are known before the heads run and reach heads and
-            trunk alike, gradients are measured as they pass in the one backward, the all-reduce runs beside
-            the backward, and the rule is solved at the next call: a step costs what a plain step costs. Errors
-            about values come one step later. A weight of zero would hide the gradient of its task, so the
-            heads receive at least 2⁻¹⁰ of the largest weight; the trunk receives the weights as they are.
+        lag: 0: the weights of a step follow from its own statistics. 1: from those of the step before (the
+            first step has uniform weights). Then the weights are known before the heads run and reach heads
+            and trunk alike, gradients are measured as they pass in the one backward, the all-reduce runs
+            beside the backward, and the rule is solved at the next call: a step costs what a plain step
+            costs. Errors about values come one step later. A weight of zero would hide the gradient of its
+            task, so the heads receive at least 2⁻¹⁰ of the largest weight; the trunk receives the weights as
+            they are.
         counts: with lag=1, "given": the counts of each step are summed over ranks in the forward. "equal":
             the user promises that all ranks have the same counts in every step, so nothing is awaited in the
             forward; the promise is checked, and a broken one is an error at the next step.

@@ -104,14 +104,14 @@ class BalancerMembers(TypedCall):
         self._underway.arrive()
         return self._progress.report
 
+    @report.setter
+    def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
+        self._progress.report = report
+
     @property
     def latest_report(self) -> StepReport | None:
         """The newest report that is there: with lag=1, before the next call, that of the step before."""
         return self._progress.report
-
-    @report.setter
-    def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
-        self._progress.report = report
 
     @property
     def findings(self) -> tuple[Finding, ...]:

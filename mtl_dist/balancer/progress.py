@@ -112,7 +112,8 @@ class RuleProgress:
         if self.window is None:
             return {}
         total, sound, calls = self._window
-        gram = total.counts.new_zeros(len(total.counts), len(total.counts)) if total.gram is None else total.gram
+        n = len(self.tasks)
+        gram = total.counts.new_zeros(n, n) if total.gram is None else total.gram
         sums = {"loss_sums": total.loss_sums, "counts": total.counts, "gram": gram}
         return {**sums, "sound": sound, "calls": torch.tensor(calls)}
 
@@ -202,18 +203,21 @@ class RuleProgress:
     def observe(self, total: LocalStats, finite: Tensor) -> None:
         """Gives losses measured outside the step to the rule."""
         stats = global_stats(total, self.step, with_gram=False)
-        sound = self._in_domain(stats, finite)
+        outside = self._outside_domain(stats)
+        sound = finite if outside is None else finite & ~outside
         state = self.rule.observe(stats.guarded(sound), self.state)
-        self._errors.watch(finite & ~sound, self._explanation(stats))
+        if outside is not None:
+            self._errors.watch(outside, self._explanation(stats))
         self.state = _chosen(sound, state, self.state)
 
     def _update(self, stats: TaskStats, finite: Tensor, dtype: torch.dtype) -> None:
-        sound = self._in_domain(stats, finite)
+        outside = self._outside_domain(stats)
+        sound = finite if outside is None else finite & ~outside
         weights, state = self.rule.update(stats.guarded(sound), self.state)
         usable = weights.abs().amax() <= torch.finfo(dtype).max  # NaN is not
-        if self._strict:
-            refused = ~usable if sound is finite else (finite & ~sound) | ~usable
-            self._errors.watch(refused, self._explanation(stats))
+        if outside is not None or self._strict:
+            refused = ~usable if self._strict else usable.new_zeros(())
+            self._errors.watch(refused if outside is None else refused | outside, self._explanation(stats))
         sound = sound & usable
         held = self.weights
         self.weights = torch.where(sound & stats.present, weights, held)
@@ -226,11 +230,9 @@ class RuleProgress:
     def _explanation(self, stats: TaskStats) -> Callable[[], Exception]:
         return partial(explain_refusal, self.tasks, self.rule, stats)
 
-    def _in_domain(self, stats: TaskStats, finite: Tensor) -> Tensor:
-        """Where the statistics are finite, and positive if the rule needs that."""
-        if not self._positive_losses:
-            return finite
-        return finite & (stats.losses > 0).all()  # those of absent tasks are 1
+    def _outside_domain(self, stats: TaskStats) -> Tensor | None:
+        """Scalar bool, whether a loss is not positive; None where the rule does not mind."""
+        return (stats.losses <= 0).any() if self._positive_losses else None  # those of absent tasks are 1
 
 
 def _where_present(total: LocalStats, weights: Tensor) -> Tensor:
@@ -243,7 +245,8 @@ def _empty_window(weights: Tensor) -> _Window:
 
 
 def _read_window(state: Mapping[str, Tensor]) -> _Window:
-    total = LocalStats(*(state[name].detach().clone() for name in ("loss_sums", "counts", "gram")))
+    loss_sums, counts, gram = (state[name].detach().clone() for name in ("loss_sums", "counts", "gram"))
+    total = LocalStats(loss_sums, counts, gram)
     return _Window(total, state["sound"].detach().clone(), int(state["calls"]))
 
 

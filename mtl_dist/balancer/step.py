@@ -91,9 +91,7 @@ class Step:
         """One all-reduce, as part of a given call."""
         self.reduced = True
         self._place(local)
-        summed = self.synchronizer.reduce(
-            local, faulty, self._failed, call, with_gram=local.gram is not None
-        )
+        summed = self.synchronizer.reduce(local, faulty, self._failed, call, with_gram=local.gram is not None)
         self.look_at_ranks(summed, call)
         return summed
 

@@ -65,12 +65,15 @@ class Check:
         Raises:
             RuntimeError: they differ by more than the model's own rounding can explain.
         """
-        norms = explicit.gram.diagonal().clamp(min=0).sqrt()
-        error = (measured.gram - explicit.gram).abs() - _TOLERANCE * torch.outer(norms, norms)
-        if bool((error > 0).any()) and bool(explicit.gram.isfinite().all()):
+        gram, found = explicit.gram, measured.gram
+        assert gram is not None  # both were measured
+        assert found is not None
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        error = (found - gram).abs() - _TOLERANCE * torch.outer(norms, norms)
+        if bool((error > 0).any()) and bool(gram.isfinite().all()):
             raise RuntimeError(
                 f"mtl_dist, step {step}: {self._probe!r} measured a Gram matrix that explicit gradients do "
-                f"not confirm: {measured.gram.tolist()} against {explicit.gram.tolist()}. A head that gives "
+                f"not confirm: {found.tolist()} against {gram.tolist()}. A head that gives "
                 "another result each time it is called does this (look for randomness that is not torch's, "
                 "or state in Python); otherwise please report it"
             )

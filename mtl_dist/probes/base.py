@@ -78,13 +78,12 @@ class StepContext(Protocol):
 
 
 class LaggedStep(StepContext, Protocol):
-    """One step of a balancer with lag=1, as a probe sees it.
+    """One step of a balancer with lag=1, as a probe sees it."""
 
-    Attributes:
-        world_size: W, number of ranks.
-    """
-
-    world_size: int
+    @property
+    def world_size(self) -> int:
+        """W, number of ranks."""
+        ...
 
     def weights(self, losses: LocalLosses) -> Tensor:
         """`[n]`, the weights of this step, from the statistics before it; the same on every rank."""

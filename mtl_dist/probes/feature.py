@@ -50,6 +50,9 @@ class FeatureProbe(Probe):
         return weigh(batch, step.reduce(batch.losses.stats(gram)), step)
 
     def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
-        """The same with the weights from before this step. Where tasks' gradients arrive apart, they are
-        measured in the one backward; one function for all tasks takes one pass per task, as always."""
+        """The same with the weights from before this step.
+
+        Where the gradients of the tasks arrive apart, they are measured in the one backward. One function for
+        all tasks takes one pass per task, as always.
+        """
         return lagged(features, heads, step) if heads.apart else self(features, heads, step)

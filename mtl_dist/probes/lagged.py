@@ -86,8 +86,8 @@ def _check_apart(losses: LocalLosses, views: Any, shared: Features, step: Lagged
     if pair is not None:
         raise ValueError(
             f"the loss of task {pair[0]!r} depends on what the head of task {pair[1]!r} computed from the "
-            "features, and the gradients of the two arrive as one. Let every head compute what it needs, give "
-            "one function for all tasks, balancer(z, lambda z: {...}), or use FeatureProbe() with lag=0"
+            "features, and with lag=1 the gradients of the two arrive as one. Let every head compute what it "
+            "needs, give one function for all tasks, balancer(z, lambda z: {...}), or lag=0"
         )
 
 

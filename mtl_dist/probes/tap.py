@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses import Features, Heads, TaskLosses, Views, gradient_gram, split
-from mtl_dist.probes.base import Probe, Reduced, StepContext
+from mtl_dist.probes.base import LaggedStep, Probe, Reduced, StepContext
 from mtl_dist.probes.guards import protect
 from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.passage import Rows, branch, rooted
@@ -65,7 +65,7 @@ class FeatureTap(Probe):
         tap.begin(step.reduce(losses.stats()))
         return rooted(losses.total(tap.forward.shares), anchor, tap)
 
-    def lagged(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
+    def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
         """`Σ s_i l_i`, whose backward is weighted at the features by weights that are known already."""
         return lagged(features, heads, step, weighs_heads=False)
 

@@ -1,7 +1,7 @@
 """What travels in one step: one buffer whose layout depends on the number of tasks only.
 
-    loss sums n | upper triangle of the Gram n(n+1)/2 | faults n | counts n | squares of the counts n | failure 1
-    | codes 3 | their squares 3
+    loss sums n | upper triangle of the Gram n(n+1)/2 | faults n | counts n | squares of the counts n
+    | failure 1 | codes 3 | their squares 3
 
 Ranks may disagree about their data, but never about the number of bytes. The buffer is summed over ranks,
 because everything in it adds. So do counts and codes x and their squares: ranks sent the same x exactly where

@@ -242,9 +242,7 @@ class Synchronizer:
 
         return finish
 
-    def _packed(
-        self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call
-    ) -> Tensor:
+    def _packed(self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call) -> Tensor:
         return self._layout.pack(local, self.rank, call, faulty, failed)
 
     def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:

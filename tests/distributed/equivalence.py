@@ -3,7 +3,7 @@
     equivalence.py OUT NUM_STEPS DTYPE CELLS
 
 CELLS is `kinds` (one rule of each kind, every probe, every scenario), `rules` (every rule, before and in the
-backward, even shards), or `all`.
+backward, even shards), `lag` (the kinds with lag=1; and even shards with equal counts), or `all`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ PROBES = {
 KINDS = ("equal", "geometric_mean", "initial_loss", "inverse_grad_norm", "mgda")
 
 
-def train(rule: str, probe: str, scenario: str, num_steps: int, dtype: torch.dtype) -> list[dict]:
+def train(rule: str, probe: str, scenario: str, lag: str, num_steps: int, dtype: torch.dtype) -> list[dict]:
     torch.manual_seed(7)
-    balancer = Balancer(TASKS, build(rule, TASKS), probe=PROBES[probe])
+    lagged = {"lag": 1, "counts": lag} if lag else {}
+    balancer = Balancer(TASKS, build(rule, TASKS), probe=PROBES[probe], **lagged)
     net = Net(balancer).to(dtype)
     model = net
     if WORLD_SIZE > 1:
@@ -74,11 +75,15 @@ def check_agreement(results: dict) -> None:
         assert all(torch.equal(everyone[0], other) for other in everyone), "weights differ between ranks"
 
 
-def cells(which: str) -> list[tuple[str, str, str]]:
-    """(rule, probe, scenario) of every training."""
+def cells(which: str) -> list[tuple[str, str, str, str]]:
+    """(rule, probe, scenario, counts with lag) of every training."""
     if which == "rules":  # what a rule is given does not depend on the probe, but for where it decides
-        return list(itertools.product(sorted(RULES), ("FeatureProbe", "FeatureTap"), SCENARIOS[:1]))
-    return list(itertools.product(KINDS if which == "kinds" else sorted(RULES), PROBES, SCENARIOS))
+        return list(itertools.product(sorted(RULES), ("FeatureProbe", "FeatureTap"), SCENARIOS[:1], [""]))
+    if which == "lag":
+        probes = [probe for probe in PROBES if "reevaluate" not in probe]
+        given = list(itertools.product(KINDS[1:], probes, SCENARIOS, ["given"]))
+        return given + list(itertools.product(KINDS[1:], probes, SCENARIOS[:1], ["equal"]))
+    return list(itertools.product(KINDS if which == "kinds" else sorted(RULES), PROBES, SCENARIOS, [""]))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # every rule in every scenario, on 4 ranks too, is the long test below
 @pytest.mark.timeout(2 * LIMIT)
-@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds")])
+@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds"), (2, "lag")])
 def test_ranks_equal_one_process(folder: Path, num_processes: int, cells: str) -> None:
     expected = trajectories(folder, 1, "float32", cells, LIMIT)
     compare(expected, trajectories(folder, num_processes, "float32", cells, LIMIT), 1e-6, per_parameter=False)

@@ -39,6 +39,7 @@ class Cell:
         held: the weights are held for the window of micro-batches instead.
         checkpoint: activation checkpointing of the trunk.
         compiled: what `torch.compile` sees, with the backend aot_eager unless named.
+        lag: "none", "given" or "equal": the weights follow from the step before, and what becomes of counts.
         data: "even": equal shards; "ragged": shards of other sizes, and a task that one rank has no sample
             of (it evaluates the head on no row, and says so by its count).
     """
@@ -52,6 +53,7 @@ class Cell:
     checkpoint: str = "none"
     compiled: str = "none"
     data: str = "even"
+    lag: str = "none"
 
     @property
     def name(self) -> str:
@@ -70,6 +72,8 @@ class Cell:
             parts.append(f"compiled {self.compiled}")
         if self.data != "even":
             parts.append(self.data)
+        if self.lag != "none":
+            parts.append("lag" if self.lag == "given" else "lag with equal counts")
         return ", ".join(parts)
 
     @property
@@ -91,7 +95,7 @@ class Cell:
 
     def control(self) -> Cell:
         """The same without the library: the plain sum of the losses."""
-        return replace(self, rule="sum", probe="losses", held=False)
+        return replace(self, rule="sum", probe="losses", held=False, lag="none")
 
 
 def cells_of(engine: str) -> Iterator[Cell]:
@@ -104,7 +108,12 @@ def cells_of(engine: str) -> Iterator[Cell]:
         base = Cell(engine, probe=probe)
         yield from _axes(base)
         yield from _pairs(base)
+        yield from _lagged(base)
     yield from _axes(Cell(engine, rule="geometric_mean", probe="losses"), brief=True)
+    yield Cell(engine, rule="geometric_mean", probe="losses", lag="given")
+    yield Cell(engine, rule="geometric_mean", probe="losses", lag="equal", accumulation=4)
+    yield Cell(engine, rule="inverse_grad_norm", lag="equal")
+    yield Cell(engine, rule="upgrad", lag="given")
     if engine.endswith("zero-3"):
         yield Cell(engine, probe="FeatureProbe(reevaluate=False)")
     if engine in ("plain", "ddp", "fsdp2", "zero-2"):
@@ -136,6 +145,19 @@ def _pairs(base: Cell) -> Iterator[Cell]:
     yield replace(base, checkpoint="reentrant", data="ragged")
 
 
+def _lagged(base: Cell) -> Iterator[Cell]:
+    """The weights of the step before, along the axes that its backward meets."""
+    for counts in ("given", "equal"):
+        yield replace(base, lag=counts)
+        yield replace(base, lag=counts, accumulation=4)
+        yield replace(base, lag=counts, accumulation=4, held=True)
+    yield replace(base, lag="equal", precision="bf16")
+    yield from (replace(base, lag="equal", checkpoint=kind) for kind in CHECKPOINTS[1:])
+    yield from (replace(base, lag="equal", compiled=what) for what in COMPILED[1:])
+    yield replace(base, lag="given", data="ragged")
+    yield replace(base, lag="given", data="ragged", accumulation=4)
+
+
 def whole_matrix() -> list[Cell]:
     """Every cell of every engine, and the control of each that is refused for the engine's sake."""
     cells = [cell for engine in ENGINES for cell in cells_of(engine)]
@@ -161,6 +183,10 @@ def _options(engine: str) -> Iterator[Cell]:
     yield Cell(engine, rule="inverse_grad_norm")
     yield Cell(engine, rule="upgrad", probe="FeatureTap")
     yield from _axes(Cell(engine, probe=tap))
+    yield Cell(engine, rule="geometric_mean", probe="losses", lag="given")
+    yield Cell(engine, probe=tap, lag="equal")
+    yield Cell(engine, probe=tap, lag="given", accumulation=4, held=True)
+    yield Cell(engine, probe=tap, lag="given", data="ragged")
 
 
 @dataclass(frozen=True)

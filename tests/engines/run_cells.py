@@ -40,6 +40,7 @@ def make_balancer(cell: Cell) -> Balancer | None:
         Normalize(rule) if cell.rule == "inverse_grad_norm" else rule,  # of size 1, or its steps are too long
         probe=PROBES.get(cell.probe),
         window=cell.accumulation if cell.held else None,
+        **({} if cell.lag == "none" else {"lag": 1, "counts": cell.lag}),
     )
 
 
@@ -55,8 +56,10 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
 
     def observe() -> None:
         """After each backward; a balancer that holds its weights reports at the end of the window."""
-        if balancer is not None and balancer.report is not None and balancer.report.step == len(weights):
-            weights.append(balancer.report.weight_vector.clone())
+        # which waits for nothing, so that with lag a step overlaps with what follows
+        report = None if balancer is None else balancer.latest_report
+        if report is not None and report.step == len(weights):
+            weights.append(report.weight_vector.clone())
 
     for step in range(STEPS):
         batches = [
@@ -65,6 +68,10 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
         ]
         engine.step(batches, observe)
     if balancer is not None:
+        if cell.lag != "none":
+            assert len(weights) < balancer.step
+            assert balancer.report is not None
+            weights.append(balancer.report.weight_vector.clone())
         assert balancer._synchronizer.world_size == world_size
         assert len(weights) == STEPS * (1 if cell.held else cell.accumulation)
     return {

@@ -22,6 +22,7 @@ COLUMNS: dict[str, Callable[[Cell], bool]] = {
     "reentrant checkpoint": lambda c: c.checkpoint == "reentrant",
     "compiled trunk": lambda c: c.compiled == "trunk",
     "compiled model": lambda c: c.compiled.startswith("model"),
+    "lag": lambda c: c.lag != "none",
     "ragged": lambda c: c.data == "ragged",
 }
 MARKS = {"passed": "✓", "failed": "**FAILED**"}

@@ -37,7 +37,17 @@ def test_a_cell_equals_one_process(verdicts: dict[Cell, Verdict], cell: Cell) ->
 def test_ci_runs_every_engine_and_every_option() -> None:
     whole, ci = whole_matrix(), ci_matrix()
     assert {cell.engine for cell in ci} == set(ENGINES)
-    for field in ("rule", "probe", "precision", "accumulation", "held", "checkpoint", "compiled", "data"):
+    for field in (
+        "rule",
+        "probe",
+        "precision",
+        "accumulation",
+        "held",
+        "checkpoint",
+        "compiled",
+        "data",
+        "lag",
+    ):
         values = {getattr(cell, field) for cell in whole} - {"model, inductor", "sum"}
         assert {getattr(cell, field) for cell in ci} == values, field
     assert len(set(whole)) == len(whole)

@@ -107,8 +107,10 @@ class SharedLayerProbe(Probe):
         return weigh(batch, reduced, step)
 
     def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
-        """The same with the weights from before this step, measured in the one backward. The ranks exchange
-        rows there, as always; only the last reduction runs beside the backward."""
+        """The same with the weights from before this step, measured in the one backward.
+
+        The ranks exchange rows there, as always; only the last reduction runs beside the backward.
+        """
         if not heads.apart:
             return self(features, heads, step)
         z, rows = self._layer_rows(features, step)
