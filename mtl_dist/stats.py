@@ -18,7 +18,7 @@ nothing, and the square of a gradient norm of 1e-20 does not underflow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ Lap = float | tuple[torch.Event, torch.Event]
 def stats_dtype(device: torch.device) -> torch.dtype:
     """Precision of statistics on `device`: float64, or float32 on Apple's MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting."""
+    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,21 @@ class TaskStats:
             )
         return self.gram
 
-    def guarded(self, ok: Tensor) -> TaskStats:
-        """These statistics where `ok` (scalar bool) holds, else harmless ones: losses 1, Gram identity.
+    def guarded(self, bad: Tensor) -> TaskStats:
+        """These statistics, but harmless ones where `bad` (scalar bool) holds: losses 1, Gram identity.
 
         So a rule never sees NaN or infinity, and the host does not have to wait for the decision.
         """
-        bad = ~ok
         losses = self.losses.masked_fill(bad, 1)
         if self.gram is None:
             return replace(self, losses=losses)
-        eye = torch.eye(len(losses), dtype=self.gram.dtype, device=self.gram.device)
+        eye = _identity(len(losses), self.gram.dtype, self.gram.device)
         return replace(self, losses=losses, gram=torch.where(bad, eye, self.gram))
+
+
+@lru_cache(maxsize=64)
+def _identity(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(n, dtype=dtype, device=device)
 
 
 def global_stats(total: LocalStats, step: int, *, with_gram: bool) -> TaskStats:

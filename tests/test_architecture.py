@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"stats"},
     "engines": {"losses"},
     "probes": {"stats", "sync", "losses", "engines"},
-    "checks": {"stats", "weighting", "losses", "engines", "probes"},
+    "checks": {"stats", "weighting", "sync", "losses", "engines", "probes"},
     "balancer": {"stats", "weighting", "sync", "losses", "engines", "probes", "checks"},
     "virtual": {"sync", "balancer"},
     "checkpoint": {"stats", "balancer"},

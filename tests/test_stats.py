@@ -57,10 +57,10 @@ def test_no_task_at_all_divides_by_nothing() -> None:
 def test_guarded_statistics_are_finite() -> None:
     nan = torch.tensor([torch.nan, 1.0])
     stats = TaskStats(nan, torch.tensor([True, True]), torch.full((2, 2), torch.inf), torch.ones(2))
-    guarded = stats.guarded(torch.tensor(False))
+    guarded = stats.guarded(torch.tensor(True))
     assert guarded.losses.tolist() == [1.0, 1.0]
     assert torch.equal(guarded.gram, torch.eye(2))
-    same = stats.guarded(torch.tensor(True))
+    same = stats.guarded(torch.tensor(False))
     assert same.losses.isnan().tolist() == [True, False]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mtl_dist.stats import TaskStats
 from mtl_dist.sync import Bad, Faults, Summed
 from mtl_dist.weighting import Rule
@@ -22,7 +24,12 @@ def explain_failure(step: int, faults: Faults) -> PeerFailed:
 
 
 def explain_nonfinite(
-    tasks: Sequence[str], step: int, summed: Sequence[Summed], *, losses_only: bool
+    tasks: Sequence[str],
+    step: int,
+    summed: Sequence[Summed],
+    *,
+    losses_only: bool,
+    scale: Tensor | None = None,
 ) -> ValueError | None:
     """The error for a NaN or infinity: which task, which rank; None: there is none.
 
@@ -32,6 +39,7 @@ def explain_nonfinite(
         summed: what was reduced in this step. The first fault of a task is the cause, a later one only its
             consequence.
         losses_only: whether gradients may be infinite.
+        scale: what the step's scalar was differentiated with; None: not measured so.
     """
     faults = [one.faults for one in summed]
     if all(one.losses_are_finite() if losses_only else one.all_finite() for one in faults):
@@ -41,10 +49,10 @@ def explain_nonfinite(
         for task, ranks in zip(tasks, one.by_task(), strict=True):
             if ranks.number:
                 bad.setdefault(task, ranks)
-    if not bad:
+    if not bad or (scale is not None and not scale):
         return ValueError(
             f"mtl_dist, step {step}: the scalar was differentiated with the factor 0 on a rank, as in "
-            "(0 * loss).backward(), and FeatureTap sees no gradient then. To leave a batch out, return None "
+            "(0 * loss).backward(), and no gradient is seen then. To leave a batch out, return None "
             'from its heads; or give on_nonfinite="hold", which keeps the weights, or use FeatureProbe()'
         )
     where = ", ".join(f"task {task!r} on {bad[task]}" for task in tasks if task in bad)

@@ -409,7 +409,7 @@ class Balancer(BalancerMembers):
             self._collector.add(losses.stats())
         self._underway.arrive()
         self._progress.move_to(losses.counts.device)
-        return losses.total(self._progress.weights)
+        return losses.total(self._progress.weights.to(losses.counts.device))
 
     def _device_of(self, losses: Any) -> torch.device:
         """Where losses are; where the statistics travel if this rank has none."""

@@ -18,10 +18,14 @@ from mtl_dist.probes import Reduced
 from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Call, Kind, Summed
 
+_FLOOR = 2.0**-10  # of the largest weight
+
 
 @dataclass(kw_only=True)
 class LaggedStep(Step):
     """One step, as a probe sees it (`probes.LaggedStep`).
+
+    Rule, weights and state live on the host, where statistics arrive while the device goes on.
 
     Attributes:
         underway: the steps whose statistics have not arrived.
@@ -34,19 +38,32 @@ class LaggedStep(Step):
     closed: bool | None = None
     _dtype: torch.dtype = torch.float32
     _packed: tuple[LocalStats, Tensor | None] | None = None
-    _finish: Callable[[], Summed] | None = None
-
-    def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`[n]` weights, for probes that measure before the backward: nothing is on its way then."""
-        self.underway.forget(self)
-        return super().decide(reduced, dtype)
+    _finish: Callable[[], Reduced] | None = None
 
     def weights(self, losses: LocalLosses) -> Tensor:
         """`[n]`, the weights of this step."""
         self._dtype = losses.dtype
-        if self.progress.weights.device != losses.counts.device:
-            self.progress.move_to(losses.counts.device)
-        return self.progress.weights
+        counts = losses.counts
+        return self.progress.weights.to(counts.device, counts.dtype, non_blocking=True)
+
+    def visible_weights(self, losses: LocalLosses) -> tuple[Tensor, Tensor, Tensor]:
+        """`[n]` each: the weights, weights that hide no gradient, and the ratio of the two."""
+        self._dtype = losses.dtype
+        weights = self.progress.weights.tolist()  # they are on the host
+        floor = _FLOOR * (max(map(abs, weights)) or 1.0)
+        visible = [weight if abs(weight) >= floor else floor for weight in weights]
+        ratio = [weight / seen for weight, seen in zip(weights, visible, strict=True)]
+        counts = losses.counts
+        rows = torch.tensor([weights, visible, ratio], dtype=counts.dtype)
+        shown = rows.to(counts.device, non_blocking=True)
+        return shown[0], shown[1], shown[2]
+
+    def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[n]` weights of this step, for probes that measure before the backward."""
+        self._dtype = dtype
+        self._finish = reduced.here
+        weights = self.progress.weights.to(reduced.total.counts.device)
+        return weights.masked_fill(reduced.total.counts <= 0, 0)
 
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
         """`[n]`, `s_i`, and `[n]`, `c_i / s_i`."""
@@ -65,33 +82,36 @@ class LaggedStep(Step):
         weights, (shares, _) = self.weights(losses), self.shares(losses)
         return weights if shares is None else weights * shares
 
-    def send(self, local: LocalStats, faulty: Tensor | None = None) -> None:
+    def send(self, local: LocalStats, faulty: Tensor | None = None, scale: Tensor | None = None) -> None:
         """Starts the reduction of this step's statistics."""
         self._packed = (local, faulty)
+        self.scale = scale
         self.underway.advance()
 
     @property
     def is_measured(self) -> bool:
         """Whether its statistics are there, so that they can be sent."""
-        return self._packed is not None
+        return self._packed is not None or self._finish is not None
 
     def start(self) -> None:
         """Sends the statistics, if they were not sent yet."""
         if self._finish is None and self._packed is not None:
             local, faulty = self._packed
-            self._finish = self.synchronizer.start_reduce(
+            finish = self.synchronizer.start_reduce(
                 local, faulty, self._failed, self._call, with_gram=local.gram is not None
             )
+            self._finish = lambda: self._received(finish())
 
     def finish(self) -> None:
         """Waits for the statistics, and lets the rule learn from them."""
         assert self._finish is not None
-        summed = self._finish()
+        self.learn(self._finish(), self._dtype, self.closed)
+
+    def _received(self, summed: Summed) -> Reduced:
         self.look_at_ranks(summed, self._call)
         if self.equal_counts and self.world_size > 1:
             self.errors.judge(summed.copy, partial(self._explain_counts, summed))
-        reduced = Reduced(summed.total, (summed,), summed.total.counts, self.world_size)
-        self.learn(reduced, self._dtype, self.closed)
+        return Reduced(summed.total, (summed,), summed.total.counts, self.world_size)
 
     @property
     def first_call(self) -> Call:
@@ -146,7 +166,7 @@ class Underway:
         return step
 
     def forget(self, step: object) -> None:
-        """Forgets a call that sends nothing, because it failed or was decided at once."""
+        """Forgets a call that failed."""
         self._steps = deque(other for other in self._steps if other is not step)
 
     def advance(self) -> None:

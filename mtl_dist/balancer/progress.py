@@ -155,77 +155,77 @@ class RuleProgress:
         self._backwards_before, self._skipped_before = self._uses.backwards, is_skipped
 
     def move_to(self, device: torch.device) -> None:
-        """Moves everything to the device of the statistics."""
-        if self.weights.device != device:
+        """Moves everything to the device of the statistics; with a lag these are on the host."""
+        if not self.lag and self.weights.device != device:
             self.state, self.weights, _ = _moved(_Point(self.state, self.weights, self.step), device)
             self._before = _moved(self._before, device)
             self._window = _moved_window(self._window, device)
 
     def hold(self, total: LocalStats) -> Tensor:
         """`[n]` weights of one call that does not update the rule; 0 for tasks absent on all ranks."""
-        return _where_present(total, self.weights)
+        return _where_present(total, self.weights.to(total.counts.device))
 
-    def decide(self, total: LocalStats, finite: Tensor, *, measured: bool, dtype: torch.dtype) -> Tensor:
+    def decide(self, total: LocalStats, bad: Tensor, *, measured: bool, dtype: torch.dtype) -> Tensor:
         """`[n]` weights of one call; 0 for tasks absent on all ranks.
 
         Args:
             total: statistics of the call, summed over ranks.
-            finite: scalar bool, whether all statistics are free of NaN and infinity.
+            bad: scalar bool, whether a statistic is NaN or infinite.
             measured: whether they hold a Gram.
             dtype: of the weighted total, which the weights must fit into.
         """
-        held = self.weights
         if self.window is None:
-            self._update(global_stats(total, self.step, with_gram=measured), finite, dtype)
-            return _where_present(total, held if self.lag else self.weights)
-        whole = _Window(self._window.total + total, self._window.sound & finite, self._window.calls + 1)
+            return self._update(global_stats(total, self.step, with_gram=measured), bad, dtype)
+        held = self.weights
+        whole = _Window(self._window.total + total, self._window.sound & ~bad, self._window.calls + 1)
         if self._closed:
-            self._update(global_stats(whole.total, self.step, with_gram=measured), whole.sound, dtype)
+            self._update(global_stats(whole.total, self.step, with_gram=measured), ~whole.sound, dtype)
             whole = _empty_window(self.weights)
         self._window = whole
         return _where_present(total, held)
 
     def learn(
-        self, total: LocalStats, finite: Tensor, *, measured: bool, dtype: torch.dtype, closed: bool | None
+        self, total: LocalStats, bad: Tensor, *, measured: bool, dtype: torch.dtype, closed: bool | None
     ) -> Tensor:
         """As `decide`, for statistics of an earlier call.
 
         Args:
             total: as for `decide`.
-            finite: as for `decide`.
+            bad: as for `decide`.
             measured: as for `decide`.
             dtype: as for `decide`.
             closed: whether an optimizer step followed that call; None: the number of calls says so.
         """
         self._closed = self._closes() if closed is None else closed
-        return self.decide(total, finite, measured=measured, dtype=dtype)
+        return self.decide(total, bad, measured=measured, dtype=dtype)
 
-    def observe(self, total: LocalStats, finite: Tensor) -> None:
+    def observe(self, total: LocalStats, bad: Tensor) -> None:
         """Gives losses measured outside the step to the rule."""
         stats = global_stats(total, self.step, with_gram=False)
         outside = self._outside_domain(stats)
-        sound = finite if outside is None else finite & ~outside
-        state = self.rule.observe(stats.guarded(sound), self.state)
+        bad = bad if outside is None else bad | outside
+        state = self.rule.observe(stats.guarded(bad), self.state)
         if outside is not None:
             self._errors.watch(outside, self._explanation(stats))
-        self.state = _chosen(sound, state, self.state)
+        self.state = _chosen(bad, state, self.state)
 
-    def _update(self, stats: TaskStats, finite: Tensor, dtype: torch.dtype) -> None:
+    def _update(self, stats: TaskStats, bad: Tensor, dtype: torch.dtype) -> Tensor:
         outside = self._outside_domain(stats)
-        sound = finite if outside is None else finite & ~outside
-        weights, state = self.rule.update(stats.guarded(sound), self.state)
-        usable = weights.abs().amax() <= torch.finfo(dtype).max  # NaN is not
+        bad = bad if outside is None else bad | outside
+        weights, state = self.rule.update(stats.guarded(bad), self.state)
+        unusable = ~(weights.abs().amax() <= torch.finfo(dtype).max)  # as NaN is
         if outside is not None or self._strict:
-            refused = ~usable if self._strict else usable.new_zeros(())
-            self._errors.watch(refused if outside is None else refused | outside, self._explanation(stats))
-        sound = sound & usable
+            flags = [flag for flag in (outside, unusable if self._strict else None) if flag is not None]
+            self._errors.watch(flags[0] if len(flags) == 1 else flags[0] | flags[1], self._explanation(stats))
+        bad = bad | unusable
         held = self.weights
-        self.weights = torch.where(sound & stats.present, weights, held)
-        self.state = _chosen(sound, state, self.state)
+        self.weights = torch.where(bad, held, torch.where(stats.present, weights, held))
+        self.state = _chosen(bad, state, self.state)
         used = self.weights if self.window is None and not self.lag else held
         time = self._stopwatch.take() if self._stopwatch.laps else Elapsed()
-        self.report = StepReport(self.tasks, stats, used * stats.present, ~sound, time)
+        self.report = StepReport(self.tasks, stats, used * stats.present, bad, time)
         self.step += 1
+        return self.report.weight_vector
 
     def _explanation(self, stats: TaskStats) -> Callable[[], Exception]:
         return partial(explain_refusal, self.tasks, self.rule, stats)
@@ -266,6 +266,6 @@ def _moved(point: _Point, device: torch.device) -> _Point:
     return _Point(state, point.weights.to(device, dtype), point.step)
 
 
-def _chosen(sound: Tensor, new: State, old: State) -> State:
-    """The new state where `sound` holds, else the old one."""
-    return {key: torch.where(sound, new[key], value) for key, value in old.items()}
+def _chosen(bad: Tensor, new: State, old: State) -> State:
+    """The new state, but the old one where `bad` holds."""
+    return {key: torch.where(bad, value, new[key]) for key, value in old.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Step:
         kind: why the ranks meet first in this step.
         news: a digest of the state that this rank loaded since the last call; 0 if it loaded none.
         reduced: whether the first collective of this step is done.
+        scale: what the step's scalar was differentiated with, where it is measured in the backward.
     """
 
     tasks: Sequence[str]
@@ -64,8 +65,9 @@ class Step:
     kind: Kind = Kind.TRAINING
     news: int = 0
     reduced: bool = False
+    scale: Tensor | None = None
     _failed: Tensor | None = None
-    _finite: Tensor | None = None
+    _bad: Tensor | None = None
     _explicit: LocalStats | None = None
 
     @property
@@ -154,11 +156,11 @@ class Step:
         self._decided(reduced, partial(self.progress.learn, dtype=dtype, closed=closed))
 
     def _decided(self, reduced: Reduced, decide: Callable[..., Tensor]) -> Tensor:
-        finite = self._checked(reduced)
-        expected = self._expected(reduced, finite)
-        used = decide(reduced.total, finite, measured=self.measure)
+        bad = self._checked(reduced)
+        expected = self._expected(reduced, bad)
+        used = decide(reduced.total, bad, measured=self.measure)
         self.watches.look(reduced.total.gram if self.measure else None, used, self.rank)
-        if self.checker is not None and bool(finite):
+        if self.checker is not None and not bad:
             self.checker.look_at_weights(global_stats(reduced.total, self.step, with_gram=self.measure), used)
             if expected is not None:
                 self.checker.compare_weights(expected, used, self.step)
@@ -166,6 +168,7 @@ class Step:
 
     def observe(self, reduced: Reduced) -> None:
         """Gives losses from outside a step to the rule."""
+        reduced = reduced.here() if self.progress.lag else reduced
         self.progress.observe(reduced.total, self._checked(reduced))
 
     def check(self, features: Any, heads: Heads) -> None:
@@ -175,10 +178,10 @@ class Step:
 
     def not_finite(self) -> bool:
         """Whether a statistic of this step was not finite. Waits for the device."""
-        return self._finite is not None and not self._finite
+        return self._bad is not None and bool(self._bad)
 
     def _checked(self, reduced: Reduced) -> Tensor:
-        """Scalar bool: whether losses and gradients of all ranks are finite. Raises where they must be."""
+        """Scalar bool: whether a loss or gradient of any rank is not finite. Raises where they must be."""
         if self.strict:
             # under a loss scale, gradients overflow now and then, and the engine skips those steps
             explain = partial(
@@ -187,16 +190,14 @@ class Step:
                 self.step,
                 reduced.summed,
                 losses_only=self.engine.facts.scaled is not None,
+                scale=self.scale,
             )
             self.errors.judge(reduced.summed[-1].copy, explain)
-        sizes = [summed.sizes.abs().amax() for summed in reduced.summed]
-        finite = sizes[0] < torch.inf  # NaN is not
-        for size in sizes[1:]:
-            finite = finite & (size < torch.inf)
-        self._finite = finite
-        return finite
+        first, *rest = [summed.bad for summed in reduced.summed]
+        self._bad = reduce(torch.logical_or, rest, first)
+        return self._bad
 
-    def _expected(self, reduced: Reduced, finite: Tensor) -> Tensor | None:
+    def _expected(self, reduced: Reduced, bad: Tensor) -> Tensor | None:
         """Compares the statistics with explicit ones; returns the `[n]` weights that those give."""
         check, progress = self.checker, self.progress
         if check is None or self._explicit is None:
@@ -206,5 +207,5 @@ class Step:
         if progress.window is not None or progress.lag:  # the weights follow from other statistics
             return None
         stats = global_stats(explicit, self.step, with_gram=True)
-        weights, _ = progress.rule.update(stats.guarded(finite), progress.state)
+        weights, _ = progress.rule.update(stats.guarded(bad), progress.state)
         return torch.where(stats.present, weights, torch.zeros_like(weights))

@@ -7,7 +7,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from mtl_dist.sync import HostCopy
 
 _LOGGER = logging.getLogger("mtl_dist")
 
@@ -37,8 +40,8 @@ class Watches:
 class Recent(ABC):
     """Keeps one small tensor of each of the last 8 steps.
 
-    The host reads them at the 8th, 16th, 32nd, ... step. So a step costs nothing on the device, and almost
-    never waits for it.
+    At the 8th, 16th, 32nd, ... step they are copied to the host, which reads them at the next step. So a step
+    costs nothing on the device, and never waits for it.
 
     Attributes:
         rule: for the message.
@@ -50,15 +53,30 @@ class Recent(ABC):
         self._steps = 0
         self._said = False
         self._recent: deque[Tensor] = deque(maxlen=STREAK)
+        self._copy: HostCopy | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without a copy that is on its way."""
+        return {**self.__dict__, "_copy": None}
 
     def look(self, sample: Tensor, rank: int) -> None:
         """Takes in one step. Rank 0 warns the user once."""
         if self._said:
             return
+        if self._copy is not None and not self._copy.is_here:
+            self._read(self._copy, rank)
         self._steps += 1
         self._recent.append(sample)
-        looks = self._steps >= STREAK and self._steps & (self._steps - 1) == 0
-        if looks and self.holds(list(self._recent)):
+        if self._steps >= STREAK and self._steps & (self._steps - 1) == 0:
+            copy = HostCopy(torch.stack(list(self._recent)))
+            if copy.is_here:
+                self._read(copy, rank)
+            else:
+                self._copy = copy
+
+    def _read(self, copy: HostCopy, rank: int) -> None:
+        self._copy = None
+        if self.holds(list(copy.tensor())):
             self._said = True
             self._recent.clear()
             if rank == 0:

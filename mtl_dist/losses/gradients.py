@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtl_dist.stats import stats_dtype
+from mtl_dist.stats import on_host, stats_dtype
 
 Gradients = Sequence[Tensor | None]  # one tensor per leaf of the features; None for a zero gradient
 
@@ -32,6 +32,7 @@ class FeatureGradients:
         owner: int64 in [0, n), the task of each row of the features, in the shape of their first dimensions.
         scale: scalar that the losses were multiplied by; None: they were not.
         row_factors: `[n]`, with one set: what the rows of each task must still be multiplied with; None: 1.
+        all_count: whether the host knows that every count is positive.
     """
 
     sets: Sequence[Gradients]
@@ -39,6 +40,7 @@ class FeatureGradients:
     owner: Tensor | None = None
     scale: Tensor | None = None
     row_factors: Tensor | None = None
+    all_count: bool = False
 
     def gram(self) -> Tensor:
         """`[n, n]`, `c_i c_j ⟨g_i, g_j⟩`, without the loss scale; zero for tasks that are absent.
@@ -51,9 +53,9 @@ class FeatureGradients:
                 squares = torch.where(squares == 0, 0, squares * self.row_factors.square())
             return self.unscaled(torch.diag(squares))
         pairs = torch.outer(self.counts, self.counts)
-        gram = self.unscaled(_added_products(torch.zeros_like(pairs), self.sets))
+        gram = pairs * self.unscaled(_products(self.sets, pairs))
         # a task with count 0 may have a NaN gradient, that of the mean over nothing
-        return (pairs * gram).masked_fill(pairs == 0, 0)
+        return gram if self.all_count else gram.masked_fill(pairs == 0, 0)
 
     def by_task(self) -> Sequence[Gradients]:
         """The gradients of the n local mean losses, times the loss scale. n copies if there is one set."""
@@ -89,8 +91,7 @@ def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     and squares of small gradients underflow. The conversion costs little, because features are small beside
     the model. It takes n x 0.25 MB of scratch memory on the CPU, n x 8 MB on GPUs.
     """
-    gram = torch.zeros(len(rows), len(rows), dtype=stats_dtype(device), device=device)
-    return _added_products(gram, rows)
+    return _products(rows, torch.empty((), dtype=stats_dtype(device), device=device))
 
 
 def real(gradient: Tensor) -> Tensor:
@@ -98,24 +99,28 @@ def real(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def _added_products(gram: Tensor, rows: Sequence[Gradients]) -> Tensor:
-    """`gram` with the inner products of n gradients added in place."""
+def _products(rows: Sequence[Gradients], like: Tensor) -> Tensor:
+    """`[n, n]` inner products of n gradients, in the dtype and on the device of `like`."""
+    gram: Tensor | None = None
     for leaf in zip(*rows, strict=True):
-        _add_products(gram, [None if g is None else real(g.detach()).flatten() for g in leaf])
-    return gram
+        gram = _with_products(gram, [None if g is None else real(g.detach()).flatten() for g in leaf], like)
+    return like.new_zeros(len(rows), len(rows)) if gram is None else gram
 
 
-def _add_products(gram: Tensor, vectors: Gradients) -> None:
-    """Adds the inner products of n vectors (None for zero) to `gram`, in place."""
+def _with_products(gram: Tensor | None, vectors: Gradients, like: Tensor) -> Tensor | None:
+    """`gram` with the inner products of n vectors (None for zero) added in place; None is zero."""
     length = max([v.numel() for v in vectors if v is not None], default=0)
-    size = min(length, _CHUNK_HOST if gram.device.type == "cpu" else _CHUNK_DEVICE)
-    chunk = gram.new_zeros(len(vectors), size)  # one buffer: new ones would cost the CPU page faults
+    size = min(length, _CHUNK_HOST if on_host(like) else _CHUNK_DEVICE)
+    # one buffer: new ones would cost the CPU page faults
+    chunk = like.new_zeros(len(vectors), size)
     for start in range(0, length, max(size, 1)):
         width = min(size, length - start)
         for row, vector in zip(chunk, vectors, strict=True):
             if vector is not None:
                 row[:width].copy_(vector[start : start + width])
-        gram.addmm_(chunk[:, :width], chunk[:, :width].T)
+        part = chunk[:, :width]
+        gram = part @ part.T if gram is None else gram.addmm_(part, part.T)
+    return gram
 
 
 def _where_rows(own: Tensor, gradient: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 from mtl_dist.losses.base import Heads, LocalLosses, Refuse
 from mtl_dist.losses.gradients import FeatureGradients
 from mtl_dist.losses.silence import silence_rows
-from mtl_dist.losses.tasks import on_host
-from mtl_dist.stats import LocalStats, stats_dtype
+from mtl_dist.stats import LocalStats, on_host, stats_dtype
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses, Refus
 from mtl_dist.losses.features import Branches, Views
 from mtl_dist.losses.gradients import FeatureGradients, Gradients
 from mtl_dist.losses.silence import silence
-from mtl_dist.stats import LocalStats, stats_dtype
+from mtl_dist.stats import LocalStats, on_host, stats_dtype
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class TaskLosses(LocalLosses):
     empty: frozenset[int] = frozenset()
     known: tuple[float, ...] | None = None
     dtype: torch.dtype = torch.float32
+
+    @property
+    def all_count(self) -> bool:
+        """Whether the host knows that every count is positive."""
+        return self.known is not None and min(self.known) > 0
 
     @property
     def counts_on_host(self) -> bool:
@@ -65,7 +70,7 @@ class TaskLosses(LocalLosses):
             sets = _in_one_pass(scaled, self.views)
         else:
             sets = [_in_one_pass([loss], [leaves])[0] for loss in scaled]
-        return FeatureGradients(sets, self.counts, scale=scale)
+        return FeatureGradients(sets, self.counts, scale=scale, all_count=self.all_count)
 
     def total(self, coefficients: Tensor) -> Tensor:
         """`Σ coefficients_i l_i` in float32 (float64 for float64 losses)."""
@@ -293,11 +298,6 @@ def _count(task: str, counts: Counts) -> float | Tensor:
     return number
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Whether the host can read a tensor without waiting."""
-    return tensor.device.type == "cpu"
-
-
 def _no_count(task: str, got: str) -> str:
     return (
         f"the count of task {task!r} must be >= 0, got {got}: give one finite number, how many samples (or "
@@ -337,9 +337,13 @@ def _in_one_pass(losses: Sequence[Tensor | None], views: Views) -> list[Gradient
     if not present:
         return rows
     # the graph is kept for the engine's backward, and ends at the views: the trunk is not entered
+    outputs = [loss for loss in losses if loss is not None and loss.requires_grad]
+    kinds = {loss.dtype: loss for loss in outputs}
+    ones = {dtype: torch.ones_like(loss) for dtype, loss in kinds.items()}
     found = torch.autograd.grad(
-        [loss for loss in losses if loss is not None and loss.requires_grad],
+        outputs,
         [view for i in present for view in views[i]],
+        grad_outputs=[ones[loss.dtype] for loss in outputs],
         retain_graph=True,
         allow_unused=True,
     )

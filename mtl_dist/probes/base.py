@@ -86,19 +86,25 @@ class LaggedStep(StepContext, Protocol):
         ...
 
     def weights(self, losses: LocalLosses) -> Tensor:
-        """`[n]`, the weights of this step, from the statistics before it; the same on every rank."""
+        """`[n]`, `α`, the weights of this step, from the statistics before it; the same on every rank."""
+        ...
+
+    def visible_weights(self, losses: LocalLosses) -> tuple[Tensor, Tensor, Tensor]:
+        """`[n]` each: `α`; `β`, weights that hide no gradient (at least 2⁻¹⁰ of the largest); and `α / β`."""
         ...
 
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
         """`[n]`, `s_i` of this rank (None: 1 for every task that it has), and `[n]`, `c_i / s_i`."""
         ...
 
-    def send(self, local: LocalStats, faulty: Tensor | None = None) -> None:
+    def send(self, local: LocalStats, faulty: Tensor | None = None, scale: Tensor | None = None) -> None:
         """Starts the reduction of this step's statistics. The rule learns from them at the next step.
 
         Args:
             local: statistics of this rank.
             faulty: as for `reduce`.
+            scale: what the step's scalar was differentiated with. With a factor of 0 nothing can be measured,
+                and no task is to blame.
         """
         ...
 
@@ -119,6 +125,14 @@ class Reduced:
     summed: tuple[Summed, ...]
     shares: Tensor
     world_size: int
+
+    def here(self) -> Reduced:
+        """The same on the host, which waits for it."""
+        summed = tuple([one.here() for one in self.summed])
+        total = summed[0].total
+        for later in summed[1:]:
+            total = total + later.total
+        return replace(self, total=total, summed=summed)
 
     def with_gram(self, later: Reduced) -> Reduced:
         """These losses and counts, with the Gram of a later reduction of the same step."""

@@ -26,8 +26,6 @@ from mtl_dist.probes.pipeline import look
 # From gradients at the features to this rank's part of the Gram, and the tasks in which it saw a NaN.
 ToGram = Callable[[FeatureGradients], tuple[Tensor, Tensor | None]]
 
-_FLOOR = 2.0**-10
-
 
 def lagged(
     features: Any,
@@ -55,7 +53,7 @@ def lagged(
     """
     shared = split(features, detach=False)
     passage = _Lagged(step, to_gram or _at_features)
-    anchor, branches = branch(passage, shared, len(step.tasks) if heads.separable else 1)
+    branches = branch(passage, shared, len(step.tasks) if heads.separable else 1)
     if heads.separable:
         losses: LocalLosses = heads.on_views(branches)
     else:
@@ -67,10 +65,10 @@ def lagged(
     passage.begin(losses, weighs_heads=weighs_heads)
     total = losses.total(_times(passage.root_weights, passage.shares))
     if not weighs_heads or not step.measure:
-        return rooted(total, anchor, passage)
+        return rooted(total, branches, passage)
     with torch.no_grad():
         value = losses.total(_times(passage.weights, passage.shares))
-    return rooted(total, anchor, passage, value)
+    return rooted(total, branches, passage, value)
 
 
 def _at_features(gradients: FeatureGradients) -> tuple[Tensor, None]:
@@ -107,21 +105,20 @@ class _Lagged:
 
     def begin(self, losses: LocalLosses, *, weighs_heads: bool) -> None:
         """Takes the losses, and decides what they are multiplied with."""
-        self._losses = losses
-        self.weights = self.step.weights(losses)
-        self.shares, self._unit = self.step.shares(losses)
-        self._is_sent = not self.step.measure
         if not weighs_heads:
+            ratio = self.weights = self.step.weights(losses)
             self.root_weights = torch.ones_like(self.weights)
-            self._ratio = self.weights
         elif self.step.measure:
-            self.root_weights = _floored(self.weights)
-            self._ratio = self.weights / self.root_weights
+            self.weights, self.root_weights, ratio = self.step.visible_weights(losses)
         else:
-            self.root_weights = self.weights
-            self._ratio = torch.ones_like(self.weights)
+            self.weights = self.root_weights = self.step.weights(losses)
+            ratio = torch.ones_like(self.weights)
+        self.shares, self._unit = self.step.shares(losses)
         self._local = losses.stats()
+        self._all_count = isinstance(losses, TaskLosses) and losses.all_count
         self._owner = losses.rows if isinstance(losses, SampleLosses) else None
+        self._ratio = ratio.unbind() if self._owner is None else [ratio[self._owner]]
+        self._is_sent = not self.step.measure
         if self._is_sent:
             self.step.send(self._local)
 
@@ -135,28 +132,15 @@ class _Lagged:
                 "lag=1: a second backward through the same step, whose gradients were measured in the first "
                 "one. Call backward once per step (retain_graph is not supported here)"
             )
-        return self._ratio.unbind() if self._owner is None else [self._ratio[self._owner]]
+        return self._ratio
 
     def _measure(self, rows: Rows) -> None:
         assert self.scale is not None
-        scale = self.scale.to(self._unit.dtype)
         # c_i / (scale β_i s_i)
-        factors = self._unit / (self.root_weights * scale)
+        factors = self._unit / (self.root_weights * self.scale)
         if self._owner is None:
-            gradients = FeatureGradients(rows, factors)
+            gradients = FeatureGradients(rows, factors, all_count=self._all_count)
         else:
             gradients = FeatureGradients(rows, self._unit, self._owner, row_factors=factors)
         gram, faulty = self.to_gram(gradients)
-        if faulty is None:
-            # with a factor of 0 nothing can be measured, and no task is to blame
-            faulty = ~(gram.diagonal().abs() < torch.inf) & (scale != 0)
-            faulty = faulty | ~(self._local.loss_sums.abs() < torch.inf)
-        self.step.send(self._local.with_gram(gram), faulty)
-
-
-def _floored(weights: Tensor) -> Tensor:
-    """Weights that hide no gradient: at least 2⁻¹⁰ of the largest one."""
-    size = weights.abs()
-    largest = size.amax()
-    floor = _FLOOR * (largest + (largest == 0))
-    return torch.where(size < floor, floor, weights)
+        self.step.send(self._local.with_gram(gram), faulty, self.scale)

@@ -35,44 +35,44 @@ class Passage(Protocol):
         ...
 
 
-def branch(passage: Passage, shared: Features, num_views: int) -> tuple[Tensor, Branches]:
-    """A scalar anchor, and views of the features whose gradients come back together.
-
-    The anchor brings the backward to ranks where no task is present: give it to `rooted`.
-    """
+def branch(passage: Passage, shared: Features, num_views: int) -> Branches:
+    """Views of the features whose gradients come back together."""
     m = len(shared.leaves)
-    anchor, *views = _Pass.apply(passage, num_views, *shared.leaves)  # type: ignore[no-untyped-call]
-    return anchor, shared.with_views([views[i * m : (i + 1) * m] for i in range(num_views)])
+    views: Sequence[Tensor]
+    views = _Pass.apply(passage, num_views, *shared.leaves)  # type: ignore[no-untyped-call]
+    return shared.with_views([views[i * m : (i + 1) * m] for i in range(num_views)])
 
 
-def rooted(total: Tensor, anchor: Tensor, passage: Passage, value: Tensor | None = None) -> Tensor:
+def rooted(total: Tensor, branches: Branches, passage: Passage, value: Tensor | None = None) -> Tensor:
     """`total`, whose backward tells the passage the factor that it is differentiated with.
+
+    The backward also comes to the features where no task is present, as on the other ranks.
 
     Args:
         total: what is differentiated.
-        anchor: of `branch`.
+        branches: what the losses were computed from.
         passage: to be told.
         value: what the result shows; None: the total.
     """
     shown = total if value is None else value
+    anchor = branches.views[0][0]
     root: Tensor = _Root.apply(total, anchor, shown.detach(), passage)  # type: ignore[no-untyped-call]
     return root
 
 
 class _Pass(torch.autograd.Function):
-    """A zero and several views of every leaf forward; the weighted sum of the views' gradients backward."""
+    """Several views of every leaf forward; the weighted sum of their gradients backward."""
 
     @staticmethod
     def forward(ctx: Any, passage: Passage, num_views: int, *leaves: Tensor) -> tuple[Tensor, ...]:
         ctx.passage, ctx.num_views = passage, num_views
         ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         ctx.set_materialize_grads(False)
-        views = (leaf.view_as(leaf) for _ in range(num_views) for leaf in leaves)
-        return leaves[0].new_zeros((), dtype=torch.float32), *views  # a leaf may be complex
+        return tuple([leaf.view_as(leaf) for _ in range(num_views) for leaf in leaves])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         m = len(gradients) // ctx.num_views
         rows = [gradients[i * m : (i + 1) * m] for i in range(ctx.num_views)]
         if ctx.passage.scale is None:
@@ -99,7 +99,7 @@ class _Root(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.passage.scale = gradient
-        return gradient, gradient, None, None
+        return gradient, None, None, None
 
 
 def _or_zeros(gradient: Tensor | None, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:

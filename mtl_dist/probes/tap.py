@@ -55,7 +55,7 @@ class FeatureTap(Probe):
         shared = split(features, detach=False)
         order: _Order = step.memory
         tap = _TapStep(step, shared.leaves[0].device, order.next_number(), order)
-        anchor, branches = branch(tap, shared, len(step.tasks))
+        branches = branch(tap, shared, len(step.tasks))
         losses = heads.on_views(branches)
         assert isinstance(losses, TaskLosses)  # separable heads give losses by task
         if step.measure:
@@ -63,7 +63,7 @@ class FeatureTap(Probe):
         if not losses.counts_on_host:
             protect(losses, branches.views)
         tap.begin(step.reduce(losses.stats()))
-        return rooted(losses.total(tap.forward.shares), anchor, tap)
+        return rooted(losses.total(tap.forward.shares), branches, tap)
 
     def lagged(self, features: Any, heads: Heads, step: LaggedStep) -> Tensor:
         """`Σ s_i l_i`, whose backward is weighted at the features by weights that are known already."""

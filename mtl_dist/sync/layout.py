@@ -184,8 +184,8 @@ class Layout:
         fixed = self._constants_on(loss_sums)
         mark = 1.0 + (_BASE if is_double else _BASE_FLOAT32) * rank
         if faulty is None:
-            size = loss_sums.abs() if local.gram is None else loss_sums.abs() + local.gram.diagonal().abs()
-            faulty = ~(size < torch.inf)  # which NaN is not
+            size = loss_sums if local.gram is None else loss_sums + local.gram.diagonal()
+            faulty = (size - size) != 0  # infinity minus infinity is NaN
         codes = call.codes(_EXACT if is_double else _EXACT_FLOAT32)
         tail = [0.0, *codes, *(code * code for code in codes)]
         header: list[float] = []

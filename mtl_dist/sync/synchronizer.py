@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.stats import LocalStats
+from mtl_dist.stats import LocalStats, on_host
 from mtl_dist.sync.agreement import Identity, compare_calls, compare_identities
 from mtl_dist.sync.collectives import (
     Collectives,
@@ -25,7 +25,7 @@ from mtl_dist.sync.collectives import (
     is_part_of_world,
 )
 from mtl_dist.sync.group import group_is_gone
-from mtl_dist.sync.host import HostCopy
+from mtl_dist.sync.host import HostCopy, aside
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.sync.layout import Call, Faults, Kind, Layout
 from mtl_dist.sync.timing import Stopwatch
@@ -44,14 +44,32 @@ class Summed:
     Attributes:
         total: the statistics.
         copy: of all values, on its way to the host.
-        sizes: losses and Gram in one tensor, in no order that matters.
+        with_gram: whether they hold a Gram.
     """
 
     def __init__(self, layout: Layout, buffer: Tensor, *, with_gram: bool) -> None:
-        self.total = layout.unpack(buffer, with_gram=with_gram)
         self.copy = HostCopy(buffer)
-        self.sizes = buffer[: layout.statistics_end() if with_gram else layout.num_tasks]
+        self.with_gram = with_gram
         self._layout = layout
+        self._buffer = buffer
+
+    @cached_property
+    def total(self) -> LocalStats:
+        """The statistics."""
+        return self._layout.unpack(self._buffer, with_gram=self.with_gram)
+
+    @property
+    def bad(self) -> Tensor:
+        """Scalar bool: whether a loss or an entry of the Gram is NaN or infinite."""
+        end = self._layout.statistics_end() if self.with_gram else self._layout.num_tasks
+        whole = self._buffer[:end].sum()
+        return (whole - whole) != 0  # infinity minus infinity is NaN
+
+    def here(self) -> Summed:
+        """The same on the host, which waits for the copy."""
+        return (
+            self if self.copy.is_here else Summed(self._layout, self.copy.tensor(), with_gram=self.with_gram)
+        )
 
     @cached_property
     def faults(self) -> Faults:
@@ -229,11 +247,15 @@ class Synchronizer:
     def start_reduce(
         self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call, *, with_gram: bool
     ) -> Callable[[], Summed]:
-        """As `reduce`, without waiting: returns a function that waits, and gives the sum."""
+        """As `reduce`, without waiting: returns a function that waits, and gives the sum on the host."""
         buffer = self._packed(local, faulty, failed, call)
-        if self._collectives is None:
-            return lambda: Summed(self._layout, buffer, with_gram=with_gram)
-        wait = self._collectives.start_all_reduce(buffer)
+        collectives = self._collectives
+        if collectives is None or not on_host(buffer):
+            with aside(buffer):
+                if collectives is not None:
+                    collectives.start_all_reduce(buffer)()  # only its own stream waits
+                return Summed(self._layout, buffer, with_gram=with_gram).here
+        wait = collectives.start_all_reduce(buffer)
 
         def finish() -> Summed:
             with self.stopwatch.running(buffer.device):

@@ -31,6 +31,6 @@ class InverseGradNorm(Rule):
         """`αᵢ = 1 / ‖gᵢ‖`."""
         norms = stats.grad_norms
         longest = norms.amax()
-        fallback = torch.where(longest > 0, longest, torch.ones_like(longest))
         # αᵢ = 1 / ‖gᵢ‖
-        return torch.where(norms > 0, norms, fallback).reciprocal(), state
+        known = torch.where(norms > 0, norms, longest)
+        return known.reciprocal().masked_fill(longest == 0, 1), state

@@ -55,13 +55,14 @@ class Net(nn.Module):
         return self.balancer(self.trunk(x), heads)
 
 
-def steps(rule: Any, probe: Probe | None, width: int, rank: int) -> list[list]:
+def steps(rule: Any, probe: Probe | None, width: int, rank: int, **lag: Any) -> list[list]:
     model = DistributedDataParallel(
-        Net(Balancer(TASKS, rule, probe=probe), width), find_unused_parameters=True
+        Net(Balancer(TASKS, rule, probe=probe, **lag), width), find_unused_parameters=True
     )
     rows = []
+    some = TASKS if rank or lag.get("counts") == "equal" else ["a", "b"]
     # all tasks, one absent here, one absent everywhere, all again
-    for present in (TASKS, TASKS if rank else ["a", "b"], ["a", "c"], TASKS):
+    for present in (TASKS, some, ["a", "c"], TASKS):
         CALLS.clear()
         model(torch.randn(2 + rank, 4), present).backward()
         rows.append(list(CALLS))
@@ -78,6 +79,10 @@ def main() -> None:
         "FeatureTap": steps(MGDA(), FeatureTap(), 8, rank),
         "FeatureTap, wide": steps(MGDA(), FeatureTap(), 512, rank),
         "losses": steps(GeometricMean(), None, 8, rank),
+        "lag": steps(MGDA(), None, 8, rank, lag=1),
+        "lag, losses": steps(GeometricMean(), None, 8, rank, lag=1),
+        "lag, equal": steps(MGDA(), None, 8, rank, lag=1, counts="equal"),
+        "lag, equal, losses": steps(GeometricMean(), None, 8, rank, lag=1, counts="equal"),
         "Every(2)": steps(Every(MGDA(), 2), None, 8, rank),
     }
     if rank == 0:

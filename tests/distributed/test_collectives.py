@@ -9,8 +9,9 @@ import pytest
 from launcher import succeed
 
 NUM_TASKS = 3
-# loss sums, counts, triangle of the Gram, fault counts, fault ranks, failure, codes and squares; float64
-BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 2 + 6)
+# loss sums, triangle of the Gram, faults, counts and squares, failure, codes and squares; float64
+BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 1 + 6)
+EQUAL = ["lag, equal", "lag, equal, losses"]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,13 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize(
-    "case", ["FeatureProbe", "FeatureProbe, wide", "FeatureProbe(reevaluate)", "losses", "Every(2)"]
+    "case",
+    ["FeatureProbe", "FeatureProbe, wide", "FeatureProbe(reevaluate)", "losses", "Every(2)", *EQUAL],
 )
 def test_one_all_reduce_of_fixed_size_a_step(calls: dict, case: str) -> None:
     assert calls[case] == [[["all_reduce", BYTES]]] * 4  # the ranks meet over the job's store
 
 
-@pytest.mark.parametrize("case", ["FeatureTap", "FeatureTap, wide"])
-def test_the_tap_has_two(calls: dict, case: str) -> None:
+@pytest.mark.parametrize("case", ["FeatureTap", "FeatureTap, wide", "lag", "lag, losses"])
+def test_the_tap_has_two_and_so_has_lag_with_counts(calls: dict, case: str) -> None:
     assert calls[case] == [[["all_reduce", BYTES]] * 2] * 4
