@@ -289,7 +289,7 @@ def test_a_call_without_a_backward_is_no_step(rule: Rule) -> None:
 def test_a_nan_raises_at_the_next_call_or_where_it_is_read(rule: Rule) -> None:
     for read in (
         lambda net: net(*batch(1)),
-        lambda net: net.balancer.report,
+        lambda net: net.balancer.report.weights,
         lambda net: net.balancer.state_dict(),
     ):
         net = Net(rule, lag=1)
@@ -397,14 +397,40 @@ def test_copies_have_nothing_on_its_way() -> None:
     assert net.balancer.step == 3
 
 
-def test_the_latest_report_waits_for_nothing() -> None:
+def test_a_report_waits_where_it_is_read() -> None:
     net = Net(MGDA(), lag=1)
+    collectives = Counting()
+    net.balancer._synchronizer.use(collectives)
+    reports = []
+    for step in range(3):
+        net(*batch(step)).backward()
+        reports.append(net.balancer.report)
+        assert net.balancer.report is reports[-1]
+        assert [report.step for report in reports] == list(range(step + 1))
+        assert collectives.events[-1] == "begin"  # the statistics of this step
+    net(*batch(3))
+    assert net.balancer.report is reports[-1]  # no statistics of the new step yet
+    assert [report.weights for report in reports] != [reports[0].weights] * 3
+    assert copy.deepcopy(reports[-1]).losses == reports[-1].losses
+
+
+def test_a_report_that_never_arrives_says_so() -> None:
+    net = Net(MGDA(), lag=1)
+    saved = net.balancer.state_dict()
     net(*batch(0)).backward()
-    assert net.balancer.latest_report is None
-    assert net.balancer.report.step == 0
-    net(*batch(1)).backward()
-    assert net.balancer.latest_report.step == 0
-    assert net.balancer.report.step == 1
+    report = net.balancer.report
+    net.balancer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="the statistics of step 0 did not arrive"):
+        report.weights  # noqa: B018
+
+
+def test_inside_a_window_the_report_is_that_of_the_window_before() -> None:
+    net = Net(MGDA(), lag=1, window=2)
+    seen = []
+    for step in range(5):
+        net(*batch(step)).backward()
+        seen.append(None if net.balancer.report is None else net.balancer.report.step)
+    assert seen == [None, 0, 0, 1, 1]
 
 
 def test_held_calls_keep_the_weights() -> None:
@@ -536,7 +562,7 @@ def test_a_rank_that_fails_tells_the_others(counts: str) -> None:
             x, y, ids = batch(rank)
             loss = net(x, y[:, :2] if rank else y, ids)
             loss.backward()
-            assert net.balancer.report is not None
+            assert net.balancer.report.weights
         except Exception as error:
             seen.append(type(error))
             raise
@@ -577,6 +603,9 @@ class Counting:
     def gather_text(self, text: str) -> list[str | None]:
         return [text, text]
 
+    def all_reduce_and_leave(self, buffer: Tensor) -> None:
+        self.events.append("leave")
+
 
 @pytest.mark.parametrize("form", ["mapping", "losses", "mixture"])
 def test_with_equal_counts_a_step_waits_for_nothing(form: str) -> None:
@@ -597,3 +626,56 @@ def test_with_given_counts_only_they_are_awaited_in_a_step() -> None:
     net.balancer._synchronizer.use(collectives)
     net(*batch(0)).backward()
     assert collectives.events == ["begin", "wait", "begin"]
+
+
+# ---- counts that are told ahead ---------------------------------------------------------------------------
+
+
+def test_counts_that_are_told_ahead_are_on_their_way_beside_the_trunk() -> None:
+    net = Net(MGDA(), lag=1)
+    collectives = Counting()
+    net.balancer._synchronizer.use(collectives)
+    net.balancer.expect(dict.fromkeys(TASKS, 1))
+    assert collectives.events == ["begin"]
+    net(*batch(0)).backward()
+    assert collectives.events == ["begin", "wait", "begin"]
+
+
+def test_told_counts_give_the_same_steps() -> None:
+    nets = [Net(InverseGradNorm(), lag=1) for _ in range(2)]
+    gradients = []
+    for number, net in enumerate(nets):
+        ranks = VirtualRanks(2, net.balancer, net)
+
+        def work(rank: int, net: Net = net, told: int = number) -> Tensor:
+            if told:
+                net.balancer.expect(RAGGED[rank])
+            return net(*batch(rank), RAGGED[rank])
+
+        for _ in range(2):
+            net.zero_grad()
+            on_ranks(net, ranks, work)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_other_counts_than_told_are_an_error() -> None:
+    net = Net(MGDA(), lag=1)
+    collectives = Counting()
+    net.balancer._synchronizer.use(collectives)
+    net.balancer.expect({"task0": 3, "task1": 1})
+    with pytest.raises(ValueError, match=r"told other counts .* 'task0': 3 and then 1, 'task2': 0 and"):
+        net(*batch(0))
+    assert collectives.events == ["begin", "leave"]
+
+
+def test_expect_is_refused_where_no_count_is_awaited() -> None:
+    for settings in ({}, {"lag": 1, "counts": "equal"}):
+        with pytest.raises(ValueError, match="waits for counts alone"):
+            Net(MGDA(), **settings).balancer.expect({"task0": 1})
+    net = Net(MGDA(), lag=1)
+    net.balancer.expect({"task0": 1})
+    with pytest.raises(RuntimeError, match="told already"):
+        net.balancer.expect({"task0": 1})
+    with pytest.raises(ValueError, match="unknown task"):
+        Net(MGDA(), lag=1).balancer.expect({"tusk": 1})

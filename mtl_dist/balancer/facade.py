@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +17,10 @@ from mtl_dist.balancer.arguments import (
     checked_tasks,
     checked_window,
 )
+from mtl_dist.balancer.calls import BalancerCalls, Collector
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
-from mtl_dist.balancer.identity import identity
-from mtl_dist.balancer.lagged_step import LaggedStep, Underway
-from mtl_dist.balancer.members import BalancerMembers
+from mtl_dist.balancer.lagged_step import Expected, LaggedStep, Underway
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.step import Step
 from mtl_dist.balancer.uses import Uses
@@ -31,21 +28,13 @@ from mtl_dist.balancer.window_guard import WindowGuard
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch, Watches
 from mtl_dist.engines import EngineView, will_run_again
-from mtl_dist.losses import Counts, Heads, LayerInput, Losses, collect, read_heads, unchanged
+from mtl_dist.losses import Counts, Heads, LayerInput, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
-from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Collectives, Identity, Kind, Synchronizer, virtual_rank
+from mtl_dist.sync import Kind, Synchronizer
 from mtl_dist.weighting import Every, Needs, Rule
 
 
-class Collector(Protocol):
-    """Takes the losses of calls in eval mode; see `collect_evaluation`."""
-
-    def add(self, stats: LocalStats) -> None:
-        """Takes those of one call."""
-
-
-class Balancer(BalancerMembers):
+class Balancer(BalancerCalls):
     """Turns task losses into one scalar loss with weights that all ranks agree on.
 
     Call it in the model's forward, on the shared features and the tasks' heads, or on losses alone:
@@ -138,6 +127,7 @@ class Balancer(BalancerMembers):
             lag=lag > 0,
         )
         self._underway = Underway()
+        self._expected: Expected | None = None
         self._check = Check(self.tasks, self.weighting, self.probe) if check else None
         told = (self.weighting, self.probe)
         self._watches = Watches(
@@ -243,134 +233,6 @@ class Balancer(BalancerMembers):
             return self.probe.lagged(shared, read, step)
         return self.probe(shared, read, step)
 
-    @contextmanager
-    def held(self, *, updates: int = 0) -> Iterator[None]:
-        """Inside, the weights stay as they are: calls measure nothing, and the rule learns nothing.
-
-        For optimizers that call a closure several times in one step and must minimise one function (L-BFGS,
-        SAM), and for any other forward in training mode that is not a step of its own:
-
-            with balancer.held(updates=1):
-                optimizer.step(closure)
-
-        The total is exact over ranks as always, so such a call makes one all-reduce. All ranks must hold
-        the same calls.
-
-        Args:
-            updates: how many calls inside still update the rule, before the weights hold.
-        """
-        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
-            raise ValueError(f"held: updates must be a number of calls >= 0, got {updates!r}")
-        with self._set_inside("_updates_left", updates):
-            yield
-
-    def observe(self, losses: Losses, *, counts: Counts | None = None) -> None:
-        """Gives losses that were measured outside the step to the rule; all ranks must call it.
-
-        For rules that learn from them (`weighting.observes`): the batch's losses after the optimizer's step
-        (FAMO), or validation losses (CoBa). One all-reduce. The weights change at the next step.
-
-        Args:
-            losses: scalar mean loss by task, of this rank's samples; None or absent where there are none.
-            counts: samples behind each mean, as in a training step.
-
-        Raises:
-            ValueError: the rule does not learn from such losses, or as in a training step.
-        """
-        if not self.weighting.observes:
-            raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
-        self._connect()
-        self._underway.arrive()
-        step = self._new_step(Kind.OBSERVE)
-        try:
-            with torch.no_grad():
-                local = collect(losses, counts, self.tasks, self._device_of(losses)).stats()
-                step.observe(step.reduce(local))
-        except Exception:
-            if not step.reduced:
-                self._synchronizer.announce_failure(step.first_call)
-            raise
-        self._synchronizer.news = 0
-
-    def become_virtual(self, collectives: Sequence[Collectives]) -> None:
-        """Becomes rank 0 of several ranks in one process, with a copy of itself for each of the others.
-
-        `mtl_dist.virtual.VirtualRanks` calls it.
-
-        Raises:
-            RuntimeError: a step was already taken.
-        """
-        self._twins = ()
-        twins = [copy.deepcopy(self) for _ in collectives[1:]]
-        for balancer, own in zip([self, *twins], collectives, strict=True):
-            balancer._synchronizer.use(own)
-        self._twins = tuple(twins)
-
-    def _virtual_twin(self) -> Balancer | None:
-        """The copy that the running virtual rank calls; None for rank 0 and for real ranks."""
-        rank = virtual_rank.get()
-        if not rank or not self._twins:
-            return None
-        twin = self._twins[rank - 1]
-        return twin.train(self.training)
-
-    @contextmanager
-    def collecting(self, collector: Collector) -> Iterator[None]:
-        """Inside, calls in eval mode also give their losses to `collector`; see `collect_evaluation`."""
-        with self._set_inside("_collector", collector):
-            yield
-
-    @contextmanager
-    def _set_inside(self, name: str, value: Any) -> Iterator[None]:
-        """Sets an attribute of this balancer and of its virtual ranks, and restores it afterwards."""
-        balancers = (self, *self._twins)
-        before = [getattr(balancer, name) for balancer in balancers]
-        for balancer in balancers:
-            setattr(balancer, name, value)
-        try:
-            yield
-        finally:
-            for balancer, outer in zip(balancers, before, strict=True):
-                setattr(balancer, name, outer)
-
-    def measures_at(self, step: int) -> bool:
-        """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
-        if self.weighting.needs > Needs.LOSSES:
-            return self.weighting.needs_at(step) > Needs.LOSSES
-        return self._probe_given and step % self.probe.every == 0
-
-    def _connect(self) -> None:
-        """Raises what the step before left, and meets the other ranks where they were not met."""
-        if self._errors.pending:
-            self._errors.poll()
-        if self._synchronizer.connect(self._identity):
-            self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
-
-    def _new_step(self, kind: Kind) -> Step:
-        number = self._progress.step + (self._underway.ahead(self._progress) if kind is Kind.TRAINING else 0)
-        parts: dict[str, Any] = {
-            "tasks": self.tasks,
-            "step": number,
-            "rank": self._synchronizer.rank,
-            "measure": kind is Kind.TRAINING and self.measures_at(number),
-            "engine": self._engine,
-            "memory": self._memory,
-            "progress": self._progress,
-            "synchronizer": self._synchronizer,
-            "errors": self._errors,
-            "checker": self._check,
-            "watches": self._watches,
-            "strict": self._strict,
-            "held": kind is Kind.HELD,
-            "stateful": bool(self._progress.state),
-            "kind": kind,
-            "news": self._synchronizer.news,
-        }
-        if self.lag and kind is Kind.TRAINING:
-            closed = self._progress.closed_by_engine
-            return self._underway.begin(**parts, equal_counts=self.counts == "equal", closed=closed)
-        return Step(**parts)
-
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
         """The features in the form that the probe takes."""
         probe = self.probe
@@ -410,28 +272,6 @@ class Balancer(BalancerMembers):
         self._underway.arrive()
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights.to(losses.counts.device))
-
-    def _device_of(self, losses: Any) -> torch.device:
-        """Where losses are; where the statistics travel if this rank has none."""
-        values = losses.values() if isinstance(losses, Mapping) else ()
-        found = next((value.device for value in values if isinstance(value, Tensor)), None)
-        return self._synchronizer.device if found is None else found
-
-    def _identity(self) -> Identity:
-        """What ranks compare where they meet."""
-        settings = {
-            "tasks": self.tasks,
-            "rule": self.weighting,
-            "probe": self.probe,
-            "measured for the report": self._probe_given,
-            "on_nonfinite": self.on_nonfinite,
-            "window": self.window,
-            "lag": self.lag,
-            "counts": self.counts,
-            "check": self._check is not None,
-            "loss scale": self._engine.facts.scaled is not None,
-        }
-        return identity(settings, self._progress)
 
 
 def _spaced(rule: Rule, probe: Probe) -> Rule:

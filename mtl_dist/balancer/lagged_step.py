@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl_dist.balancer.arriving import ArrivingReport
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.step import Step
 from mtl_dist.losses import LocalLosses
 from mtl_dist.probes import Reduced
-from mtl_dist.stats import LocalStats
+from mtl_dist.stats import LocalStats, StepReport
 from mtl_dist.sync import Call, Kind, Summed
 
 _FLOOR = 2.0**-10  # of the largest weight
@@ -29,13 +30,19 @@ class LaggedStep(Step):
 
     Attributes:
         underway: the steps whose statistics have not arrived.
+        expected: counts that were told before the call; None: none were.
         equal_counts: whether the user promises that all ranks have the same counts.
         closed: whether an optimizer step follows the call; None: the number of calls says so.
+        updates: whether the rule will make an update with it.
+        report: of that update, on its way; None while nobody asked for it.
     """
 
     underway: Underway
+    expected: Expected | None = None
     equal_counts: bool = False
     closed: bool | None = None
+    updates: bool = True
+    report: ArrivingReport | None = None
     _dtype: torch.dtype = torch.float32
     _packed: tuple[LocalStats, Tensor | None] | None = None
     _finish: Callable[[], Reduced] | None = None
@@ -72,7 +79,15 @@ class LaggedStep(Step):
             self.reduced = True
             return None, counts
         own = LocalStats(torch.zeros_like(counts), counts, None, losses.stats().known)
-        total = self.reduce_now(own, None, self.call(Kind.COUNTS)).total.counts
+        if self.expected is None:
+            total = self.reduce_now(own, None, self.call(Kind.COUNTS)).total.counts
+        else:
+            told = self.expected.local.counts.to(counts.device)
+            self.refuse((told != counts).any(), partial(self._explain_expected, own))
+            self.reduced = True
+            summed = self.expected.finish()
+            self.look_at_ranks(summed, self.call(Kind.COUNTS))
+            total = summed.total.counts
         # s_i = W c_i / C_i
         shares = self.world_size * counts / total.clamp(min=torch.finfo(counts.dtype).tiny)
         return shares, (total / self.world_size).masked_fill(counts <= 0, 0)
@@ -105,7 +120,10 @@ class LaggedStep(Step):
     def finish(self) -> None:
         """Waits for the statistics, and lets the rule learn from them."""
         assert self._finish is not None
-        self.learn(self._finish(), self._dtype, self.closed)
+        arrived = self.learn(self._finish(), self._dtype, self.closed)
+        if self.report is not None:
+            self.report.arrived = arrived
+            self.progress.report = self.report  # the object that was asked for, so that it is not read twice
 
     def _received(self, summed: Summed) -> Reduced:
         self.look_at_ranks(summed, self._call)
@@ -116,11 +134,21 @@ class LaggedStep(Step):
     @property
     def first_call(self) -> Call:
         """What the other ranks meet this rank in first."""
-        return self._call if self.equal_counts else self.call(Kind.COUNTS)
+        known = self.equal_counts or self.expected is not None
+        return self._call if known else self.call(Kind.COUNTS)
 
     @property
     def _call(self) -> Call:
         return self.call(Kind.LAGGED)
+
+    def _explain_expected(self, own: LocalStats) -> Exception:
+        assert self.expected is not None
+        pairs = zip(self.tasks, self.expected.local.counts.tolist(), own.counts.tolist(), strict=True)
+        wrong = [f"{task!r}: {told:g} and then {got:g}" for task, told, got in pairs if told != got]
+        return ValueError(
+            f"mtl_dist, step {self.step}: balancer.expect told other counts than this call has, for task "
+            f"{', '.join(wrong)}. Give both the same (0 for a task whose head returns None)"
+        )
 
     def _explain_counts(self, summed: Summed) -> Exception | None:
         wrong = summed.faults.unequal_counts(self.world_size)
@@ -131,6 +159,19 @@ class LaggedStep(Step):
             f"they differ for task {[self.tasks[task] for task in wrong]}, so the gradients of this step "
             'were not those of the whole batch. Use counts="given", or batches of equal size (drop_last=True)'
         )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Counts that were told before their call, and their sum over ranks.
+
+    Attributes:
+        local: with the counts of this rank.
+        finish: waits for the sum.
+    """
+
+    local: LocalStats
+    finish: Callable[[], Summed]
 
 
 class Underway:
@@ -159,6 +200,18 @@ class Underway:
             return progress.closes_within(len(closed))
         return sum(map(bool, closed))
 
+    def updates_next(self, progress: RuleProgress, closed: bool | None) -> bool:
+        """Whether the rule will make an update with a new call.
+
+        Args:
+            progress: of the rule.
+            closed: as for `LaggedStep`.
+        """
+        if progress.window is None:
+            return True
+        calls = len(self._steps)
+        return progress.closes_within(calls + 1) > progress.closes_within(calls) if closed is None else closed
+
     def begin(self, **parts: Any) -> LaggedStep:
         """A new call; see `LaggedStep`."""
         step = LaggedStep(underway=self, **parts)
@@ -168,6 +221,15 @@ class Underway:
     def forget(self, step: object) -> None:
         """Forgets a call that failed."""
         self._steps = deque(other for other in self._steps if other is not step)
+
+    def report(self) -> StepReport | None:
+        """Of the newest update whose statistics are on their way; None: there is none."""
+        for step in reversed(self._steps):
+            if step.is_measured and step.updates:
+                if step.report is None:
+                    step.report = ArrivingReport(tuple(step.tasks), step.step, self.arrive)
+                return step.report
+        return None
 
     def advance(self) -> None:
         """Sends what is measured, up to the first call that is not."""

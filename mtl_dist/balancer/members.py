@@ -99,19 +99,13 @@ class BalancerMembers(TypedCall):
     def report(self) -> StepReport | None:
         """What happened in the last training step (the last whole window); None before the first.
 
-        With lag=1 it waits for the statistics of that step; `latest_report` does not.
+        Its values are waited for where they are read: with lag=1 they arrive after the step.
         """
-        self._underway.arrive()
-        return self._progress.report
+        return self._underway.report() or self._progress.report
 
     @report.setter
     def report(self, report: StepReport | None) -> None:  # by checkpoints, which bring it back
         self._progress.report = report
-
-    @property
-    def latest_report(self) -> StepReport | None:
-        """The newest report that is there: with lag=1, before the next call, that of the step before."""
-        return self._progress.report
 
     @property
     def findings(self) -> tuple[Finding, ...]:

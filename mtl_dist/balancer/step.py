@@ -18,7 +18,7 @@ from mtl_dist.checks import Check, Watches
 from mtl_dist.engines import EngineView
 from mtl_dist.losses import Heads
 from mtl_dist.probes import Reduced
-from mtl_dist.stats import LocalStats, global_stats
+from mtl_dist.stats import LocalStats, StepReport, global_stats
 from mtl_dist.sync import Call, Kind, Summed, Synchronizer
 from mtl_dist.weighting import Needs
 
@@ -143,17 +143,23 @@ class Step:
             return self.progress.hold(reduced.total)
         return self._decided(reduced, partial(self.progress.decide, dtype=dtype))
 
-    def learn(self, reduced: Reduced, dtype: torch.dtype, closed: bool | None) -> None:
+    def learn(self, reduced: Reduced, dtype: torch.dtype, closed: bool | None) -> StepReport | None:
         """As `decide`, for a step whose weights are used already.
 
         Args:
             reduced: as for `decide`.
             dtype: as for `decide`.
             closed: as for `RuleProgress.learn`.
+
+        Returns:
+            The report of the update; None before the first.
         """
         if not self.measure and self.progress.rule.needs_at(self.progress.step) > Needs.LOSSES:
-            return  # a call before this one had no backward, so this is another step than was foreseen
+            # a call before this one had no backward, so this is another step than was foreseen
+            stats = global_stats(reduced.total, self.step, with_gram=False)
+            return StepReport(tuple(self.tasks), stats, self.progress.weights, torch.tensor(True))
         self._decided(reduced, partial(self.progress.learn, dtype=dtype, closed=closed))
+        return self.progress.report
 
     def _decided(self, reduced: Reduced, decide: Callable[..., Tensor]) -> Tensor:
         bad = self._checked(reduced)

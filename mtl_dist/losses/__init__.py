@@ -24,6 +24,7 @@ from mtl_dist.losses.tasks import (
     check_names,
     collect,
     nan_and_empty,
+    told_counts,
 )
 
 __all__ = [
@@ -56,5 +57,6 @@ __all__ = [
     "read_heads",
     "real",
     "split",
+    "told_counts",
     "unchanged",
 ]

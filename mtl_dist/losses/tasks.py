@@ -218,6 +218,23 @@ def collect(
     return replace(_counted(values, counts, tasks, device, refuse or _look), dtype=total)
 
 
+def told_counts(counts: Counts, tasks: Sequence[str], device: torch.device) -> LocalStats:
+    """Counts without their losses, which are still to come; 0 for a task that is not named.
+
+    Raises:
+        ValueError: an unknown task, or a count that is no number of samples.
+    """
+    check_names(counts, "count mapping", tasks)
+    entries = [_count(task, counts) if task in counts else 0.0 for task in tasks]
+    known = tuple([entry for entry in entries if isinstance(entry, float)])
+    if len(known) == len(entries):
+        vector = _on_device(known, device)
+        return LocalStats(torch.zeros_like(vector), vector, None, known)
+    dtype = stats_dtype(device)
+    vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
+    return LocalStats(torch.zeros_like(vector), vector)
+
+
 def _counted(
     values: tuple[Tensor | None, ...],
     counts: Counts,

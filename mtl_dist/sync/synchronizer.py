@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -261,6 +261,30 @@ class Synchronizer:
             with self.stopwatch.running(buffer.device):
                 wait()
             return Summed(self._layout, buffer, with_gram=with_gram)
+
+        return finish
+
+    def start_counts(self, local: LocalStats, call: Call) -> Callable[[], Summed]:
+        """Starts the sum of counts; returns a function that waits, and gives the sum where the counts are.
+
+        On an accelerator only the current stream waits.
+        """
+        buffer = self._packed(local, None, None, call)
+        collectives = self._collectives
+        if collectives is None:
+            return partial(Summed, self._layout, buffer, with_gram=False)
+        arrived: torch.Event | None = None
+        with aside(buffer):
+            wait = collectives.start_all_reduce(buffer)
+            if not on_host(buffer):
+                wait()
+                arrived = torch.Event(buffer.device)
+                arrived.record()
+
+        def finish() -> Summed:
+            with self.stopwatch.running(buffer.device):
+                wait() if arrived is None else arrived.wait()
+            return Summed(self._layout, buffer, with_gram=False)
 
         return finish
 

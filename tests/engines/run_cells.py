@@ -21,10 +21,10 @@ import torch.distributed as dist
 from adapters import build
 from cells import Cell
 from ranks import start, stop
-from torch import Tensor
 from toy import TASKS, Net, global_batch, shard
 
 from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap
+from mtl_dist.stats import StepReport
 from mtl_dist.weighting import Normalize
 
 STEPS = 10
@@ -52,14 +52,13 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
     net = Net(balancer, cell)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     engine = build(net, balancer, cell)
-    weights: list[Tensor] = []
+    reports: list[StepReport] = []
 
     def observe() -> None:
         """After each backward; a balancer that holds its weights reports at the end of the window."""
-        # which waits for nothing, so that with lag a step overlaps with what follows
-        report = None if balancer is None else balancer.latest_report
-        if report is not None and report.step == len(weights):
-            weights.append(report.weight_vector.clone())
+        # its values are read at the end, so that with lag a step overlaps with what follows
+        if balancer is not None and balancer.report is not None and balancer.report.step == len(reports):
+            reports.append(balancer.report)
 
     for step in range(STEPS):
         batches = [
@@ -68,15 +67,11 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
         ]
         engine.step(batches, observe)
     if balancer is not None:
-        if cell.lag != "none":
-            assert len(weights) < balancer.step
-            assert balancer.report is not None
-            weights.append(balancer.report.weight_vector.clone())
         assert balancer._synchronizer.world_size == world_size
-        assert len(weights) == STEPS * (1 if cell.held else cell.accumulation)
+        assert len(reports) == STEPS * (1 if cell.held else cell.accumulation)
     return {
         "facts": {"world_size": world_size, **engine.facts},
-        "weights": torch.stack(weights) if weights else torch.zeros(0),
+        "weights": torch.stack([r.weight_vector for r in reports]) if reports else torch.zeros(0),
         "before": before,
         "after": {name.replace("_orig_mod.", ""): p for name, p in engine.parameters().items()},
     }
