@@ -1,19 +1,20 @@
 """How many small mistakes in the core would the tests of one process notice?
 
-    python benchmarks/mutants.py                            600 mutants, seed 0: half an hour on one core
+    python benchmarks/mutants.py                            1000 mutants, seed 0: half an hour on one core
     python benchmarks/mutants.py --room probes --number 100
-    python benchmarks/mutants.py --changed                  the survivors of the last run once more, after new tests
+    python benchmarks/mutants.py --again                    the last run's survivors, after new tests
 
-mutmut (https://github.com/boxed/mutmut) makes every mutant of the core rooms: comparisons, operators, constants,
-assignments, arguments. The command draws a sample of them, runs on each mutant the tests that call its function, the fastest
-first, up to the first that fails, and prints the score of every room. It works in `runs/mutants`: a copy of the tree,
-and a layer over this Python that holds mutmut. The survivors are in `runs/mutants/survivors.md`.
+mutmut (https://github.com/boxed/mutmut) makes every mutant of the core rooms: comparisons, operators,
+constants, assignments, arguments. The command draws a sample, runs on each mutant the tests that call its
+function, the fastest first, up to the first that fails, and prints the score of every room. It works in
+`runs/mutants`: a copy of the tree, and a layer over this Python that holds mutmut. The survivors are in
+`runs/mutants/survivors.md`.
 
-A survivor that changes no result of a run with one process is listed with its reason in
-`benchmarks/results/mutants.md`. The score is killed / (killed + survivors that are not listed there).
+`benchmarks/results/mutants.md` lists survivors that change no result of one process, with their reasons.
+The score is killed / (killed + survivors that are not in this list).
 
-Left out: texts, messages, and what mutmut cannot mutate: decorated functions but static and class methods (a tenth of
-the lines), and code outside functions.
+Left out: texts, messages, and what mutmut cannot mutate: decorated functions but static and class methods
+(a tenth of the lines), and code outside functions.
 """
 
 from __future__ import annotations
@@ -46,14 +47,30 @@ ROOMS = {
     "checkpoint": "checkpoint.py",
     "virtual": "virtual.py",
 }
-# no file that starts processes, but for one test of test_virtual.py
+# files that start no process, but for one test
 TESTS = (
-    *("balancer", "check", "checkpoint", "engine", "stats"),
-    *(f"faults/test_{name}" for name in ("every_kind_of_feature", "module_contract", "one_task_per_batch")),
-    *(f"faults/test_{name}" for name in ("optimizer_steps", "past_the_features", "settings_agree")),
-    *(f"faults/test_{name}" for name in ("small_mutations", "what_does_not_count", "zero_gradients")),
-    *(f"probes/test_{name}" for name in ("branches", "gradient_gram", "mixture", "parameter_probe", "probes")),
-    *("probes/test_shared_layer", "probes/test_sketch", "distributed/test_virtual"),
+    "tests/test_balancer.py",
+    "tests/test_check.py",
+    "tests/test_checkpoint.py",
+    "tests/test_engine.py",
+    "tests/test_stats.py",
+    "tests/distributed/test_virtual.py",
+    "tests/faults/test_every_kind_of_feature.py",
+    "tests/faults/test_module_contract.py",
+    "tests/faults/test_one_task_per_batch.py",
+    "tests/faults/test_optimizer_steps.py",
+    "tests/faults/test_past_the_features.py",
+    "tests/faults/test_settings_agree.py",
+    "tests/faults/test_small_mutations.py",
+    "tests/faults/test_what_does_not_count.py",
+    "tests/faults/test_zero_gradients.py",
+    "tests/probes/test_branches.py",
+    "tests/probes/test_gradient_gram.py",
+    "tests/probes/test_mixture.py",
+    "tests/probes/test_parameter_probe.py",
+    "tests/probes/test_probes.py",
+    "tests/probes/test_shared_layer.py",
+    "tests/probes/test_sketch.py",
 )
 LAUNCHES = "tests/distributed/test_virtual.py::test_virtual_ranks_take_the_course_of_real_ones"
 MESSAGES = (r"^\s*raise\b", r"\braise \w", r"\blogger\.", r"\bwarn\w*\(")
@@ -62,10 +79,10 @@ MESSAGES = (r"^\s*raise\b", r"\braise \w", r"\blogger\.", r"\bwarn\w*\(")
 def main() -> None:
     """Prepares `runs/mutants`, and runs this file again inside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--number", type=int, default=600, help="mutants in the sample")
+    parser.add_argument("--number", type=int, default=1000, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--room", choices=list(ROOMS), help="this room only")
-    parser.add_argument("--changed", action="store_true", help="the last run's survivors only")
+    parser.add_argument("--again", action="store_true", help="the last run's survivors only")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -106,7 +123,7 @@ def copy_tree(tree: Path) -> None:
         "only_mutate": [f"mtl_dist/{pattern}" for pattern in ROOMS.values()],
         "do_not_mutate_patterns": list(MESSAGES),
         "also_copy": ["tests", "configs", "launch", "benchmarks"],
-        "pytest_add_cli_args_test_selection": [f"tests/{as_path(name)}.py" for name in TESTS],
+        "pytest_add_cli_args_test_selection": list(TESTS),
         "pytest_add_cli_args": ["-p", "no:xdist", "-p", "no:cacheprovider", "--deselect", LAUNCHES],
         "timeout_constant": 5.0,
         "timeout_multiplier": 4.0,
@@ -116,11 +133,6 @@ def copy_tree(tree: Path) -> None:
         # values are strings, numbers, truth values and lists, for which JSON is TOML
         file.write("\n[tool.mutmut]\n")
         file.writelines(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-
-
-def as_path(test: str) -> str:
-    """`check` is `test_check`; a name with a folder stays."""
-    return test if "/" in test else f"test_{test}"
 
 
 def test_mutants(arguments: argparse.Namespace) -> None:
@@ -140,7 +152,7 @@ def test_mutants(arguments: argparse.Namespace) -> None:
         names = [name for name in names if room_of(name) == arguments.room]
     names = random.Random(arguments.seed).sample(names, min(arguments.number, len(names)))
     last = WORK / "survivors.json"
-    if arguments.changed:
+    if arguments.again:
         names = [name for name in json.loads(last.read_text(encoding="utf-8")) if name in set(names)]
     mutmut._run(names, 1)
 
