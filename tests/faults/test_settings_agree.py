@@ -78,6 +78,10 @@ def test_settings_have_no_addresses() -> None:
     assert "0x" not in canonical([object(), lambda: None])
 
 
+def test_sets_have_one_order_too() -> None:
+    assert canonical({"b", "a"}) == canonical(frozenset("ab")) == "{'a', 'b'}"
+
+
 def test_a_board_waits_no_longer_than_it_should_and_says_who_is_missing() -> None:
     store = dist.HashStore()
     assert Board(store, [0, 1], 0).exchange("x", 0.05) == ["x", None]

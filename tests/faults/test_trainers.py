@@ -498,39 +498,6 @@ def test_lightning_without_attach_is_refused_at_the_first_step_inside_a_window(t
     assert it.global_step <= 3
 
 
-@pytest.mark.parametrize(
-    ("window", "calls", "refused"),
-    [
-        (2, [2, 2, 2, 2], False),
-        (2, [1, 1, 1, 1], False),  # one task per batch
-        (4, [2, 2, 2, 2], False),
-        (4, [2, 4, 2], False),  # the scaler skipped one
-        (2, [4, 2, 4], False),
-        (2, [2, 2, 1], True),
-        (3, [2, 2], True),
-        (2, [3], True),
-    ],
-)
-def test_a_loop_that_steps_inside_a_window_is_refused(window: int, calls: list[int], refused: bool) -> None:
-    model, critic = copy.deepcopy(net(window=window)), nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    of_critic = torch.optim.SGD(critic.parameters(), 0.1)
-
-    def loop() -> None:
-        for number in calls:
-            for _ in range(number):
-                model(batch()).backward()
-                critic(batch()).mean().backward()
-                of_critic.step()
-            optimizer.step()
-
-    if refused:
-        with pytest.raises(RuntimeError, match="the optimizer stepped inside a window"):
-            loop()
-    else:
-        loop()
-
-
 def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(folder: str, resume: Path | None = None) -> Module:
         module, saves = Module(window=2), ModelCheckpoint(tmp_path / folder, save_top_k=-1)
