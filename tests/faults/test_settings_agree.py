@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtl_dist import Balancer, ParameterProbe
-from mtl_dist.balancer.identity import canonical
+from mtl_dist.balancer.identity import canonical, state_digest
 from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Call, Identity, Kind, Synchronizer
 from mtl_dist.sync.agreement import compare_calls, compare_identities
@@ -76,6 +76,16 @@ def test_settings_have_one_order() -> None:
 def test_settings_have_no_addresses() -> None:
     assert canonical(ParameterProbe(parameters=list)) == canonical(ParameterProbe(parameters=list))
     assert "0x" not in canonical([object(), lambda: None])
+
+
+def test_every_state_has_a_digest_of_24_bits() -> None:
+    digests = set()
+    for step in range(20):
+        balancer = Balancer(["a", "b"], Equal())
+        balancer.load_state_dict({**balancer.state_dict(), "step": step})
+        digests.add(state_digest(balancer._progress))
+    assert len(digests) == 20
+    assert 0 < min(digests) <= max(digests) < 1 << 24
 
 
 def test_sets_have_one_order_too() -> None:
