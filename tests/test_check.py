@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_dist import Balancer, FeatureProbe, FeatureTap
+from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
 from mtl_dist.probes import SharedLayerProbe
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm, Smooth, UPGrad
+from mtl_dist.weighting import MGDA, Equal, Fixed, GeometricMean, InverseGradNorm, Smooth, UPGrad
 
 PROBES = [FeatureProbe(), FeatureProbe(reevaluate=True), FeatureTap()]
 Heads = dict[str, Callable[[Tensor], Tensor]]
@@ -75,6 +77,85 @@ def test_checking_changes_nothing(probe: object) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
+class Drawing(nn.Module):
+    """Its trunk, given as a function, draws random numbers."""
+
+    def __init__(self, *, check: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.balancer = Balancer(["a", "b"], MGDA(), probe=ParameterProbe(), check=check)
+        self.trunk = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.balancer(
+            lambda: self.trunk(x), {"a": lambda z: z.square().mean(), "b": lambda z: z[0].sum()}
+        )
+
+
+def test_checking_a_trunk_given_as_a_function_changes_nothing() -> None:
+    outcomes = []
+    for check in (False, True):
+        net = Drawing(check=check)
+        for x in inputs(3):
+            net(x).backward()
+        outcomes.append([net.balancer.report.weight_vector, net.trunk[0].weight.grad, torch.rand(3)])
+        assert net.balancer.findings == ()
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_where_deepspeed_is_imported_its_partitions_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    net = net_with(MGDA())
+    net(inputs()[0]).backward()
+    assert net.balancer.findings == ()
+    net = net_with(MGDA())
+    net.trunk.weight.ds_status = "not available"
+    with pytest.raises(
+        ValueError, match="check=True takes gradients of the heads a second time, and DeepSpeed"
+    ):
+        net(inputs()[0])
+
+
+def test_losses_on_a_small_scale_are_no_fault() -> None:
+    """Vanished is what is small beside the other tasks."""
+    net = net_with(Fixed({"a": 3.0, "b": 2.0}), probe=FeatureProbe())
+    for x in inputs(25):
+        net(x, a=lambda z: 1e-3 * z.square().mean(), b=lambda z: 1e-8 * (z - 1).square().mean())
+    assert net.balancer.findings == ()
+    assert net.balancer.report.grad_norms["b"] > 1e-6 * net.balancer.report.grad_norms["a"]
+
+
+def test_one_task_alone_shares_its_samples_with_nobody_and_is_no_fault() -> None:
+    net = net_with(MGDA())
+    for x in inputs(5):
+        net.balancer(net.trunk(x), {"a": lambda z: z.square().mean()})
+    assert net.balancer.findings == ()
+
+
+@pytest.mark.parametrize("vector_first", [True, False])
+def test_rows_are_those_of_the_features_that_have_some(vector_first: bool) -> None:
+    """A vector beside a batch says nothing about samples."""
+    balancer = Balancer(["a", "b"], MGDA(), check=True)
+    trunk = nn.Linear(5, 6)
+    for x in inputs(4):
+        z, vector = trunk(x), trunk.weight.sum(1)
+        features = (vector, z) if vector_first else (z, vector)
+        heads = {
+            "a": lambda f: (f[vector_first][:4] * f[not vector_first]).square().mean(),
+            "b": lambda f: (f[vector_first][4:] * f[not vector_first] - 1).square().mean(),
+        }
+        balancer(features, heads).backward()
+    assert kinds(balancer) == [("disjoint", None)]
+
+
+def test_a_single_number_as_features_can_be_checked() -> None:
+    balancer = Balancer(["a", "b"], MGDA(), check=True)
+    trunk = nn.Linear(5, 1)
+    for x in inputs(4):
+        balancer(trunk(x).mean(), {"a": lambda z: z.square(), "b": lambda z: (z - 1).square()}).backward()
+    assert balancer.findings == ()
+
+
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
 def test_a_task_that_is_not_connected(probe: object, caplog: pytest.LogCaptureFixture) -> None:
     net = net_with(MGDA(), probe=probe)
@@ -102,8 +183,8 @@ def test_a_nan_is_traced_to_loss_gradient_or_features() -> None:
         net = net_with(MGDA())
         with pytest.raises(ValueError, match="task 'b' on rank 0"):
             run(net)
-        assert kind in [finding.kind for finding in net.balancer.findings], kind
-        assert all(finding.rank == 0 for finding in net.balancer.findings)
+        found = {(f.kind, f.task, f.rank, f.step) for f in net.balancer.findings}
+        assert (kind, None if kind == "features" else "b", 0, 0) in found
 
 
 def test_a_nan_from_one_virtual_rank_names_it() -> None:

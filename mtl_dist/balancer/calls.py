@@ -74,6 +74,9 @@ class BalancerCalls(BalancerMembers):
         Raises:
             ValueError: the rule does not learn from such losses, or as in a training step.
         """
+        if (twin := self._virtual_twin()) is not None:
+            twin.observe(losses, counts=counts)
+            return
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
         self._connect()

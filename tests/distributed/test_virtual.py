@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import MGDA, Equal, GeometricMean
+from mtl_dist.weighting import FAMO, MGDA, Equal, GeometricMean
 
 TASKS = ("a", "b")
 
@@ -137,3 +137,64 @@ def test_split_keeps_order_and_passes_the_rest_on() -> None:
     parts = ranks.split({"x": torch.arange(7), "name": "all", "scalar": torch.tensor(5)})
     assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
     assert all(part["name"] == "all" and part["scalar"] == 5 for part in parts)
+
+
+def test_the_buffers_of_the_model_are_those_of_rank_0() -> None:
+    x = torch.arange(8.0).reshape(8, 1)
+    alone, model = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    ranks = VirtualRanks(2, Balancer(TASKS, Equal()), model)
+    for step in range(2):
+        alone(x[:4] + step)
+        ranks.run(lambda rank, step=step: model(x[4 * rank :][:4] + step).sum())
+        assert torch.equal(model.running_mean, alone.running_mean)
+        assert model.num_batches_tracked == step + 1
+
+
+def test_every_rank_has_buffers_of_its_own() -> None:
+    model = nn.BatchNorm1d(1)
+    ranks = VirtualRanks(3, Balancer(TASKS, Equal()), model)
+
+    def work(rank: int) -> Tensor:
+        before = model.running_mean.clone()
+        model(torch.full((4, 1), float(rank)))
+        return model.running_mean.sum() - before.sum()
+
+    assert ranks.run(work) == pytest.approx(0.1)  # the momentum times 0, 1, 2, from 0 on each rank
+
+
+def test_losses_from_outside_the_step_are_those_of_all_ranks() -> None:
+    """As one process that has seen the mean."""
+    one, several = Balancer(TASKS, FAMO(feedback="after")), Balancer(TASKS, FAMO(feedback="after"))
+    ranks = VirtualRanks(2, several, nn.Module())
+
+    def losses(a: float) -> dict[str, Tensor]:
+        return {"a": torch.tensor(a, requires_grad=True), "b": torch.ones((), requires_grad=True)}
+
+    def work(rank: int) -> Tensor:
+        several(losses(2.0))
+        several.observe(losses(0.5 + rank))
+        return several(losses(2.0))
+
+    ranks.run(work)
+    one(losses(2.0))
+    one.observe(losses(1.0))
+    one(losses(2.0))
+    assert several.weights == pytest.approx(one.weights, rel=1e-12)
+    assert several.weights["a"] != several.weights["b"]
+
+
+def test_ranks_in_different_calls_are_told_which() -> None:
+    balancer = Balancer(TASKS, FAMO(feedback="after"))
+    ranks = VirtualRanks(2, balancer, nn.Module())
+    losses = {task: torch.ones((), requires_grad=True) for task in TASKS}
+
+    def work(rank: int) -> Tensor:
+        balancer(losses)
+        if rank:
+            balancer.observe(losses)
+        return balancer(losses)
+
+    with pytest.raises(
+        RuntimeError, match=r"rank 0: a training call at step 1\n  rank 1: observe\(\) at step 1"
+    ):
+        ranks.run(work)

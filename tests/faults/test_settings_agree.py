@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from mtl_dist import Balancer, ParameterProbe
-from mtl_dist.balancer.identity import canonical
+from mtl_dist.balancer.identity import canonical, state_digest
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Call, Kind, Synchronizer
+from mtl_dist.sync import Call, Identity, Kind, Synchronizer
+from mtl_dist.sync.agreement import compare_calls, compare_identities
 from mtl_dist.sync.layout import Layout
 from mtl_dist.sync.meeting import Arrival, Board
 from mtl_dist.tracking import RunInfo, RunLog
@@ -76,6 +78,20 @@ def test_settings_have_no_addresses() -> None:
     assert "0x" not in canonical([object(), lambda: None])
 
 
+def test_every_state_has_a_digest_of_24_bits() -> None:
+    digests = set()
+    for step in range(20):
+        balancer = Balancer(["a", "b"], Equal())
+        balancer.load_state_dict({**balancer.state_dict(), "step": step})
+        digests.add(state_digest(balancer._progress))
+    assert len(digests) == 20
+    assert 0 < min(digests) <= max(digests) < 1 << 24
+
+
+def test_sets_have_one_order_too() -> None:
+    assert canonical({"b", "a"}) == canonical(frozenset("ab")) == "{'a', 'b'}"
+
+
 def test_a_board_waits_no_longer_than_it_should_and_says_who_is_missing() -> None:
     store = dist.HashStore()
     assert Board(store, [0, 1], 0).exchange("x", 0.05) == ["x", None]
@@ -113,6 +129,72 @@ def test_ranks_that_began_with_other_balancers_are_no_clash() -> None:
     assert said is not None
     assert "rank 3 sums over ranks [3, 2], rank 2 over ranks [2]" in said
     assert Arrival(store, [3, 2], 3, "settings").clash([2]) is None, "a later one of rank 3"
+
+
+def test_only_ranks_that_mean_the_same_balancer_in_groups_that_share_a_rank_clash() -> None:
+    store = dist.HashStore()
+    Arrival(store, [1, 2], 1, "settings")
+    apart, same, other = [
+        Arrival(store, ranks, 0, settings)
+        for ranks, settings in (([0, 3], "settings"), ([1, 2], "settings"), ([0, 1], "other"))
+    ]
+    for arrival in (apart, same, other):
+        assert arrival.clash([0, 1, 5]) is None, "its own rank, and one that did not come, are no clash"
+
+
+def test_a_part_of_the_job_looks_for_ranks_that_mean_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtl_dist.sync.meeting._OUTSIDERS_SECONDS", 0.05)
+    store = dist.HashStore()
+    alone = Arrival(store, [0], 0, "settings")
+    assert alone.clash_outside(3) is None, "nobody came"
+    Arrival(store, [2], 2, "settings")
+    assert alone.clash_outside(3) is None, "rank 2 trains alone too"
+    Arrival(store, [0, 1], 1, "settings")
+    assert "rank 0 sums over ranks [0], rank 1 over ranks [0, 1]" in str(alone.clash_outside(3))
+    assert Arrival(store, [0], 0, "settings").clash_outside(3) is None, "a later one of rank 0"
+
+
+def test_a_part_of_the_job_waits_no_longer_than_until_all_have_come() -> None:
+    store = dist.HashStore()
+    Arrival(store, [1], 1, "settings")
+    begun = time.monotonic()
+    assert Arrival(store, [0], 0, "settings").clash_outside(2) is None
+    assert time.monotonic() - begun < 1
+
+
+def test_absent_ranks_are_said_to_be_where_they_were_last() -> None:
+    store = dist.HashStore()
+    mine = Arrival(store, [0, 1], 0, "settings")
+    assert mine.whereabouts(1) == "rank 1, which has called no balancer"
+    Arrival(store, [1, 2], 1, "first")
+    Arrival(store, [1, 3], 1, "second")
+    assert mine.whereabouts(1) == "rank 1, whose last balancer sums over ranks [1, 3]"
+
+
+def test_ranks_in_different_calls_or_states_are_told_which() -> None:
+    one, two = "a training call at step 1", "observe() at step 1"
+    assert compare_calls([f"{one}\nstate 1", f"{one}\nstate 1"]) is None
+    calls = compare_calls([f"{one}\nstate 1", f"{two}\nstate 1", None])
+    assert isinstance(calls, RuntimeError)
+    assert f"\n  rank 0: {one}\n  rank 1: {two}\n  rank 2: does not say" in str(calls)
+    states = compare_calls([f"{one}\nstate 1", f"{one}\nstate 2"])
+    assert isinstance(states, ValueError)
+    assert "different states" in str(states)
+    assert "\n  rank 0: state 1\n  rank 1: state 2" in str(states)
+
+
+def test_only_the_settings_that_differ_are_told() -> None:
+    mine = Identity({"probe": "P", "window": "1", "check": "False"}, "step 0")
+    theirs = Identity({"probe": "P", "window": "2"}, "step 0")
+    compare_identities([mine.text(), mine.text(), None])
+    rows = r"They differ in check, window:\n  rank 0: check False, window 1\n  rank 1: check None, window 2"
+    with pytest.raises(ValueError, match=rows) as raised:
+        compare_identities([mine.text(), theirs.text()])
+    assert "probe" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"different states .*:\n  rank 0: step 0\n  rank 1: step 1"):
+        compare_identities([mine.text(), Identity(mine.settings, "step 1").text()])
+    swapped = Identity(dict(reversed(mine.settings.items())), "step 0")
+    assert (swapped.text(), swapped.settings_text()) == (mine.text(), mine.settings_text())
 
 
 def test_a_copy_of_a_synchronizer_has_met_nobody() -> None:

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mtl_dist import Balancer, FeatureProbe, ParameterProbe, SharedLayerProbe
 from mtl_dist.losses import GivenSampleLosses
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import MGDA, InverseGradNorm
+from mtl_dist.weighting import MGDA, CoBa, Equal, InverseGradNorm
 
 TASKS = ("a", "b", "c")
 
@@ -132,3 +133,50 @@ def test_every_step_draws_a_new_sketch_and_a_resumed_one_the_same(probe: object)
     resumed = Balancer(TASKS, MGDA(), probe=probe)
     resumed.load_state_dict({**balancer.state_dict(), "step": 1})
     assert torch.equal(grams(resumed, 2)[0], second)
+
+
+def test_losses_without_a_graph_are_told_once_where_they_count(caplog: pytest.LogCaptureFixture) -> None:
+    def told(losses: dict, **given: object) -> int:
+        caplog.clear()
+        balancer = Balancer(TASKS, Equal())
+        for _ in range(2):
+            assert balancer(losses, **given).requires_grad, "ready for a backward"
+        return len([record for record in caplog.records if "no loss has a graph" in record.message])
+
+    constant = torch.ones(())
+    assert told({"a": constant, "b": None}) == 1
+    assert told({"a": constant, "b": constant}, counts={"a": 0, "b": 1}) == 1
+    assert told(torch.ones(2), task_ids=torch.tensor([0, 2])) == 1
+    assert told({"a": constant.clone().requires_grad_(), "b": constant}) == 0
+    assert told({"a": None}) == 0, "a rank without samples"
+    assert told({"a": constant}, counts={"a": 0}) == 0
+
+
+def test_two_empty_features_are_no_two_views_of_one() -> None:
+    x = torch.ones(4, 3, requires_grad=True) * 1
+    heads = {task: lambda z: z[0].sum() + z[1].sum() for task in TASKS}
+    balancer = Balancer(TASKS, MGDA())
+    balancer((x[:0], x[:0]), heads)
+    with pytest.raises(ValueError, match="two views of the same numbers"):
+        balancer((x[:2], x[:2]), heads)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_everything_goes_to_the_device_of_the_losses(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floating-point numbers in the precision of its statistics."""
+    balancer = Balancer(TASKS, CoBa(), window=window)
+    for _ in range(2):
+        balancer({task: torch.ones((), requires_grad=True) for task in TASKS})
+    monkeypatch.setattr("mtl_dist.balancer.progress.stats_dtype", lambda device: torch.float32)
+    balancer.eval()({task: torch.ones((), device="meta") for task in TASKS})
+    progress = vars(balancer._progress)
+    progress["window's"] = vars(progress["_window"].total)
+    kept = [value for value in tree_leaves(progress) if isinstance(value, Tensor)]
+    assert len(kept) > 5
+    for value in kept:
+        assert value.device.type == "meta"
+        assert value.dtype == torch.float32 or not value.is_floating_point()
+    assert balancer.step == (2 if window is None else 0)
+    assert progress["_before"].step == 0

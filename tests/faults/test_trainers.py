@@ -25,13 +25,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 import mtl_dist
-from mtl_dist import Balancer, Rule, collect_evaluation
+from mtl_dist import Balancer, Rule
 from mtl_dist.integrations import accelerate as for_accelerate
 from mtl_dist.integrations import deepspeed as for_deepspeed
 from mtl_dist.integrations import lightning as for_lightning
 from mtl_dist.integrations import transformers as for_transformers
 from mtl_dist.tracking import step_row
-from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA, RLW, Equal, Fixed, GeometricMean, InverseGradNorm, Smooth
 from tests.faults.small import Net, batch, net
 
@@ -266,35 +265,6 @@ def test_a_run_whose_losses_all_fall_is_not_stopped(tmp_path: Path) -> None:
     assert last_step("total_loss") == 24
 
 
-def test_sums_weigh_batches_by_their_counts_and_rank_by_rank() -> None:
-    """Two ranks of different numbers of batches, one of them without a task, are one data set."""
-    model = net()
-    x = batch(3, 12)
-    heads = {t: (lambda z, t=t: model.losses(z)[t]) for t in "ab"}
-
-    def evaluate(parts: list[Tensor]) -> Tensor:
-        for part in parts:
-            z = model.trunk(part).tanh()
-            only = {"a": heads["a"]} if len(part) == 1 else heads
-            model.balancer(z, only, counts=dict.fromkeys(only, len(part)))
-        return z.sum()
-
-    ranks = VirtualRanks(2, model.balancer, model)
-    model.eval()
-    with torch.no_grad(), collect_evaluation(model.balancer) as sums:
-        ranks.run(lambda rank: evaluate([x[:4], x[4:11]] if rank == 0 else [x[11:]]))
-    with torch.no_grad():
-        a = model.losses(model.trunk(x).tanh())["a"]
-        b = model.losses(model.trunk(x[:11]).tanh())["b"]
-    assert sums.losses() == pytest.approx({"a": a.item(), "b": b.item()}, rel=1e-6)
-    assert sums.calls == 3
-    model(x)
-    assert sums.calls == 3, "collected after the end"
-    with collect_evaluation(model.balancer) as nothing:
-        model.train()
-    assert nothing.losses() == {}
-
-
 # Accelerate
 
 
@@ -526,39 +496,6 @@ def test_lightning_without_attach_is_refused_at_the_first_step_inside_a_window(t
     ):
         it.fit(module, loader())
     assert it.global_step <= 3
-
-
-@pytest.mark.parametrize(
-    ("window", "calls", "refused"),
-    [
-        (2, [2, 2, 2, 2], False),
-        (2, [1, 1, 1, 1], False),  # one task per batch
-        (4, [2, 2, 2, 2], False),
-        (4, [2, 4, 2], False),  # the scaler skipped one
-        (2, [4, 2, 4], False),
-        (2, [2, 2, 1], True),
-        (3, [2, 2], True),
-        (2, [3], True),
-    ],
-)
-def test_a_loop_that_steps_inside_a_window_is_refused(window: int, calls: list[int], refused: bool) -> None:
-    model, critic = copy.deepcopy(net(window=window)), nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    of_critic = torch.optim.SGD(critic.parameters(), 0.1)
-
-    def loop() -> None:
-        for number in calls:
-            for _ in range(number):
-                model(batch()).backward()
-                critic(batch()).mean().backward()
-                of_critic.step()
-            optimizer.step()
-
-    if refused:
-        with pytest.raises(RuntimeError, match="the optimizer stepped inside a window"):
-            loop()
-    else:
-        loop()
 
 
 def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.losses import samples, tasks
+from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA, Equal, InverseLoss
 
 RULES = [Equal(), InverseLoss(), MGDA()]
@@ -239,6 +240,36 @@ def test_where_only_the_device_knows_the_count_a_wrong_one_is_refused(count: flo
         Balancer(["a", "b"], Equal())({"a": z.sum(), "b": z.sum()}, counts={"a": 1, "b": torch.tensor(count)})
 
 
+@pytest.mark.usefixtures("on_a_device")
+def test_where_only_the_device_knows_the_others_hear_of_what_is_refused() -> None:
+    """Given losses are refused through the step too, which tells the other ranks."""
+    z = torch.randn(3, 2, requires_grad=True)
+    balancer = Balancer(["a", "b", "c"], Equal())
+    ranks = VirtualRanks(2, balancer, nn.Module())
+    counts = [{"a": 0.5, "b": torch.tensor(2.0), "c": 0.0}, {"a": 0.5, "b": torch.tensor(-2.0), "c": 0.0}]
+
+    def work(rank: int) -> Tensor:
+        try:
+            return balancer(dict.fromkeys("abc", z.sum()), counts=counts[rank])
+        except Exception as error:
+            said[rank] = str(error)
+            raise
+
+    said = ["", ""]
+    with pytest.raises(ValueError, match=r"^the count of task 'b' must be >= 0, got -2\.0:"):
+        ranks.run(work)
+    assert "task 'a'" not in said[1], "a half is a number of samples"
+    assert "rank 1" in said[0]
+
+
+def test_a_mask_that_holds_no_weights_is_told_value_by_value() -> None:
+    mask = torch.tensor([1.0, -1.0, 0.0, torch.inf, 2.0, -3.0])
+    with pytest.raises(ValueError, match=r"got \[-3\.0, -1\.0, inf\]$"):
+        Balancer(["a", "b"], Equal())(
+            torch.ones(6, 2), lambda z: z.square().sum(1), task_ids=torch.arange(6) % 2, mask=mask
+        )
+
+
 def infinite_slope(model: SimpleNamespace, mask: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """The loss of "b" is finite, its gradient is not."""
     return {
@@ -266,3 +297,26 @@ def test_where_only_the_device_knows_the_count_a_nan_gradient_is_refused(form: s
     counts = {"a": torch.tensor(6), "b": mask.sum()}
     with pytest.raises(ValueError, match=r"task \['b'\] has count 0, and .* has NaN gradients"):
         Balancer(["a", "b"], MGDA())(model.trunk(X), given, counts=counts)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 2, 3)])
+def test_a_nan_gradient_of_a_sample_that_counts_stays_beside_hidden_ones(shape: tuple[int, ...]) -> None:
+    """Only what the mask hides is cleaned, in losses of any shape."""
+    trunk, mask = nn.Linear(2, 1), torch.ones(shape)
+    mask[1] = 0
+    x = torch.randn(*shape, 2)
+    for bad, survives in ((1, False), (2, True)):
+        trunk.zero_grad()
+        labels = torch.zeros(shape)
+        labels[1] = torch.nan
+
+        def losses(z: Tensor, bad: int = bad, labels: Tensor = labels) -> Tensor:
+            steep = torch.zeros(shape)
+            steep[bad] = 1
+            # the root of a square at 0: its value is finite, its gradient is not
+            root = ((z.squeeze(-1) - z.squeeze(-1).detach()).square() * steep + 1 - steep).sqrt()
+            return (z.squeeze(-1) - labels).square() + root
+
+        balancer = Balancer(["a", "b"], Equal())
+        balancer(trunk(x), losses, task_ids=torch.arange(6) % 2, mask=mask).backward()
+        assert bool(trunk.weight.grad.isfinite().all()) is not survives

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
+from mtl_dist.engines import Engine
 from mtl_dist.losses import GivenSampleLosses
 from mtl_dist.probes import Probe
 from mtl_dist.probes.shared_layer.products import grouped_products
@@ -161,6 +162,42 @@ def test_parameter_probe_takes_mixtures_too() -> None:
     torch.testing.assert_close(balancer.report.stats.gram, matrix @ matrix.T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("probe", [FeatureProbe(), ParameterProbe()], ids=repr)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_feature_that_no_loss_reads_and_a_loss_scale_change_nothing(probe: Probe, scale: float) -> None:
+    grams = []
+    for features in (1, 2):
+        torch.manual_seed(0)
+        trunk = nn.Linear(6, 6)
+        z, ids, losses = problem(3)
+        balancer = Balancer(names(3), MGDA(), probe=probe)
+        if features == 2:
+            balancer.set_engine(Engine(scaled=lambda value: value * scale))
+        shared = trunk(z) if features == 1 else (trunk(z), z * 2)
+        function = losses if features == 1 else lambda f, losses=losses: losses(f[0])
+        balancer(shared, function, task_ids=ids)
+        grams.append(balancer.report.stats.gram)
+    torch.testing.assert_close(grams[1], grams[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-100, 3, 10**6])
+@pytest.mark.parametrize("probe", [FeatureProbe(), ParameterProbe(), SharedLayerProbe()], ids=repr)
+def test_ids_of_masked_samples_may_be_anything(probe: Probe, wrong: int) -> None:
+    z, ids, losses = problem(3)
+    mask = torch.ones(40)
+    mask[[4, 7]] = 0
+    reports = []
+    for value in (0, wrong):
+        ids[[4, 7]] = value
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        balancer = Balancer(names(3), MGDA(), probe=probe)
+        balancer(z, losses, task_ids=ids, mask=mask, layer=layer).backward()
+        reports.append((balancer.report.stats.gram, balancer.report.stats.losses, layer.weight.grad))
+    for expected, got in zip(*reports, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_batch_without_any_task_still_has_a_backward() -> None:
     trunk = nn.Linear(6, 6)
     z, ids, losses = problem(3)
@@ -213,6 +250,8 @@ def test_unknown_ids_are_refused(wrong: int, training: bool) -> None:
             "task_ids must be an integer tensor, one id per sample; got torch.float32",
         ),
         ({"task_ids": [0, 1]}, "task_ids must be an integer tensor"),
+        ({"task_ids": torch.ones(40, dtype=torch.bool)}, "task_ids must be an integer tensor"),
+        ({"task_ids": torch.tensor(0)}, "task_ids must be an integer tensor"),
         ({"task_ids": torch.zeros(39, dtype=torch.int64)}, r"must begin with the shape of task_ids, \(39,\)"),
         ({"task_ids": torch.zeros(40, dtype=torch.int64), "counts": {"task0": 1}}, "leave counts= out"),
         ({"mask": torch.ones(40)}, "mask= goes with task_ids="),

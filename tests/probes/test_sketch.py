@@ -119,6 +119,7 @@ def test_signs_of_neighbours_and_seeds_do_not_correlate() -> None:
 
 def test_sizes() -> None:
     assert size_for(0.02) == 5000
+    assert size_for(1.0) == 2
     assert math.sqrt(2 / size_for(0.05)) <= 0.05
     for error in (0.0, -1.0, 2.0):
         with pytest.raises(ValueError, match=r"relative_error must be in \(0, 1\]"):

@@ -123,7 +123,7 @@ class ParameterProbe(Probe):
             if measured.past:
                 blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, counts)
             else:
-                blocks = parameter_rows(trunks, _where_present(measured, trunks), counts)
+                blocks = parameter_rows(trunks, _all_leaves(measured, trunks), counts)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, sketch)
         return later_gram(reduced, measured.gradients.unscaled(gram), faulty, step)
 
@@ -168,18 +168,12 @@ class ParameterProbe(Probe):
         return lambda tensor: id(tensor) in identities
 
 
-def _where_present(measured: Measured, trunks: Sequence[Trunk]) -> list[list[Tensor]]:
-    """Gradients at the features, or zeros, so that all ranks traverse the same layers."""
-    present = measured.losses.counts > 0
+def _all_leaves(measured: Measured, trunks: Sequence[Trunk]) -> list[list[Tensor]]:
+    """Gradients at the features, zeros where there is none, so that all ranks traverse the same layers."""
     return [
-        [_or_zeros(gradient, leaf, here) for gradient, leaf in zip(row, trunk.leaves, strict=True)]
-        for here, row, trunk in zip(present, measured.gradients.by_task(), trunks, strict=True)
+        [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(row, trunk.leaves, strict=True)]
+        for row, trunk in zip(measured.gradients.by_task(), trunks, strict=True)
     ]
-
-
-def _or_zeros(gradient: Tensor | None, leaf: Tensor, here: Tensor) -> Tensor:
-    zeros = torch.zeros_like(leaf)
-    return zeros if gradient is None else torch.where(here.to(gradient.device), gradient, zeros)
 
 
 def _devices() -> list[torch.device]:
