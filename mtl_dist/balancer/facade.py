@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from mtl_dist.balancer.arguments import (
     checked_tasks,
     checked_window,
 )
+from mtl_dist.balancer.client_losses import ClientLosses
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
 from mtl_dist.balancer.identity import identity
@@ -76,6 +77,11 @@ class Balancer(BalancerMembers):
             rule, with its own weights. k: the weights hold for windows of k micro-batches. The weights of a
             window follow from the statistics of the whole window before it (uniform in the first window), so
             k micro-batches of equal counts train like one batch that is k times as large.
+        ignore: names in a client's dictionary of losses that are no losses to train (DETR's
+            "cardinality_error"). Other unknown names are refused.
+        base: the fixed weight that the client gives each task (its `weight_dict`). Each loss is multiplied by
+            it before anything else, so statistics, weights and reports are of base-weighted losses, and equal
+            weights are the client's own total.
         check: for debugging: measure every step a second time by plain autograd, compare, and look for what
             makes weights worthless (`findings`). It costs twice as much, and the host waits.
 
@@ -97,10 +103,13 @@ class Balancer(BalancerMembers):
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "raise",
         window: int | None = None,
+        ignore: Collection[str] = (),
+        base: Mapping[str, float] | None = None,
         check: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
+        self._client = ClientLosses.checked(self.tasks, ignore, base)
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
@@ -173,6 +182,7 @@ class Balancer(BalancerMembers):
                 features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask
             )
             return total
+        features, heads, counts = self._client.read(features, heads, counts, task_ids)
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
@@ -256,6 +266,7 @@ class Balancer(BalancerMembers):
         """
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
+        losses, _, counts = self._client.read(losses, None, counts, None)
         self._connect()
         step = self._new_step(measure=False, kind=Kind.OBSERVE)
         try:
@@ -391,6 +402,7 @@ class Balancer(BalancerMembers):
             "measured for the report": self._probe_given,
             "on_nonfinite": self.on_nonfinite,
             "window": self.window,
+            "ignore and base": self._client,
             "check": self._check is not None,
             "loss scale": self._engine.facts.scaled is not None,
         }

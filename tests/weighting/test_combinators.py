@@ -1,4 +1,4 @@
-"""Every, Normalize, Clamp, Warmup, Preference, Smooth and others: what each does to the weights of its rule."""
+"""Every, Normalize, Clamp, Warmup, Preference, Smooth, ...: what each does to the weights of its rule."""
 
 from __future__ import annotations
 
