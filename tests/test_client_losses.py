@@ -1,4 +1,4 @@
-"""A client's dictionary of losses: entries that are no losses (`ignore=`), and its fixed weights (`base=`)."""
+"""A client's dictionary of losses: entries that are no losses (`ignore=`), fixed weights (`base=`)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_virtual_ranks_read_them_too() -> None:
     [
         ({"ignore": ["box"]}, r"ignore= holds \['box'\], which are tasks"),
         ({"base": {"ce": 1.0}}, r"base= must give one weight for each task \['ce', 'box'\], got \['ce'\]"),
-        ({"base": {**BASE, "giou": 2.0}}, "name what is no task in ignore="),
+        ({"base": {**BASE, "giou": 2.0}}, "name in ignore= what is no task"),
         ({"base": {"ce": 1.0, "box": 0.0}}, "base= must hold finite numbers > 0"),
         ({"base": {"ce": float("nan"), "box": 1.0}}, "base= must hold finite numbers > 0"),
     ],

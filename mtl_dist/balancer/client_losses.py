@@ -1,4 +1,4 @@
-"""What a client's own dictionary of losses holds beside the tasks: entries that are no losses, fixed weights."""
+"""A client's own dictionary of losses: entries that are no losses, and fixed weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class ClientLosses:
         given = {name: weight for name, weight in base.items() if name not in names}
         if set(given) != set(tasks):
             raise ValueError(
-                f"base= must give one weight for each task {list(tasks)}, got {sorted(given)}: name what is no "
-                "task in ignore="
+                f"base= must give one weight for each task {list(tasks)}, got {sorted(given)}: name in "
+                "ignore= what is no task"
             )
         if not all(0 < weight < math.inf for weight in given.values()):
             raise ValueError(
-                f"base= must hold finite numbers > 0, got {given}: a loss of weight 0 is no task, so leave it "
-                "out and name it in ignore="
+                f"base= must hold finite numbers > 0, got {given}: a loss of weight 0 is no task, so name it "
+                "in ignore="
             )
         return cls(names, tuple(float(given[task]) for task in tasks), tuple(tasks))
 

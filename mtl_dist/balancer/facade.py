@@ -320,6 +320,11 @@ class Balancer(BalancerMembers):
             for balancer, outer in zip(balancers, before, strict=True):
                 setattr(balancer, name, outer)
 
+    @property
+    def measures(self) -> bool:
+        """Whether gradients are measured at some steps: for the rule, or for the report alone."""
+        return self.weighting.needs > Needs.LOSSES or self._probe_given
+
     def measures_at(self, step: int) -> bool:
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
         if self.weighting.needs > Needs.LOSSES:

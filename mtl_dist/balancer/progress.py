@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -161,7 +162,10 @@ class RuleProgress:
         """
         held = self.weights
         if self.window is None:
-            self._update(global_stats(total, self.step, with_gram=measured), finite, dtype)
+            stats = global_stats(total, self.step, with_gram=measured)
+            if (counts := self._engine.facts.counts) is not None:
+                stats = replace(stats, counts=counts().to(stats.counts))
+            self._update(stats, finite, dtype)
             return _where_present(total, self.weights)
         whole = _Window(self._window.total + total, self._window.sound & finite, self._window.calls + 1)
         if self._closed:

@@ -76,8 +76,10 @@ class Step:
         if world_size > 1:
             self.errors.watch(faults.failure[0] > 0, partial(explain_failure, self.step, faults))
             self.errors.watch(faults.strangers(world_size), partial(self._explain_strangers, call))
-        # s_i = W c_i / C_i
-        shares = world_size * local.counts / torch.where(total.counts > 0, total.counts, 1)
+        # s_i = W c_i / C_i, with C of the whole optimizer step where the engine knows it
+        known = self.engine.facts.counts
+        counts = total.counts if known is None else known().to(total.counts)
+        shares = world_size * local.counts / torch.where(counts > 0, counts, 1)
         return Reduced(total, faults, shares, world_size)
 
     def _explain_strangers(self, call: Call) -> Exception | None:

@@ -18,12 +18,12 @@ class TokenShare(Rule):
 
     This is what a trainer does that knows no tasks, so it is the baseline for batches in which every sample
     has one task. C are the counts of all ranks, and of the whole optimizer step where the engine knows them
-    (`Engine.step_counts`).
+    (`Engine.counts`).
     """
 
     compares: ClassVar[bool] = False
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = Cᵢ / Σⱼ Cⱼ`."""
-        counts = torch.where(stats.present, stats.counts, 0)
-        return counts / torch.where(stats.present.any(), counts.sum(), 1), state
+        total = stats.counts.sum()
+        return stats.counts / torch.where(total > 0, total, 1), state

@@ -57,8 +57,8 @@ class KeepNorm(Combinator):
 
     def _plain(self, stats: TaskStats) -> Tensor:
         if self.like == "tokens":
-            counts = torch.where(stats.present, stats.counts, 0)
-            return counts / torch.where(stats.present.any(), counts.sum(), 1)
+            total = stats.counts.sum()
+            return stats.counts / torch.where(total > 0, total, 1)
         ones = torch.ones_like(stats.losses)
         return ones / stats.num_present if self.like == "mean" else ones
 
