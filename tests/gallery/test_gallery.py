@@ -18,9 +18,11 @@ EXACT = 1e-6
 # what is imported before ranks are forked, and what must be installed
 CLIENTS = {
     "causal_lm": (warm.TRAINER, ()),
+    "sft_lora": (warm.TRAINER, ("trl", "peft")),
+    "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG: set[str] = set()
+LONG = {"sft_lora", "sft_padding_free"}
 
 
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
