@@ -80,7 +80,8 @@ class TaskStats:
         present: `[n]` bool, whether any rank had a sample of the task.
         gram: `[n, n]`, inner products of the tasks' gradients, true values (loss scale and accumulation
             divided out); zero rows and columns for absent tasks. None where the rule asked for no gradients.
-        counts: `[n]`, global numbers of samples.
+        counts: `[n]`, global numbers of samples. Where the engine knows those of the whole optimizer step
+            (`Engine.counts`), they stand here, also for tasks that are absent in this micro-batch.
         step: how many times the rule was updated before; a host integer, the same on every rank.
     """
 

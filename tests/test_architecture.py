@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"stats", "balancer"},
     "priors": {"sync"},
     "tracking": {"stats"},
-    "integrations": {"stats", "engines", "balancer", "checkpoint", "tracking"},
+    "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
     "recipes": {"stats"},
     "training": {
         "stats",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mtl_dist.balancer.client_losses import ClientLosses
 from mtl_dist.balancer.identity import identity
 from mtl_dist.balancer.lagged_step import Expected
 from mtl_dist.balancer.members import BalancerMembers
@@ -31,6 +32,7 @@ class Collector(Protocol):
 class BalancerCalls(BalancerMembers):
     """The calls of `Balancer` beside `forward`, and what they share with it."""
 
+    _client: ClientLosses
     _probe_given: bool
     _strict: bool
     _watches: Watches
@@ -79,6 +81,7 @@ class BalancerCalls(BalancerMembers):
             return
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
+        losses, _, counts = self._client.read(losses, None, counts, None)
         self._connect()
         self._underway.arrive()
         step = self._new_step(Kind.OBSERVE)
@@ -143,6 +146,11 @@ class BalancerCalls(BalancerMembers):
         with self._set_inside("_collector", collector):
             yield
 
+    @property
+    def measures(self) -> bool:
+        """Whether gradients are measured at some steps: for the rule, or for the report alone."""
+        return self.weighting.needs > Needs.LOSSES or self._probe_given
+
     def measures_at(self, step: int) -> bool:
         """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
         if self.weighting.needs > Needs.LOSSES:
@@ -199,6 +207,7 @@ class BalancerCalls(BalancerMembers):
             "held": kind is Kind.HELD,
             "stateful": bool(self._progress.state),
             "kind": kind,
+            "counts": None if self._engine.facts.counts is None else self._engine.facts.counts(),
             "news": self._synchronizer.news,
         }
         if self.lag and kind is Kind.TRAINING:
@@ -230,6 +239,7 @@ class BalancerCalls(BalancerMembers):
             "window": self.window,
             "lag": self.lag,
             "counts": self.counts,
+            "ignore and base": self._client,
             "check": self._check is not None,
             "loss scale": self._engine.facts.scaled is not None,
         }

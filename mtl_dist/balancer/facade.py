@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mtl_dist.balancer.arguments import (
     checked_window,
 )
 from mtl_dist.balancer.calls import BalancerCalls, Collector
+from mtl_dist.balancer.client_losses import ClientLosses
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
 from mtl_dist.balancer.lagged_step import Expected, LaggedStep, Underway
@@ -78,6 +79,11 @@ class Balancer(BalancerCalls):
         counts: with lag=1, "given": the counts of each step are summed over ranks in the forward. "equal":
             the user promises that all ranks have the same counts in every step, so nothing is awaited in the
             forward; the promise is checked, and a broken one is an error at the next step.
+        ignore: names in a client's dictionary of losses that are no losses to train (DETR's
+            "cardinality_error"). Other unknown names are refused.
+        base: the fixed weight that the client gives each task (its `weight_dict`). Each loss is multiplied by
+            it before anything else, so statistics, weights and reports are of base-weighted losses, and equal
+            weights are the client's own total.
         check: for debugging: measure every step a second time by plain autograd, compare, and look for what
             makes weights worthless (`findings`). It costs twice as much, and the host waits.
 
@@ -101,10 +107,13 @@ class Balancer(BalancerCalls):
         window: int | None = None,
         lag: int = 0,
         counts: CountsOf = "given",
+        ignore: Collection[str] = (),
+        base: Mapping[str, float] | None = None,
         check: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
+        self._client = ClientLosses.checked(self.tasks, ignore, base)
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
@@ -181,6 +190,7 @@ class Balancer(BalancerCalls):
                 features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask
             )
             return total
+        features, heads, counts = self._client.read(features, heads, counts, task_ids)
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)

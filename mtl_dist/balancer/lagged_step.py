@@ -75,6 +75,9 @@ class LaggedStep(Step):
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
         """`[n]`, `s_i`, and `[n]`, `c_i / s_i`."""
         counts = losses.counts
+        if self.counts is not None:
+            self.reduced = True
+            return self._shares_of(counts, self.counts.to(counts))
         if self.world_size == 1 or self.equal_counts:
             self.reduced = True
             return None, counts
@@ -88,6 +91,9 @@ class LaggedStep(Step):
             summed = self.expected.finish()
             self.look_at_ranks(summed, self.call(Kind.COUNTS))
             total = summed.total.counts
+        return self._shares_of(counts, total)
+
+    def _shares_of(self, counts: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         # s_i = W c_i / C_i
         shares = self.world_size * counts / total.clamp(min=torch.finfo(counts.dtype).tiny)
         return shares, (total / self.world_size).masked_fill(counts <= 0, 0)
@@ -134,7 +140,7 @@ class LaggedStep(Step):
     @property
     def first_call(self) -> Call:
         """What the other ranks meet this rank in first."""
-        known = self.equal_counts or self.expected is not None
+        known = self.equal_counts or self.expected is not None or self.counts is not None
         return self._call if known else self.call(Kind.COUNTS)
 
     @property

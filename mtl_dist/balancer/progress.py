@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -165,7 +166,15 @@ class RuleProgress:
         """`[n]` weights of one call that does not update the rule; 0 for tasks absent on all ranks."""
         return _where_present(total, self.weights.to(total.counts.device))
 
-    def decide(self, total: LocalStats, bad: Tensor, *, measured: bool, dtype: torch.dtype) -> Tensor:
+    def decide(
+        self,
+        total: LocalStats,
+        bad: Tensor,
+        *,
+        measured: bool,
+        dtype: torch.dtype,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """`[n]` weights of one call; 0 for tasks absent on all ranks.
 
         Args:
@@ -173,9 +182,13 @@ class RuleProgress:
             bad: scalar bool, whether a statistic is NaN or infinite.
             measured: whether they hold a Gram.
             dtype: of the weighted total, which the weights must fit into.
+            counts: `[n]`, of the whole optimizer step, where the engine knows them.
         """
         if self.window is None:
-            return self._update(global_stats(total, self.step, with_gram=measured), bad, dtype)
+            stats = global_stats(total, self.step, with_gram=measured)
+            if counts is not None:
+                stats = replace(stats, counts=counts.to(stats.counts))
+            return self._update(stats, bad, dtype)
         held = self.weights
         whole = _Window(self._window.total + total, self._window.sound & ~bad, self._window.calls + 1)
         if self._closed:
@@ -185,7 +198,14 @@ class RuleProgress:
         return _where_present(total, held)
 
     def learn(
-        self, total: LocalStats, bad: Tensor, *, measured: bool, dtype: torch.dtype, closed: bool | None
+        self,
+        total: LocalStats,
+        bad: Tensor,
+        *,
+        measured: bool,
+        dtype: torch.dtype,
+        closed: bool | None,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """As `decide`, for statistics of an earlier call.
 
@@ -194,10 +214,11 @@ class RuleProgress:
             bad: as for `decide`.
             measured: as for `decide`.
             dtype: as for `decide`.
+            counts: as for `decide`.
             closed: whether an optimizer step followed that call; None: the number of calls says so.
         """
         self._closed = self._closes() if closed is None else closed
-        return self.decide(total, bad, measured=measured, dtype=dtype)
+        return self.decide(total, bad, measured=measured, dtype=dtype, counts=counts)
 
     def observe(self, total: LocalStats, bad: Tensor) -> None:
         """Gives losses measured outside the step to the rule."""

@@ -43,6 +43,7 @@ class Step:
         stateful: whether the rule has a state, so that the order of its updates matters.
         held: whether the weights stay as they are, and the rule learns nothing.
         kind: why the ranks meet first in this step.
+        counts: `[n]`, C of the whole optimizer step where the engine knows it (`Engine.counts`); else None.
         news: a digest of the state that this rank loaded since the last call; 0 if it loaded none.
         reduced: whether the first collective of this step is done.
         scale: what the step's scalar was differentiated with, where it is measured in the backward.
@@ -63,6 +64,7 @@ class Step:
     held: bool = False
     stateful: bool = False
     kind: Kind = Kind.TRAINING
+    counts: Tensor | None = None
     news: int = 0
     reduced: bool = False
     scale: Tensor | None = None
@@ -86,7 +88,8 @@ class Step:
         world_size = self.world_size
         # s_i = W c_i / C_i
         counts = local.counts if world_size == 1 else world_size * local.counts
-        shares = counts / summed.total.counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        total = summed.total.counts if self.counts is None else self.counts.to(counts)
+        shares = counts / total.clamp(min=torch.finfo(counts.dtype).tiny)
         return Reduced(summed.total, (summed,), shares, world_size)
 
     def reduce_now(self, local: LocalStats, faulty: Tensor | None, call: Call) -> Summed:
@@ -164,7 +167,7 @@ class Step:
     def _decided(self, reduced: Reduced, decide: Callable[..., Tensor]) -> Tensor:
         bad = self._checked(reduced)
         expected = self._expected(reduced, bad)
-        used = decide(reduced.total, bad, measured=self.measure)
+        used = decide(reduced.total, bad, measured=self.measure, counts=self.counts)
         self.watches.look(reduced.total.gram if self.measure else None, used, self.rank)
         if self.checker is not None and not bad:
             self.checker.look_at_weights(global_stats(reduced.total, self.step, with_gram=self.measure), used)

@@ -6,6 +6,7 @@ from mtl_dist.losses.base import Counts, Head, HeadFunctions, Heads, LocalLosses
 from mtl_dist.losses.features import (
     CHANGED,
     Branches,
+    Called,
     Features,
     LayerInput,
     Views,
@@ -30,6 +31,7 @@ from mtl_dist.losses.tasks import (
 __all__ = [
     "CHANGED",
     "Branches",
+    "Called",
     "Counts",
     "FeatureGradients",
     "Features",

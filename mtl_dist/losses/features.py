@@ -50,6 +50,24 @@ class LayerInput:
 
 
 @dataclass(frozen=True)
+class Called:
+    """A linear layer that the model has called already, in the place of `LayerInput.layer`.
+
+    What the model adds to its output (an adapter beside a frozen weight) does not count: the gradient of the
+    weight follows from the gradient at `output` alone.
+
+    Attributes:
+        output: what it gave for the input.
+    """
+
+    output: Tensor
+
+    def __call__(self, _: Any) -> Tensor:
+        """The output."""
+        return self.output
+
+
+@dataclass(frozen=True)
 class Features:
     """Any pytree of tensors, split into the leaves where gradients are taken and the rest.
 

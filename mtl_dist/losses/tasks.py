@@ -281,7 +281,10 @@ def check_names(given: Iterable[str], what: str, tasks: Sequence[str]) -> None:
     """Raises `ValueError` for a name that is not a task: such a task would silently be absent for ever."""
     unknown = sorted(set(given) - set(tasks))
     if unknown:
-        raise ValueError(f"unknown task {unknown} in the {what}; the tasks are {list(tasks)}")
+        raise ValueError(
+            f"unknown task {unknown} in the {what}; the tasks are {list(tasks)}. What is no task is named in "
+            "Balancer(..., ignore=...)"
+        )
 
 
 def _scalar(task: str, value: Tensor | None) -> Tensor | None:

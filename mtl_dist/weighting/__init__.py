@@ -31,10 +31,12 @@ from mtl_dist.weighting.coba import CoBa
 from mtl_dist.weighting.combinators import (
     Clamp,
     Every,
+    KeepNorm,
     LastSeen,
     Normalize,
     OfLogLosses,
     Preference,
+    Relative,
     Smooth,
     Warmup,
 )
@@ -69,6 +71,7 @@ from mtl_dist.weighting.relobralo import ReLoBRaLo
 from mtl_dist.weighting.rlw import RLW
 from mtl_dist.weighting.soft_adapt import SoftAdapt
 from mtl_dist.weighting.stch import STCH
+from mtl_dist.weighting.token_share import TokenShare
 from mtl_dist.weighting.uncertainty import Uncertainty
 from mtl_dist.weighting.upgrad import UPGrad
 
@@ -107,6 +110,7 @@ RULES: dict[str, type[Rule]] = {
     "rlw": RLW,
     "soft_adapt": SoftAdapt,
     "stch": STCH,
+    "token_share": TokenShare,
     "uncertainty": Uncertainty,
     "upgrad": UPGrad,
 }
@@ -114,10 +118,12 @@ RULES: dict[str, type[Rule]] = {
 COMBINATORS: dict[str, type[Combinator]] = {
     "clamp": Clamp,
     "every": Every,
+    "keep_norm": KeepNorm,
     "last_seen": LastSeen,
     "normalize": Normalize,
     "of_log_losses": OfLogLosses,
     "preference": Preference,
+    "relative": Relative,
     "smooth": Smooth,
     "warmup": Warmup,
 }
@@ -153,6 +159,7 @@ __all__ = [
     "InitialLoss",
     "InverseGradNorm",
     "InverseLoss",
+    "KeepNorm",
     "Krum",
     "LastSeen",
     "LogSumExp",
@@ -166,10 +173,12 @@ __all__ = [
     "PrimaryAuxiliary",
     "PriorLoss",
     "ReLoBRaLo",
+    "Relative",
     "Rule",
     "Smooth",
     "SoftAdapt",
     "State",
+    "TokenShare",
     "UPGrad",
     "Uncertainty",
     "Warmup",

@@ -63,6 +63,7 @@ SOURCES: dict[str, Source] = {
     "rlw": Source("Lin et al., TMLR 2022", _VECTOR),
     "soft_adapt": Source("Heydari, Thompson and Mehmood, 2019", _VECTOR),
     "stch": Source("Lin et al., ICML 2024", _VECTOR),
+    "token_share": Source("baseline", _VECTOR),
     "uncertainty": Source("Kendall, Gal and Cipolla, CVPR 2018", _VECTOR),
     "upgrad": Source("Quinton and Rey, arXiv 2406.16232", "n QPs, host"),
     "clamp": Source("combinator", "O(n) + inner rule"),
@@ -71,6 +72,8 @@ SOURCES: dict[str, Source] = {
     "of_log_losses": Source("official code of FAMO", "O(n²) + inner rule"),
     "preference": Source("combinator", "O(n) + inner rule"),
     "last_seen": Source("combinator", "O(n²) + inner rule"),
+    "keep_norm": Source("combinator", "O(n²) + inner rule"),
+    "relative": Source("combinator", "O(n) + inner rule"),
     "smooth": Source("combinator", "O(n) + inner rule"),
     "warmup": Source("combinator", "inner rule, after the warm-up"),
 }

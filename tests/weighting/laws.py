@@ -287,6 +287,7 @@ DEGREES: dict[str, tuple[float, float]] = {
     "rlw": (0, 0),
     "soft_adapt": (0, 0),
     "stch": (0, 0),
+    "token_share": (0, 0),
     "uncertainty": (0, 0),
     "equal": (0, 0),
     "fixed": (0, 0),
@@ -341,6 +342,7 @@ SINGLE: dict[str, Callable[[float, float], float]] = {
     "soft_adapt(rate=difference)": lambda loss, norm: 1.0,
     "stch": lambda loss, norm: 1.0,
     "stch(weights)": lambda loss, norm: 0.5,  # λ of task0 in the example
+    "token_share": lambda loss, norm: 1.0,
     "uncertainty": lambda loss, norm: 0.5,  # ½e⁰
     "equal": lambda loss, norm: 1.0,
     "fixed": lambda loss, norm: 0.5,  # what the example gives to task0
@@ -381,10 +383,12 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
     SINGLE |= {
         f"clamp/{_inner}": lambda loss, norm, f=_of_inner: min(max(f(loss, norm), 0.1), 2.0),
         f"every/{_inner}": _of_inner,
+        f"keep_norm/{_inner}": lambda loss, norm: 1.0,
         f"normalize/{_inner}": lambda loss, norm: 1.0,
         f"of_log_losses/{_inner}": lambda loss, norm, f=_of_inner: f(loss, norm / loss) / loss,
         f"preference/{_inner}": lambda loss, norm, f=_of_inner: 0.5 * f(loss, norm),
         f"last_seen/{_inner}": _of_inner,
+        f"relative/{_inner}": lambda loss, norm: 1.0,
         f"smooth/{_inner}": _of_inner,
         f"warmup/{_inner}": lambda loss, norm: 1.0,
     }
@@ -440,7 +444,7 @@ def degrees(name: str) -> tuple[float, float]:
         if outer == "of_log_losses":  # G/L² has degree -2 in the losses, and the weights are divided by L
             loss_degree, gradient_degree = degrees(inner)
             return loss_degree - gradient_degree - 1, gradient_degree
-        return (0, 0) if outer == "normalize" else degrees(inner)
+        return (0, 0) if outer in ("keep_norm", "normalize", "relative") else degrees(inner)
     base = name.partition("(")[0]
     if base in DEGREES:
         return DEGREES[base]

@@ -24,6 +24,7 @@ from mtl_dist.weighting import (
     Fixed,
     GeneralizedMean,
     InitialLoss,
+    KeepNorm,
     LastSeen,
     Normalize,
     NTKBalance,
@@ -31,6 +32,7 @@ from mtl_dist.weighting import (
     Preference,
     PrimaryAuxiliary,
     PriorLoss,
+    Relative,
     ReLoBRaLo,
     Rule,
     Smooth,
@@ -85,10 +87,12 @@ VARIANTS: dict[str, Factory] = {
 WRAPPERS: dict[str, Wrapper] = {
     "clamp": lambda rule, tasks: Clamp(rule, 0.1, 2.0),
     "every": lambda rule, tasks: Every(rule, 3),
+    "keep_norm": lambda rule, tasks: KeepNorm(rule),
     "last_seen": lambda rule, tasks: LastSeen(rule),
     "normalize": lambda rule, tasks: Normalize(rule),
     "of_log_losses": lambda rule, tasks: OfLogLosses(rule),
     "preference": lambda rule, tasks: Preference(rule, values(tasks)),
+    "relative": lambda rule, tasks: Relative(rule, "task0"),
     "smooth": lambda rule, tasks: Smooth(rule, 0.9),
     "warmup": lambda rule, tasks: Warmup(rule, 2),
 }

@@ -1,9 +1,9 @@
-"""Every, Normalize, Clamp, Warmup, Preference, Smooth: what each does to the weights of the rule inside."""
+"""Every, Normalize, Clamp, Warmup, Preference, Smooth, ...: what each does to the weights of its rule."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from mtl_dist.weighting import (
     Every,
     InverseGradNorm,
     InverseLoss,
+    KeepNorm,
     Needs,
     Normalize,
     Preference,
+    Relative,
     Rule,
     Smooth,
     Warmup,
@@ -161,6 +163,45 @@ def test_smooth_is_the_bias_corrected_average():
     assert [row[0] for row in weights] == pytest.approx([1, (0.5 + 2) / 1.5, (0.25 + 1 + 4) / 1.75])
 
 
+def test_relative_gives_its_task_the_weight_one():
+    steps = [
+        stats([2.0, 8.0, 6.0], 0),
+        stats([4.0, 0.0, 6.0], 1),  # weight 0: divided as before
+        stats([4.0, 5.0, 6.0], 2, (True, False, True)),  # absent: the same
+        stats([4.0, -2.0, 6.0], 3),
+    ]
+    weights, _ = run(Relative(Echo(), "segment"), steps)
+    assert weights[0] == [0.25, 1.0, 0.75]
+    assert weights[1] == [0.5, 0.0, 0.75]
+    assert weights[2][::2] == [0.5, 0.75]
+    assert weights[3] == [2.0, -1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("like", "plain"), [("sum", [1, 1, 1]), ("mean", [1 / 3] * 3), ("tokens", [0.5, 0.3, 0.2])]
+)
+def test_keep_norm_gives_the_length_of_the_plain_update(like, plain):
+    gradients = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients *= torch.tensor([[1e-3], [1.0], [1e3]])
+    step = replace(stats([1.0] * 3, gram=gradients @ gradients.T), counts=torch.tensor([5.0, 3.0, 2.0]))
+    (inner,), _ = run(InverseGradNorm(), [step])
+    (weights,), _ = run(KeepNorm(InverseGradNorm(), like), [step])
+    update, wanted = (torch.tensor(w).double() @ gradients for w in (weights, plain))
+    assert update.norm().item() == pytest.approx(wanted.norm().item(), rel=1e-6)
+    assert weights[0] / inner[0] == pytest.approx(weights[2] / inner[2], rel=1e-12)
+
+
+def test_keep_norm_leaves_an_update_of_length_zero_as_it_is():
+    gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 4.0]], dtype=torch.float64)
+    (weights,), _ = run(KeepNorm(Echo()), [stats([3.0, 3.0, 0.0], gram=gram)])
+    assert weights == [3.0, 3.0, 0.0]
+
+
+def test_keep_norm_measures_at_the_steps_of_every_around_it():
+    rule = Every(KeepNorm(InverseLoss()), 2)
+    assert [rule.needs_at(step) for step in range(3)] == [Needs.GRAM, Needs.LOSSES, Needs.GRAM]
+
+
 def test_combinators_read_what_their_rule_reads():
     for inner in (Equal(), InverseLoss(), InverseGradNorm(), MGDA()):
         for outer in (Every(inner, 2), Normalize(inner), Clamp(inner), Warmup(inner, 1), Smooth(inner)):
@@ -178,6 +219,11 @@ def test_combinators_read_what_their_rule_reads():
         (lambda: Warmup(Equal(), -1), "Warmup: steps must be an integer >= 0, got -1"),
         (lambda: Preference(Equal(), [-1.0]), r"Preference: weights must be .*non-negative, got \[-1\.0\]"),
         (lambda: Preference(Equal(), {"depth": 1.0}).init(TASKS, CPU), "Preference: weights must give one"),
+        (lambda: Relative(Equal(), "dept").init(TASKS, CPU), "Relative: to must be one of .*, got 'dept'"),
+        (
+            lambda: KeepNorm(Equal(), "max"),
+            "KeepNorm: like must be one of .*, got 'max'",
+        ),
         (lambda: Smooth(Equal(), 1.0), r"Smooth: decay must be in \[0, 1\), got 1\.0"),
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting import Fixed, InitialLoss, InverseGradNorm, InverseLoss, PriorLoss
+from mtl_dist.weighting import Fixed, InitialLoss, InverseGradNorm, InverseLoss, PriorLoss, TokenShare
 
 CPU = torch.device("cpu")
 TASKS = ("depth", "segment", "normal")
@@ -34,6 +35,15 @@ def test_constants_by_name_or_in_order(rule, weights):
     for step in range(3):
         got, state = rule.update(stats([9.0 + step, 1e-9, 4.0], step=step), state)
         torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def test_token_share_is_the_mean_over_tokens():
+    step = replace(
+        stats([1.0, 2.0, 3.0], present=(True, False, True)), counts=torch.tensor([30.0, 0.0, 10.0])
+    )
+    weights, _ = TokenShare().update(step, {})
+    assert weights.tolist() == [0.75, 0.0, 0.25]
+    assert (weights @ step.losses.to(weights)).item() == (30 * 1.0 + 10 * 3.0) / 40
 
 
 def test_initial_loss_is_the_mean_of_the_first_losses_then_stays():

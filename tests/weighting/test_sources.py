@@ -12,7 +12,7 @@ from mtl_dist.weighting import COMBINATORS, RULES
 from mtl_dist.weighting.sources import SOURCES
 
 ALL = {**RULES, **COMBINATORS}
-WITHOUT_PAPER = {"equal", "fixed", "log_sum_exp", *COMBINATORS}
+WITHOUT_PAPER = {"equal", "fixed", "log_sum_exp", "token_share", *COMBINATORS}
 
 
 def test_every_rule_has_one():

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtl_dist.losses import Called
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -67,7 +69,7 @@ def rows_of(layer: Any, x: Tensor, z: Tensor, *, bias: bool) -> Rows:
 
 
 def _of_linear(layer: Any, x: Tensor, z: Tensor) -> Rows:
-    if not isinstance(layer, nn.Linear) and type(layer).__name__ != "Conv1D":
+    if not isinstance(layer, (nn.Linear, Called)) and type(layer).__name__ != "Conv1D":
         raise TypeError(
             "SharedLayerProbe measures nn.Linear and nn.Conv1d/2d/3d, without activation (put that at the "
             f"beginning of the heads); got layer={layer!r}"

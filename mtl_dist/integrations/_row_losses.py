@@ -1,0 +1,113 @@
+"""The loss of every token or row of a `transformers` model, as the model's own loss averages it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtl_dist.integrations._columns import TASK_IDS
+from mtl_dist.stats import stats_dtype
+
+IGNORED = -100  # label of what does not count
+# by the end of a class's name: whether its loss is over tokens, and whether token t predicts token t + 1
+_KINDS = {
+    "ForCausalLM": (True, True),
+    "LMHeadModel": (True, True),
+    "ForMaskedLM": (True, False),
+    "ForTokenClassification": (True, False),
+    "ForSequenceClassification": (False, False),
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the losses of one batch are computed from.
+
+    Attributes:
+        labels: of tokens `[B, T]` (shifted where token t predicts token t + 1), or of rows `[B, ...]`.
+        task_ids: `[B]`, or `[B, T]` in the order of the labels.
+        mask: which labels count, `[B, T]` or `[B]`.
+    """
+
+    labels: Tensor
+    task_ids: Tensor
+    mask: Tensor
+
+    def counts(self, num_tasks: int) -> Tensor:
+        """`[n]`, number of labels of each task that count."""
+        ids = self.task_ids.reshape(*self.task_ids.shape, *[1] * (self.mask.dim() - self.task_ids.dim()))
+        ids = ids.expand(self.mask.shape).flatten().to(self.mask.device)
+        dtype = stats_dtype(self.mask.device)
+        counts = torch.zeros(num_tasks, dtype=dtype, device=self.mask.device)
+        return counts.index_add_(0, ids, self.mask.flatten().to(dtype))
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of one kind of model.
+
+    Attributes:
+        tokens: whether there is one loss for each token; otherwise one for each row.
+        shifted: whether token t predicts token t + 1.
+        config: of the model.
+    """
+
+    tokens: bool
+    shifted: bool
+    config: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RowLosses:
+        """The losses of `model`.
+
+        Raises:
+            TypeError: a model whose losses by row are not known here.
+        """
+        for kind in type(model).__mro__:
+            for ending, (tokens, shifted) in _KINDS.items():
+                if kind.__name__.endswith(ending):
+                    return cls(tokens, shifted, model.config)
+        raise TypeError(
+            f"balance_by_column knows the losses of models ...{', ...'.join(_KINDS)}, got "
+            f"{type(model).__name__}: call the balancer in the model's forward instead, with task_ids="
+        )
+
+    def targets(self, batch: Mapping[str, Any]) -> Targets:
+        """Labels, task ids and mask of a batch that the collator made."""
+        ids, labels, shift_labels = batch[TASK_IDS], batch["labels"], batch.get("shift_labels")
+        if self.shifted:
+            # as ForCausalLMLoss of transformers
+            labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels
+            ids = F.pad(ids, (0, 1))[..., 1:] if ids.dim() > 1 else ids
+        if self.tokens or not labels.is_floating_point():
+            return Targets(labels, ids, labels != IGNORED)
+        return Targets(labels, ids, torch.ones(len(labels), dtype=torch.bool, device=labels.device))
+
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        """`[B, T]` or `[B]`, float32: the loss of every token or row; 0 where the label does not count."""
+        labels = targets.labels.to(logits.device)
+        if self.tokens:
+            flat = logits.float().reshape(-1, logits.shape[-1])
+            found = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
+            return found.view(labels.shape)
+        kind, logits = self._problem(labels), logits.float()
+        if kind == "single_label_classification":
+            labels = labels.view(-1)
+            return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        labels = labels.reshape(logits.shape).float()
+        if kind == "regression":
+            return F.mse_loss(logits, labels, reduction="none").mean(1)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+    def _problem(self, labels: Tensor) -> str:
+        """As the models of transformers choose their loss."""
+        if self.config.problem_type is not None:
+            return str(self.config.problem_type)
+        if self.config.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"

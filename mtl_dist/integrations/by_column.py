@@ -1,0 +1,324 @@
+"""HF Trainer and TRL's SFTTrainer: tasks are the values of a column of the data set.
+
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(...), args, train_dataset=table)
+    balancer = Balancer(["code", "prose"], InverseGradNorm())
+    balance_by_column(trainer, balancer, column="domain")
+    trainer.train()
+
+The model stays as it is. Its own forward runs without labels. The losses of its tokens (or rows) are computed
+from its logits, and the balancer's scalar takes the place of the model's loss. With `TokenShare()` this is
+the model's own loss, the mean over all tokens. In evaluation the model computes its own loss, and each task's
+loss is logged beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from mtl_dist.balancer import Balancer
+from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
+from mtl_dist.integrations._evaluation_rows import Weights
+from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
+from mtl_dist.integrations._row_losses import RowLosses, Targets
+from mtl_dist.integrations._trainer import attach
+from mtl_dist.losses import Called
+from mtl_dist.sync import all_reduce_sum, collective_device
+
+
+def balance_by_column(
+    trainer: Trainer,
+    balancer: Balancer,
+    *,
+    column: str = "domain",
+    dataset: Any = None,
+    name: str = "balancer",
+    eval_weights: Weights | None = None,
+) -> Balancer:
+    """Balances the training of a language model or classifier by a column of its data set, before `train`.
+
+    Every row belongs to one task: `column` holds its name, or its index in the balancer's tasks. Batches may
+    be padded, padding-free or packed. The losses of all micro-batches of an optimizer step are divided by the
+    number of labels in the whole step, over all ranks; labels of -100 do not count. Where the model has a
+    router (mixture of experts), its loss is added with the model's own coefficient, as a mean over ranks and
+    micro-batches.
+
+    Gradients are measured at the logits (`FeatureProbe()`, the default of rules that read gradients), at the
+    weight of the output head (`SharedLayerProbe()`: only there tasks can conflict, because no token belongs
+    to two of them), or at parameters (`ParameterProbe()`). A head that is tied to the embeddings counts with
+    its own use, and one with LoRA with its base layer.
+
+    Args:
+        trainer: a `Trainer` of a causal or masked language model, or of a model for sequence or token
+            classification; or TRL's `SFTTrainer`. PEFT models too.
+        balancer: its tasks are the values of the column. It is not a part of the model; the trainer holds it.
+        column: of the training data set. Evaluations of data sets without it are as before.
+        dataset: the training data set as it was given to the trainer, where `SFTTrainer` packs it: packing
+            drops the column, so it is found again.
+        name: as for `attach`.
+        eval_weights: as for `attach`.
+
+    Returns:
+        The same balancer.
+
+    Raises:
+        TypeError: a trainer or model whose losses by row are not known.
+        ValueError: no such column, or a combination that does not work; the message says what to change.
+    """
+    _check(trainer)
+    model = _base_model(trainer.model)
+    rows = RowLosses.of(model)
+    if dataset is not None:
+        trainer.train_dataset = repacked(trainer, dataset, column, balancer.tasks)
+    _check_column(trainer, column)
+    own_flag = trainer.model_accepts_loss_kwargs
+    attach(balancer, trainer, name=name, eval_weights=eval_weights)
+    _evaluates_as_before(trainer, own_flag)
+    _keeps_column(trainer, column, balancer)
+    step_counts = _StepCounts(rows, balancer)
+    _reads_ahead(trainer, step_counts)
+    facts = accelerate.engine_of(trainer.accelerator, trainer.args.gradient_accumulation_steps)
+    balancer.set_engine(replace(facts, counts=step_counts))
+    forward = _Forward(model, balancer, rows)
+    if is_sft(trainer):
+        forward.fused = FusedHead(trainer)
+        forward.fused.returns_total()
+    forward.install()
+    return balancer
+
+
+class _Forward:
+    """The forward of a model, with the balancer's scalar as its loss.
+
+    It is the model's own method until a batch has task ids, so generation and other calls are as before.
+    """
+
+    def __init__(self, model: Any, balancer: Balancer, rows: RowLosses) -> None:
+        self._model, self._balancer, self._rows = model, balancer, rows
+        self._inner: Callable[..., Any] = model.forward
+        self._of_head: tuple[Tensor, Tensor] | None = None
+        self.fused: FusedHead | None = None
+
+    def install(self) -> None:
+        """Takes the place of `model.forward`."""
+        if self._balancer.probe.takes_layers:
+            _output_head(self._model).register_forward_hook(self._note)
+
+        @wraps(self._inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.pop(TASK_IDS, None)
+            if ids is None or kwargs.get("labels") is None:
+                return self._inner(*args, **kwargs)
+            targets = self._rows.targets({**kwargs, TASK_IDS: ids})
+            self._balancer.train(self._model.training)
+            if self._model.training and torch.is_grad_enabled():
+                return self._trained(targets, args, kwargs)
+            outputs = self._inner(*args, **kwargs)
+            with torch.no_grad():
+                self._balance_losses(self._losses_of(outputs, targets), targets)
+            return outputs
+
+        self._model.forward = forward
+
+    def _trained(self, targets: Targets, args: Any, kwargs: dict[str, Any]) -> Any:
+        measures = self._balancer.measures
+        if self.fused is not None and kwargs.get("fused_lm_head") and not measures:
+            outputs = self._inner(*args, **kwargs)
+            total = self._balance_losses(self._losses_of(outputs, targets), targets)
+        else:
+            fused = kwargs.pop("fused_lm_head", False)
+            for key in ("labels", "shift_labels", "num_items_in_batch"):
+                kwargs.pop(key, None)
+            self._of_head = None
+            outputs = self._inner(*args, **kwargs)
+            if not isinstance(outputs, Mapping):
+                raise TypeError(
+                    f"balance_by_column: {type(self._model).__name__} returned a "
+                    f"{type(outputs).__name__} instead of named outputs: leave return_dict as it is"
+                )
+            total = self._balance(outputs["logits"], targets)
+            if fused and self.fused is not None:
+                outputs = self.fused.outputs(outputs, targets)
+        if (router := outputs.get("aux_loss")) is not None:
+            total = total + _router_coefficient(self._model) * router.to(total.device)
+        if self.fused is not None:
+            self.fused.take(total)
+        return type(outputs)(**{**outputs, "loss": total})
+
+    def _balance(self, logits: Tensor, targets: Targets) -> Tensor:
+        """The balancer's scalar, with the gradients where the probe measures."""
+        balancer, mask = self._balancer, targets.mask
+        if not balancer.measures:
+            return self._balance_losses(self._rows.losses(logits, targets), targets)
+        features, layer = logits, None
+        if balancer.probe.takes_layers:
+            features, layer = self._layer_of(logits)
+
+        def losses(logits: Tensor) -> Tensor:
+            found = self._rows.losses(logits, targets)
+            return found if self.fused is None else self.fused.of_rows(found)
+
+        return balancer(features, losses, layer=layer, task_ids=targets.task_ids, mask=mask)
+
+    def _balance_losses(self, losses: Tensor, targets: Targets) -> Tensor:
+        return self._balancer(losses, task_ids=targets.task_ids, mask=targets.mask)
+
+    def _losses_of(self, outputs: Any, targets: Targets) -> Tensor:
+        if self.fused is not None and outputs.get("log_probs") is not None:
+            return self.fused.losses(outputs, targets)
+        return self._rows.losses(outputs["logits"], targets)
+
+    def _layer_of(self, logits: Tensor) -> tuple[Tensor, Any]:
+        """Input of the output head, and the head as a layer that was called already."""
+        found, self._of_head = self._of_head, None
+        if found is None or found[1] is not logits:
+            raise ValueError(
+                f"SharedLayerProbe: {type(self._model).__name__} changes the output of its head (a scale, a "
+                "soft cap, a choice of tokens) before the loss, so the gradient of the head's weight is not "
+                "known from the logits: use FeatureProbe(), or ParameterProbe(parameters=...)"
+            )
+        return found[0], Called(logits)
+
+    def _note(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Hook of the output head: what it read and wrote last."""
+        if self._model.training and torch.is_grad_enabled():
+            self._of_head = (inputs[0], output)
+
+
+class _StepCounts:
+    """`Engine.counts`: the count of each task in the running step, over ranks, per micro-batch."""
+
+    def __init__(self, rows: RowLosses, balancer: Balancer) -> None:
+        self._rows, self._balancer = rows, balancer
+        self._counts: Tensor | None = None
+
+    def read(self, batches: list[Any]) -> None:
+        """Reads all micro-batches of a step. One all-reduce, so all ranks must call it."""
+        group, n = self._balancer.group, len(self._balancer.tasks)
+        device = collective_device(group)
+        counts = torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        for batch in batches:
+            if isinstance(batch, Mapping) and TASK_IDS in batch and batch.get("labels") is not None:
+                counts += self._rows.targets(batch).counts(n).to(counts)
+        self._counts = all_reduce_sum(counts, group) / max(1, len(batches))
+
+    def __call__(self) -> Tensor:
+        """`[n]`.
+
+        Raises:
+            RuntimeError: no step has begun.
+        """
+        if self._counts is None:
+            raise RuntimeError(
+                "balance_by_column: the model was trained outside of trainer.train(), which reads the "
+                "batches of each optimizer step first: use eval mode or torch.no_grad() for other forwards"
+            )
+        return self._counts
+
+
+def _check(trainer: Any) -> None:
+    """Raises for trainers whose loss is not that of the model."""
+    if trainer.model is None or trainer.model_init is not None:
+        raise ValueError(
+            "balance_by_column changes the model of the trainer, and model_init makes a new one in each "
+            "train(): give the trainer a model"
+        )
+    own = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    if own.__module__.startswith("trl.") and not is_sft(trainer):
+        raise TypeError(
+            f"balance_by_column knows the losses of Trainer and SFTTrainer, and {own.__name__} has its own, "
+            "of pairs or groups of answers: train it without a balancer, or write its compute_loss with "
+            "balancer(losses, task_ids=...)"
+        )
+    if trainer.args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True computes the loss inside a kernel, where no loss of a token is seen: set "
+            "it to False"
+        )
+
+
+def _check_column(trainer: Trainer, column: str) -> None:
+    names = getattr(trainer.train_dataset, "column_names", None)
+    if names is None or column in names:
+        return
+    packs = getattr(trainer.args, "packing", False)
+    remedy = (
+        "packing drops it, so give the data set as it was before: balance_by_column(..., dataset=...)"
+        if packs
+        else "add it, with the name or the index of each row's task"
+    )
+    raise ValueError(f"the training data set has columns {list(names)}, and no {column!r}: {remedy}")
+
+
+def _base_model(model: Any) -> Any:
+    """The model of `transformers` inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _output_head(model: Any) -> nn.Module:
+    """The layer that makes the logits.
+
+    Raises:
+        TypeError: it is not known, or not linear.
+    """
+    head = model.get_output_embeddings()
+    for name in ("score", "classifier", "lm_head"):
+        head = getattr(model, name, None) if head is None else head
+    base = getattr(head, "original_module", getattr(head, "base_layer", head))  # inside PEFT's layers
+    if not isinstance(base, nn.Linear) and type(base).__name__ != "Conv1D":
+        raise TypeError(
+            f"SharedLayerProbe: the output head of {type(model).__name__} is no linear layer, got "
+            f"{type(base).__name__}: use FeatureProbe() or ParameterProbe()"
+        )
+    module: nn.Module = head
+    return module
+
+
+def _router_coefficient(model: Any) -> float:
+    """What the model multiplies the loss of its router by."""
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
+
+
+def _keeps_column(trainer: Trainer, column: str, balancer: Balancer) -> None:
+    """The column reaches the collator, and the collator turns it into task ids."""
+    trainer._set_signature_columns_if_needed()  # no public name for this yet
+    names: Any = trainer._signature_columns
+    names.append(column)
+    trainer.data_collator = ColumnCollator(trainer.data_collator, column, balancer.tasks)
+
+
+def _reads_ahead(trainer: Trainer, counts: _StepCounts) -> None:
+    inner = trainer.get_batch_samples
+
+    @wraps(inner)
+    def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+        batches, number = inner(*args, **kwargs)
+        counts.read(batches)
+        return batches, number
+
+    trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]  # what a subclass would do
+
+
+def _evaluates_as_before(trainer: Trainer, accepts_loss_kwargs: bool) -> None:
+    """`attach` tells Trainer that the loss is a mean over the micro-batch, which is so in training only."""
+    inner = trainer.prediction_step
+
+    @wraps(inner)
+    def prediction_step(*args: Any, **kwargs: Any) -> Any:
+        in_training, trainer.model_accepts_loss_kwargs = (
+            trainer.model_accepts_loss_kwargs,
+            accepts_loss_kwargs,
+        )
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            trainer.model_accepts_loss_kwargs = in_training
+
+    trainer.prediction_step = prediction_step  # type: ignore[method-assign]  # as above
