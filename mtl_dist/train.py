@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mtl_dist.integrations.stop import EXIT_STATUS, SaveOnSignal
 from mtl_dist.tracking import Row, RunLog
 from mtl_dist.tracking.files import METRICS, SUMMARY
 from mtl_dist.tracking.report import write_report
@@ -21,7 +22,7 @@ from mtl_dist.training.debug import findings_text, forward_backward, make_determ
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
-from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row
+from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row, launch_notes
 from mtl_dist.training.settings import Settings, load_settings
 from mtl_dist.training.setup import Run, build_run, claim_output, make_accelerator
 from mtl_dist.training.storage import check_storage, storage_in_words, tree_size
@@ -52,7 +53,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Returns:
         0: trained, or nothing left to do. 1: the output folder cannot do what the run needs. 2: a setting is
-            wrong.
+            wrong. 75: a signal stopped it, and its last step is saved.
     """
     try:
         settings = load_settings(arguments.config, arguments.overrides)
@@ -63,11 +64,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return 0
     try:
-        train(settings)
+        summary = train(settings)
     except RunError as error:
         (_print_once if error.everywhere else _print)(str(error))
         return 1
-    return 0
+    return EXIT_STATUS if summary is None else 0
 
 
 def _check(settings: Settings) -> None:
@@ -78,11 +79,11 @@ def _check(settings: Settings) -> None:
     check_storage(settings.output_dir, 0 if start.finished else space_needed(settings, start.done, size))
 
 
-def train(settings: Settings) -> dict[str, Any]:
+def train(settings: Settings) -> dict[str, Any] | None:
     """Trains until `settings.steps`, from the start or from a checkpoint. Call it on every rank.
 
     Returns:
-        the content of `summary.json`.
+        the content of `summary.json`; None if a signal stopped the run (`SaveOnSignal`).
 
     Raises:
         ValueError: settings that do not work together.
@@ -96,13 +97,13 @@ def train(settings: Settings) -> dict[str, Any]:
     return summary
 
 
-def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
+def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any] | None]:
     if settings.check:
         make_deterministic()
     accelerator = make_accelerator(settings)
     start = agree_on_start(accelerator, settings)
     if accelerator.is_main_process:
-        for note in start.notes:
+        for note in (*launch_notes(), *start.notes):
             _print(note)
     if start.finished:
         if accelerator.is_main_process:
@@ -115,7 +116,11 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
     with open_log(run, start.done, start.checkpoint) as log:
         if accelerator.is_main_process:
             save_ids(settings, log.run_ids)
-        row = _loop(run, start, log)
+        with SaveOnSignal(run.balancer) as stop:
+            row = _loop(run, start, log, stop)
+        if row is None:
+            log.close(None)
+            return accelerator, None
         summary = summarise(row, run.recipe, settings, accelerator.num_processes)
         summary["engine"] = describe_engine(accelerator, run.model)
         if settings.check:
@@ -127,11 +132,11 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
     return accelerator, summary
 
 
-def _loop(run: Run, start: Start, log: RunLog) -> Row:
-    """The training loop. Returns the row of the last step, with its validation columns."""
+def _loop(run: Run, start: Start, log: RunLog, stop: SaveOnSignal) -> Row | None:
+    """The training loop. Returns the row of the last step, with its validation columns; None if stopped."""
     settings, accelerator, done = run.settings, run.accelerator, start.done
     hidden = not accelerator.is_main_process
-    clock = StepClock()
+    clock, step, stopped = StepClock(), done, False
     with tqdm(
         total=settings.steps, initial=done, disable=hidden or settings.check, unit="step", dynamic_ncols=True
     ) as progress:
@@ -153,12 +158,19 @@ def _loop(run: Run, start: Start, log: RunLog) -> Row:
                 log.step(step, extra, due=evaluated)
             progress.set_postfix_str(postfix(log.last_row, run.recipe.tasks), refresh=False)
             progress.update()
-            if _due(settings.checkpoint_every, step):
+            stopped = stop.requested() and step < settings.steps
+            if _due(settings.checkpoint_every, step) or (stopped and settings.checkpoint_every):
                 with clock.stopped(), storage_in_words(settings.output_dir):
                     log.flush()
                     save_checkpoint(accelerator, settings, step)
+            if stopped:
+                break
         with storage_in_words(settings.output_dir):
             log.flush()
+    if stopped:
+        if not hidden:
+            _print(_stopped(settings, step))
+        return None
     row = last_row(settings, done) if done == settings.steps else log.last_row
     assert row is not None  # the last step is always due
     return row
@@ -183,6 +195,13 @@ def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
         print(f"wrote {path}")
     for view in views:
         print(f"see   {view}")
+
+
+def _stopped(settings: Settings, step: int) -> str:
+    where = f"stopped by a signal after step {step} of {settings.steps}"
+    if not settings.checkpoint_every:
+        return f"{where}; nothing is saved, because checkpoint_every is 0"
+    return f"{where}, which is saved; resume_from=auto goes on from there"
 
 
 def _print(line: str) -> None:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "tracking",
     },
-    "train": {"tracking", "training"},
+    "train": {"integrations", "tracking", "training"},
     "doctor": {"stats", "weighting", "sync", "balancer", "virtual", "integrations"},
     "commands": {"tracking", "weighting"},
     "cli": {"commands", "doctor", "train"},

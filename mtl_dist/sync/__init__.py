@@ -11,6 +11,7 @@ from mtl_dist.sync.collectives import (
     virtual_rank,
 )
 from mtl_dist.sync.layout import Call, Faults, Kind, Layout
+from mtl_dist.sync.notice import Notice
 from mtl_dist.sync.synchronizer import Synchronizer
 from mtl_dist.sync.timing import Stopwatch
 
@@ -21,6 +22,7 @@ __all__ = [
     "Identity",
     "Kind",
     "Layout",
+    "Notice",
     "Stopwatch",
     "Synchronizer",
     "all_reduce_sum",

@@ -1,7 +1,7 @@
 """What travels in one step: one buffer whose layout depends on the number of tasks only.
 
     loss sums n | counts n | upper triangle of the Gram n(n+1)/2 | fault counts n | fault ranks n | failure 2
-    | codes 3 | their squares 3
+    | notice 1 | codes 3 | their squares 3
 
 Ranks may disagree about their data, but never about the number of bytes. The buffer is summed over ranks,
 because everything in it adds. So do the codes x and their squares: ranks sent the same code exactly where
@@ -42,11 +42,13 @@ class Call(NamedTuple):
         kind: why the ranks meet.
         step: of the balancer.
         news: a digest of the state that this rank loaded since the last call; 0 if it loaded none.
+        notice: whether this rank raises its flag (`Notice`).
     """
 
     kind: Kind
     step: int
     news: int = 0
+    notice: bool = False
 
     def __str__(self) -> str:
         return f"{_NAMES[self.kind]} at step {self.step}"
@@ -75,12 +77,14 @@ class Faults:
         rank_sums: `[n]`, sum of the indices of those ranks: the rank itself where there is only one.
         failure: `[2]`, number of ranks that failed before this step's statistics, and the sum of their
             indices (see `Synchronizer.announce_failure`).
+        notice: `[1]`, number of ranks that raise their flag.
         calls: `[6]`, sums over ranks of the codes of their calls, and of the squares.
     """
 
     counts: Tensor
     rank_sums: Tensor
     failure: Tensor
+    notice: Tensor
     calls: Tensor
 
     def strangers(self, world_size: int) -> Tensor:
@@ -99,6 +103,7 @@ class Faults:
             torch.where(had, self.counts, later.counts),
             torch.where(had, self.rank_sums, later.rank_sums),
             self.failure,
+            self.notice,
             self.calls,
         )
 
@@ -138,6 +143,9 @@ class Layout:
         if failed is not None:
             failure[0] = failed
             failure[1] = failed * rank
+        notice = faults.new_zeros(1)
+        if call.notice:
+            notice[0] = 1
         codes = faults.new_zeros(_CODES)
         exact = _EXACT if codes.dtype == torch.float64 else _EXACT_FLOAT32
         for place, code in enumerate(call.codes(exact)):
@@ -151,28 +159,20 @@ class Layout:
             faults,
             faults * rank,
         )
-        return torch.cat([*parts, failure, codes, codes * codes])
-
-    def alone(
-        self,
-        local: LocalStats,
-        call: Call,
-        faulty: Tensor | None = None,
-        failed: Tensor | None = None,
-    ) -> tuple[LocalStats, Faults]:
-        """What `unpack` gives where there is one rank."""
-        return self.unpack(self.pack(local, 0, call, faulty, failed))
+        return torch.cat([*parts, failure, notice, codes, codes * codes])
 
     def unpack(self, buffer: Tensor) -> tuple[LocalStats, Faults]:
         """Statistics and faults of one buffer, or of the sum of the buffers of all ranks."""
         n = self._num_tasks
-        sizes = [n, n, n * (n + 1) // 2, n, n, 2, 2 * _CODES]
-        loss_sums, counts, triangle, fault_counts, rank_sums, failure, calls = torch.split(buffer, sizes)
+        sizes = [n, n, n * (n + 1) // 2, n, n, 2, 1, 2 * _CODES]
+        loss_sums, counts, triangle, fault_counts, rank_sums, failure, notice, calls = torch.split(
+            buffer, sizes
+        )
         row, column = self._triangle(buffer.device)
         gram = buffer.new_zeros(n, n)
         gram[row, column] = triangle
         gram[column, row] = triangle
-        return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure, calls)
+        return LocalStats(loss_sums, counts, gram), Faults(fault_counts, rank_sums, failure, notice, calls)
 
     def _triangle(self, device: torch.device) -> Tensor:
         if self._indices is None or self._indices.device != device:

@@ -25,6 +25,7 @@ from mtl_dist.sync.collectives import (
 from mtl_dist.sync.group import group_is_gone
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.sync.layout import Call, Faults, Kind, Layout
+from mtl_dist.sync.notice import Notice
 from mtl_dist.sync.timing import Stopwatch
 
 _FIRST = Call(Kind.TRAINING, 0)
@@ -46,6 +47,7 @@ class Synchronizer:
 
     Attributes:
         num_tasks: n.
+        notice: a flag for all ranks, which travels with the statistics.
         stopwatch: measures the collectives of a step, including the wait for the slowest rank.
         started: whether there was a training call.
         news: a digest of the state that this rank loaded since the last training call; 0 if it loaded none.
@@ -60,6 +62,7 @@ class Synchronizer:
         self._given: Any = None if group is None else _reference(group)
 
     def _meet_nobody(self) -> None:
+        self.notice = Notice()
         self.stopwatch = Stopwatch()
         self.started = False
         self.news = 0
@@ -115,6 +118,7 @@ class Synchronizer:
             ValueError: on every rank, where ranks differ; the message shows what each of them has.
             RuntimeError: the job or the group has ended, a rank does not come, or a join context is active.
         """
+        self.notice.settle()
         first, self.started = not self.started, True
         collectives = self._collectives
         if collectives is not None and self._world is None:  # virtual ranks
@@ -188,13 +192,14 @@ class Synchronizer:
             failed: scalar bool, whether this rank refuses its own input. The other ranks then raise too.
             call: where this rank is; ranks that are elsewhere show in the faults (`Faults.strangers`).
         """
-        call = call._replace(news=self.news)
-        if self._collectives is None:
-            return self._layout.alone(local, call, faulty, failed)
+        call = call._replace(news=self.news, notice=self.notice.raised)
         buffer = self._layout.pack(local, self.rank, call, faulty, failed)
-        with self.stopwatch.running(buffer.device):
-            self._collectives.all_reduce(buffer)
-        return self._layout.unpack(buffer)
+        if self._collectives is not None:
+            with self.stopwatch.running(buffer.device):
+                self._collectives.all_reduce(buffer)
+        total, faults = self._layout.unpack(buffer)
+        self.notice.hear(faults.notice)
+        return total, faults
 
     def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:
         """The error where ranks met in different calls, or went on from different states.

@@ -61,6 +61,17 @@ def resume_from(settings: Settings) -> str | None:
     return "auto"
 
 
+def launch_notes() -> tuple[str, ...]:
+    """What the user should know about restarts by torchrun."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return (
+            "torchrun's restarts can fail with 'Connection refused' (torch 2.13 lets new ranks read the "
+            "addresses of dead ones): start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        )
+    return ()
+
+
 def find_start(settings: Settings, known: Mapping[Path, str] | None = None) -> Start:
     """Where the run begins, from what stands in its folder. Reads no large file, and changes nothing.
 
