@@ -9,8 +9,8 @@ import pytest
 from launcher import succeed
 
 NUM_TASKS = 3
-# loss sums, counts, triangle of the Gram, fault counts, fault ranks, failure, codes and squares; float64
-BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 2 + 6)
+# loss sums, counts, triangle of the Gram, fault counts and ranks, failure, notice, codes and squares; float64
+BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 2 + 1 + 6)
 
 
 @pytest.fixture(scope="module")
