@@ -28,6 +28,8 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._idle import IdleWatch, call_after
+from mtl_dist.integrations.compiling import warn_of_stale_locks
+from mtl_dist.integrations.network import choose_interface
 from mtl_dist.tracking import STEP_KEY
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # the scripts in launch/ set it; you may set it too
@@ -176,6 +178,10 @@ def start(
         # Accelerate drops what equals its own default of 10 minutes, also where torch's is another
         given["timeout"] = timeout + timedelta(microseconds=1)
     handlers = [InitProcessGroupKwargs(**given)] if given else []
+    if not has_device:
+        choose_interface()
+    if _flag("ACCELERATE_USE_DEEPSPEED") and os.environ.get("LOCAL_RANK", "0") == "0":
+        warn_of_stale_locks()
     accelerator = Accelerator(
         cpu=not has_device and not has_engine, dataloader_config=data, kwargs_handlers=handlers
     )
