@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # Functions for the scripts in launch/ that train. Source this file after _setup.sh.
 
+# SIGUSR1 asks the training processes to save (launch/slurm.sh). Whoever stands between, as launchers do, would die of it
+trap '' USR1
+
 # For -h and --help, prints the usage: the comment at the top of a script, up to the first empty line. Stops with an
 # error if arguments are missing.
 manual() { # script minimum given...
@@ -82,6 +85,10 @@ start() { # accelerate's options, --, config key=value...
     shift
   done
   shift
+  if [ -n "${MAX_RESTARTS:-}" ]; then
+    options+=(--max_restarts "$MAX_RESTARTS")
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or new ranks read the addresses of dead ones (torch 2.13)
+  fi
   if [ -n "${MIXED_PRECISION:-}" ]; then options+=(--mixed_precision "$MIXED_PRECISION"); fi
   if [ "$MTL_DIST_NUM_PROCESSES" = 1 ] && ! grep -qE '^distributed_type: *(DEEPSPEED|FSDP)' "$ENGINE_FILE"; then
     export ACCELERATE_MIXED_PRECISION="${MIXED_PRECISION:-no}" # Accelerate's launcher cannot start a single process

@@ -12,7 +12,7 @@
 # NNODES                number of machines; all have the same number of processes
 # HEAD                  host:port of one of them; all must reach it, and the port must be free
 # NPROC_PER_NODE        processes per machine (default: one per visible GPU; 2 on a CPU)
-# MIXED_PRECISION, CUDA_VISIBLE_DEVICES, MTL_DIST_PYTHON  as in launch/node.sh
+# MIXED_PRECISION, MAX_RESTARTS, CUDA_VISIBLE_DEVICES, MTL_DIST_PYTHON  as in launch/node.sh
 #
 # Every machine needs this repository at the same commit, with the same settings. output_dir must be on a file system
 # that all machines share: rank 0 writes metrics and summary, and every rank writes its part of a checkpoint.

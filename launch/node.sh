@@ -17,6 +17,8 @@
 # MTL_DIST_NUM_PROCESSES  number of processes (default: one per visible GPU; 2 on a CPU). If another number of
 #                         processes or another engine runs, the training stops with an error
 # MIXED_PRECISION         no, bf16 or fp16; replaces the value in the engine's file
+# MAX_RESTARTS            how often the processes are started again when one fails (default: 0). They then go on from
+#                         the last checkpoint by themselves (resume_from=auto)
 # CUDA_VISIBLE_DEVICES    the GPUs to use; empty: train on the CPU
 # MTL_DIST_PYTHON         the Python that creates .venv in the first run (3.11 or newer)
 

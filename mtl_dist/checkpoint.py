@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from mtl_dist.balancer import Balancer
+from mtl_dist.durable import write_whole
 from mtl_dist.stats import StepReport, TaskStats
 
 FORMAT = 1
@@ -142,8 +142,8 @@ def write(packed: Packed, folder: str | Path, name: str = "balancer") -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{checked_name(name)}.{packed.digest[:16]}.safetensors"
-    _write(file, packed.tensors)
-    _write(folder / f"{name}.json", (_json({**packed.header, "tensors": file.name}) + "\n").encode())
+    write_whole(file, packed.tensors)
+    write_whole(folder / f"{name}.json", (_json({**packed.header, "tensors": file.name}) + "\n").encode())
     for old in folder.glob(f"{name}.*.safetensors"):
         if old != file:
             old.unlink(missing_ok=True)
@@ -217,16 +217,6 @@ def _names_in(folder: Path) -> list[str]:
     tensors = re.compile(r"([A-Za-z0-9_-]+)\.[0-9a-f]{16}\.safetensors")
     found = (tensors.fullmatch(file.name) for file in folder.glob("*.safetensors"))
     return sorted(match[1] for match in found if match)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """The whole content under `file`, or nothing."""
-    unfinished = file.with_name(file.name + ".tmp")
-    with unfinished.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
 
 
 def _damaged(source: str, reason: str) -> ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -12,17 +13,21 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mtl_dist.integrations.stop import EXIT_STATUS, SaveOnSignal
 from mtl_dist.tracking import Row, RunLog
-from mtl_dist.tracking.files import CHECKPOINT_PATTERN, CHECKPOINTS, METRICS, SUMMARY
+from mtl_dist.tracking.files import METRICS, SUMMARY
 from mtl_dist.tracking.report import write_report
-from mtl_dist.training.checkpoints import find_checkpoint, save_checkpoint
+from mtl_dist.training.checkpoints import checkpoints_of, save_checkpoint, space_needed
 from mtl_dist.training.debug import findings_text, forward_backward, make_deterministic, step_table
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
+from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row, launch_notes
 from mtl_dist.training.settings import Settings, load_settings
-from mtl_dist.training.setup import Run, build_run, check_output, claim_output
+from mtl_dist.training.setup import Run, build_run, claim_output, make_accelerator
+from mtl_dist.training.storage import check_storage, storage_in_words, tree_size
 from mtl_dist.training.summary import summarise, table, write_json
+from mtl_dist.training.together import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,31 +49,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Trains with the parsed arguments. If settings are wrong, rank 0 alone prints why, one line each."""
+    """Trains with the parsed arguments. What is wrong is printed, one line each.
+
+    Returns:
+        0: trained, or nothing left to do. 1: the output folder cannot do what the run needs. 2: a setting is
+            wrong. 75: a signal stopped it, and its last step is saved.
+    """
     try:
         settings = load_settings(arguments.config, arguments.overrides)
-        find_checkpoint(settings)
-        check_output(settings)
+        _check(settings)
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"mtl_dist.train: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # a launcher kills all processes when one ends: rank 0 must print first
+        _print_once(str(error))
         return 2
-    if not arguments.check:
-        train(settings)
-    return 0
+    if arguments.check:
+        return 0
+    try:
+        summary = train(settings)
+    except RunError as error:
+        (_print_once if error.everywhere else _print)(str(error))
+        return 1
+    return EXIT_STATUS if summary is None else 0
 
 
-def train(settings: Settings) -> dict[str, Any]:
+def _check(settings: Settings) -> None:
+    """Raises `ValueError` if it can be seen before the start that the run cannot be."""
+    start = find_start(settings)
+    known = checkpoints_of(settings)
+    size = tree_size(known[-1]) if known else 0
+    check_storage(settings.output_dir, 0 if start.finished else space_needed(settings, start.done, size))
+
+
+def train(settings: Settings) -> dict[str, Any] | None:
     """Trains until `settings.steps`, from the start or from a checkpoint. Call it on every rank.
 
     Returns:
-        the content of `summary.json`.
+        the content of `summary.json`; None if a signal stopped the run (`SaveOnSignal`).
 
     Raises:
         ValueError: settings that do not work together.
-        RuntimeError: the launcher did not start what was asked for.
+        RuntimeError: the launcher did not start what was asked for, or (`RunError`) the output folder cannot
+            do what the run needs.
     """
     accelerator, summary = _trained(settings)
     # free the model before its process group: otherwise a Gloo group can hang at exit (torch 2.13)
@@ -77,34 +97,46 @@ def train(settings: Settings) -> dict[str, Any]:
     return summary
 
 
-def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any]]:
-    checkpoint, done = find_checkpoint(settings)
-    check_output(settings)
+def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any] | None]:
     if settings.check:
         make_deterministic()
-    run = build_run(settings, done)
-    claim_output(settings, run.accelerator)
-    if checkpoint is not None:
-        run.accelerator.load_state(str(checkpoint))
-    with open_log(run, done, checkpoint) as log:
-        if run.accelerator.is_main_process:
+    accelerator = make_accelerator(settings)
+    start = agree_on_start(accelerator, settings)
+    if accelerator.is_main_process:
+        for note in (*launch_notes(), *start.notes):
+            _print(note)
+    if start.finished:
+        if accelerator.is_main_process:
+            _print(f"{str(settings.output_dir)!r} is finished: step {start.done} of {settings.steps}")
+        return accelerator, json.loads((settings.output_dir / SUMMARY).read_text(encoding="utf-8"))
+    run = build_run(settings, accelerator, start.done)
+    claim_output(settings, accelerator, start)
+    if start.checkpoint is not None:
+        accelerator.load_state(str(start.checkpoint))
+    with open_log(run, start.done, start.checkpoint) as log:
+        if accelerator.is_main_process:
             save_ids(settings, log.run_ids)
-        row = _loop(run, done, log)
-        summary = summarise(row, run.recipe, settings, run.accelerator.num_processes)
-        summary["engine"] = describe_engine(run.accelerator, run.model)
+        with SaveOnSignal(run.balancer) as stop:
+            row = _loop(run, start, log, stop)
+        if row is None:
+            log.close(None)
+            return accelerator, None
+        summary = summarise(row, run.recipe, settings, accelerator.num_processes)
+        summary["engine"] = describe_engine(accelerator, run.model)
         if settings.check:
             summary["findings"] = [str(finding) for finding in run.balancer.findings]
         views = log.close(summary)
-    if run.accelerator.is_main_process:
-        _close(run, summary, views)
-    return run.accelerator, summary
+    if accelerator.is_main_process:
+        with storage_in_words(settings.output_dir):
+            _close(run, summary, views)
+    return accelerator, summary
 
 
-def _loop(run: Run, done: int, log: RunLog) -> Row:
-    """The training loop. Returns the row of the last step, with its validation columns."""
-    settings, accelerator = run.settings, run.accelerator
+def _loop(run: Run, start: Start, log: RunLog, stop: SaveOnSignal) -> Row | None:
+    """The training loop. Returns the row of the last step, with its validation columns; None if stopped."""
+    settings, accelerator, done = run.settings, run.accelerator, start.done
     hidden = not accelerator.is_main_process
-    clock = StepClock()
+    clock, step, stopped = StepClock(), done, False
     with tqdm(
         total=settings.steps, initial=done, disable=hidden or settings.check, unit="step", dynamic_ncols=True
     ) as progress:
@@ -122,15 +154,26 @@ def _loop(run: Run, done: int, log: RunLog) -> Row:
             if evaluated:
                 with clock.stopped():
                     extra |= evaluate(run.model, run.eval_data, run.recipe, accelerator, settings.batch_size)
-            log.step(step, extra, due=evaluated)
+            with storage_in_words(settings.output_dir):
+                log.step(step, extra, due=evaluated)
             progress.set_postfix_str(postfix(log.last_row, run.recipe.tasks), refresh=False)
             progress.update()
-            if _due(settings.checkpoint_every, step):
-                with clock.stopped():
+            stopped = stop.requested() and step < settings.steps
+            if _due(settings.checkpoint_every, step) or (stopped and settings.checkpoint_every):
+                with clock.stopped(), storage_in_words(settings.output_dir):
+                    log.flush()
                     save_checkpoint(accelerator, settings, step)
-        log.flush()
-    assert log.last_row is not None  # the last step is always due
-    return log.last_row
+            if stopped:
+                break
+        with storage_in_words(settings.output_dir):
+            log.flush()
+    if stopped:
+        if not hidden:
+            _print(_stopped(settings, step))
+        return None
+    row = last_row(settings, done) if done == settings.steps else log.last_row
+    assert row is not None  # the last step is always due
+    return row
 
 
 def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
@@ -147,11 +190,32 @@ def _close(run: Run, summary: dict[str, Any], views: Sequence[str]) -> None:
         folder / METRICS,
         folder / SUMMARY,
         report,
-        *sorted((folder / CHECKPOINTS).glob(CHECKPOINT_PATTERN)),
+        *checkpoints_of(run.settings),
     ):
         print(f"wrote {path}")
     for view in views:
         print(f"see   {view}")
+
+
+def _stopped(settings: Settings, step: int) -> str:
+    where = f"stopped by a signal after step {step} of {settings.steps}"
+    if not settings.checkpoint_every:
+        return f"{where}; nothing is saved, because checkpoint_every is 0"
+    return f"{where}, which is saved; resume_from=auto goes on from there"
+
+
+def _print(line: str) -> None:
+    """One line for whoever started the run."""
+    sys.stderr.write(f"mtl_dist.train: {line}\n")
+    sys.stderr.flush()
+
+
+def _print_once(line: str) -> None:
+    """The same, of what all ranks find: rank 0 says it."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print(line)
+    else:
+        time.sleep(2)  # a launcher kills all processes when one ends: rank 0 must print first
 
 
 def _due(every: int, step: int) -> bool:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mtl_dist"
 ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 # Room: the rooms that it imports, and no more. Rooms stand below those that import them.
 ALLOWED: dict[str, set[str]] = {
+    "durable": set(),
     "stats": set(),
     "solvers": set(),
     "weighting": {"stats", "solvers"},
@@ -23,12 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"stats", "weighting", "sync", "losses", "engines", "probes"},
     "balancer": {"stats", "weighting", "sync", "losses", "engines", "probes", "checks"},
     "virtual": {"sync", "balancer"},
-    "checkpoint": {"stats", "balancer"},
+    "checkpoint": {"durable", "stats", "balancer"},
     "priors": {"sync"},
-    "tracking": {"stats"},
+    "tracking": {"durable", "stats"},
     "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
     "recipes": {"stats"},
     "training": {
+        "durable",
         "stats",
         "weighting",
         "probes",
@@ -38,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "tracking",
     },
-    "train": {"tracking", "training"},
+    "train": {"integrations", "tracking", "training"},
     "doctor": {"stats", "weighting", "sync", "balancer", "virtual", "integrations"},
     "commands": {"tracking", "weighting"},
     "cli": {"commands", "doctor", "train"},

@@ -121,7 +121,7 @@ def test_a_writer_killed_on_the_way_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(trained(1), tmp_path)
-    written = checkpoint._write
+    written = checkpoint.write_whole
 
     def killed(file: Path, content: bytes) -> None:
         if file.suffix == ".json":
@@ -129,7 +129,7 @@ def test_a_writer_killed_on_the_way_leaves_the_earlier_checkpoint(
             raise KeyboardInterrupt
         written(file, content)
 
-    monkeypatch.setattr(checkpoint, "_write", killed)
+    monkeypatch.setattr(checkpoint, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(trained(2), tmp_path)
     got = trained(0)

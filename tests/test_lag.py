@@ -679,3 +679,25 @@ def test_expect_is_refused_where_no_count_is_awaited() -> None:
         net.balancer.expect({"task0": 1})
     with pytest.raises(ValueError, match="unknown task"):
         Net(MGDA(), lag=1).balancer.expect({"tusk": 1})
+
+
+def test_all_ranks_hear_a_notice_after_the_same_step_whoever_reads_reports() -> None:
+    net = Net(MGDA(), lag=1, counts="equal")
+    ranks = VirtualRanks(2, net.balancer, net)
+    balancers = [net.balancer, *net.balancer._twins]
+    for balancer in balancers:
+        balancer.notice.listening = True
+    balancers[1].notice.raised = True
+    heard: list[list[bool]] = [[], []]
+
+    def work(rank: int) -> Tensor:
+        loss = net(*batch(rank))
+        loss.backward()
+        if rank == 0:
+            assert net.balancer.report.weights
+        heard[rank].append(balancers[rank].notice.heard)
+        return loss
+
+    for _ in range(3):
+        ranks.run(work)
+    assert heard == [[False, True, True]] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from program import BIN, ROOT, run
+
+from mtl_dist.tracking import read_rows
 
 ALL = sorted(path.name for path in (ROOT / "launch").glob("[!_]*.sh"))
 SCRIPTS = ("quickstart.sh", "test.sh")
@@ -329,33 +332,63 @@ def test_node_trains_with_the_engine_it_was_asked_for(clone, tmp_path, name, fou
     assert (engine["distributed_type"], engine["zero_stage"], engine["num_processes"]) == found
 
 
-def test_a_slurm_job_trains_on_all_its_nodes(clone, tmp_path):
-    """`srun` stands in: it starts what it is given once for each of two nodes, which meet on this machine."""
+@pytest.fixture
+def slurm(clone, tmp_path):
+    """Runs launch/slurm.sh as sbatch does. `srun` starts its command once for each node, on this machine."""
     installed(clone, "recipes")
     tools = tmp_path / "tools"
-    executable(
-        tools / "scontrol", 'test "$*" = "show hostnames first,second" && echo 127.0.0.1 && echo second'
-    )
+    show = 'test "$*" = "show hostnames first,second" && echo 127.0.0.1 && echo second'
+    requeue = f'requeue) echo "$@" >>{tmp_path}/requeued'
+    executable(tools / "scontrol", f"case $1 in {requeue} ;; *) {show} ;; esac")
+    everything = f"pkill -USR1 -f 'mtl_dist.train .*={tmp_path}/out'"  # the launchers too, as SLURM
+    executable(tools / "scancel", f'echo "$@" >>{tmp_path}/sent; {everything}')
     both = 'shift; SLURM_NODEID=0 "$@" & a=$!; SLURM_NODEID=1 "$@" & b=$!; wait $a && wait $b'
-    executable(tools / "srun", f'test "$1" = --kill-on-bad-exit=1 || exit 9; {both}')
+    one = 'if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then shift; exec "$@"; fi'
+    executable(tools / "srun", f'test "$1" = --kill-on-bad-exit=1 || exit 9; {one}; {both}')
     shutil.copy(clone / "launch/slurm.sh", tmp_path / "slurm_script")  # sbatch runs a copy
-    env = {
-        "PATH": f"{tools}:/usr/bin:/bin",
-        "SLURM_SUBMIT_DIR": str(clone),
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "first,second",
-        "NPROC_PER_NODE": "1",
-        "PORT": str(free_port()),
-    }
-    settings = ["steps=2", f"output_dir={tmp_path / 'out'}"]
-    done = run(
-        "bash", tmp_path / "slurm_script", "ddp", RECIPE, *settings, env=env, cwd=tmp_path, timeout=200
-    )
+
+    def of(nodes, *settings, before=""):
+        env = {
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "SLURM_SUBMIT_DIR": str(clone),
+            "SLURM_JOB_ID": "77",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_JOB_NODELIST": "first,second",
+            "NPROC_PER_NODE": "1",
+            "PORT": str(free_port()),
+        }
+        script = f'{before} exec bash "{tmp_path}/slurm_script" "$@"'
+        arguments = ["ddp", RECIPE, f"output_dir={tmp_path / 'out'}", *settings]
+        return run("bash", "-c", script, "slurm", *arguments, env=env, cwd=tmp_path, timeout=200)
+
+    return of
+
+
+def test_a_slurm_job_trains_on_all_its_nodes(slurm, tmp_path):
+    done = slurm(2, "steps=2")
     assert done.returncode == 0, done.stderr
     engine = summary(tmp_path / "out")["engine"]
     assert (engine["distributed_type"], engine["num_processes"]) == ("MULTI_CPU", 2)
     assert done.stdout.count("2 steps, 2 process(es) on cpu") == 1  # one of the nodes has rank 0
+    assert "this job has no GPUs (sbatch --gpus-per-node G asks for them): training on the CPU" in done.stderr
+
+
+@pytest.mark.long
+def test_a_slurm_job_saves_ahead_of_its_time_limit_and_goes_on_when_it_is_queued_again(slurm, tmp_path):
+    """A real signal to the script, as --signal=B:USR1 sends it."""
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    signal = f"(until [ -s {metrics} ]; do sleep 0.1; done; kill -USR1 $$) &"
+    settings = ("steps=400", "recipe.num_validation=20", "checkpoint_every=1000")
+    first = slurm(1, *settings, before=signal)
+    assert first.returncode != 0
+    assert (tmp_path / "sent").read_text() == "--signal=USR1 77\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n", first.stderr
+    said = re.search(r"stopped by a signal after step (\d+) of 400, which is saved", first.stderr)
+    saved = int(said[1])
+    assert (tmp_path / "out" / "checkpoints" / f"step_{saved:08d}").is_dir()
+    again = slurm(1, "steps=" + str(saved + 1), *settings[1:])
+    assert again.returncode == 0, again.stderr
+    assert [row["train/global_step"] for row in read_rows(metrics)] == list(range(1, saved + 2))
 
 
 def free_port() -> int:

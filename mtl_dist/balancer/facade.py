@@ -208,6 +208,7 @@ class Balancer(BalancerCalls):
         """A call in training mode: one step."""
         self._connect()
         self._underway.arrive()
+        self._synchronizer.notice.settle()
         held = self._updates_left is not None and self._updates_left <= 0
         if not held:
             self._progress.begin()

@@ -132,6 +132,7 @@ class LaggedStep(Step):
             self.progress.report = self.report  # the object that was asked for, so that it is not read twice
 
     def _received(self, summed: Summed) -> Reduced:
+        self.synchronizer.notice.hear(summed, late=True)
         self.look_at_ranks(summed, self._call)
         if self.equal_counts and self.world_size > 1:
             self.errors.judge(summed.copy, partial(self._explain_counts, summed))

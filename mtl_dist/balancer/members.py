@@ -20,7 +20,7 @@ from mtl_dist.checks import Check, Finding
 from mtl_dist.engines import Engine, EngineView
 from mtl_dist.probes import Probe
 from mtl_dist.stats import StepReport
-from mtl_dist.sync import Synchronizer
+from mtl_dist.sync import Notice, Synchronizer
 from mtl_dist.weighting import Rule
 
 _FIXED = ("tasks", "weighting", "probe", "on_nonfinite", "lag", "counts")
@@ -71,6 +71,11 @@ class BalancerMembers(TypedCall):
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that hold different samples; None: all ranks."""
         return self._synchronizer.group
+
+    @property
+    def notice(self) -> Notice:
+        """A flag for all ranks: it travels in the reduction of a training step, without one of its own."""
+        return self._synchronizer.notice
 
     def set_group(self, group: dist.ProcessGroup | None) -> None:
         """Sets the data-parallel group before the first step.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,6 +28,8 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._idle import IdleWatch, call_after
+from mtl_dist.integrations.compiling import warn_of_stale_locks
+from mtl_dist.integrations.network import choose_interface
 from mtl_dist.tracking import STEP_KEY
 
 EXPECTED_PROCESSES = "MTL_DIST_NUM_PROCESSES"  # the scripts in launch/ set it; you may set it too
@@ -151,22 +154,34 @@ def _watch(accelerator: Accelerator) -> IdleWatch:
     return watch
 
 
-def start(num_processes: int | None = None, data: DataLoaderConfiguration | None = None) -> Accelerator:
+def start(
+    num_processes: int | None = None,
+    data: DataLoaderConfiguration | None = None,
+    timeout: timedelta | None = None,
+) -> Accelerator:
     """An Accelerator with the engine and the number of processes that were asked for, also on a CPU.
 
     Args:
         num_processes: the required number of processes. None: the number that the launcher was asked for.
         data: how batches are divided over the ranks.
+        timeout: how long ranks wait for each other. None: torch's default, 10 minutes with NCCL and 30 with
+            Gloo.
 
     Raises:
         RuntimeError: the launch fell back silently (`check_launch`).
     """
     has_engine = any(_flag(variable) for variable in _ENGINES)
     has_device = torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
-    handlers = []
-    if has_engine and not has_device:
-        # without a backend Accelerate sees only one process; with cpu=True it turns the engine into DDP
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # without a backend Accelerate sees only one process; with cpu=True it turns the engine into DDP
+    given: dict[str, Any] = {"backend": "gloo"} if has_engine and not has_device else {}
+    if timeout is not None:
+        # Accelerate drops what equals its own default of 10 minutes, also where torch's is another
+        given["timeout"] = timeout + timedelta(microseconds=1)
+    handlers = [InitProcessGroupKwargs(**given)] if given else []
+    if not has_device:
+        choose_interface()
+    if _flag("ACCELERATE_USE_DEEPSPEED") and os.environ.get("LOCAL_RANK", "0") == "0":
+        warn_of_stale_locks()
     accelerator = Accelerator(
         cpu=not has_device and not has_engine, dataloader_config=data, kwargs_handlers=handlers
     )

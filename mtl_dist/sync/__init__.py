@@ -12,6 +12,7 @@ from mtl_dist.sync.collectives import (
 )
 from mtl_dist.sync.host import HostCopy
 from mtl_dist.sync.layout import Bad, Call, Faults, Kind, Layout
+from mtl_dist.sync.notice import Notice
 from mtl_dist.sync.synchronizer import Summed, Synchronizer
 from mtl_dist.sync.timing import Stopwatch
 
@@ -24,6 +25,7 @@ __all__ = [
     "Identity",
     "Kind",
     "Layout",
+    "Notice",
     "Stopwatch",
     "Summed",
     "Synchronizer",

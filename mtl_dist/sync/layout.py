@@ -1,7 +1,7 @@
 """What travels in one step: one buffer whose layout depends on the number of tasks only.
 
     loss sums n | upper triangle of the Gram n(n+1)/2 | faults n | counts n | squares of the counts n
-    | failure 1 | codes 3 | their squares 3
+    | failure 1 | notice 1 | codes 3 | their squares 3
 
 Ranks may disagree about their data, but never about the number of bytes. The buffer is summed over ranks,
 because everything in it adds. So do counts and codes x and their squares: ranks sent the same x exactly where
@@ -49,11 +49,13 @@ class Call(NamedTuple):
         kind: why the ranks meet.
         step: of the balancer.
         news: a digest of the state that this rank loaded since the last call; 0 if it loaded none.
+        notice: whether this rank raises its flag (`Notice`).
     """
 
     kind: Kind
     step: int
     news: int = 0
+    notice: bool = False
 
     def __str__(self) -> str:
         return f"{_NAMES[self.kind]} at step {self.step}"
@@ -117,6 +119,11 @@ class Faults:
     def failure(self) -> Bad:
         """The ranks that failed before this step's statistics (see `Synchronizer.announce_failure`)."""
         return self._decoded(self.values[self._tail + 3 * self.num_tasks])
+
+    @property
+    def notice(self) -> bool:
+        """Whether a rank raises its flag (`Notice`)."""
+        return self.values[self._tail + 3 * self.num_tasks + 1] > 0
 
     def losses_are_finite(self) -> bool:
         """Whether the losses of all ranks are."""
@@ -187,7 +194,7 @@ class Layout:
             size = loss_sums if local.gram is None else loss_sums + local.gram.diagonal()
             faulty = (size - size) != 0  # infinity minus infinity is NaN
         codes = call.codes(_EXACT if is_double else _EXACT_FLOAT32)
-        tail = [0.0, *codes, *(code * code for code in codes)]
+        tail = [0.0, float(call.notice), *codes, *(code * code for code in codes)]
         header: list[float] = []
         if local.known is not None:  # one transfer
             header = [*local.known, *(count * count for count in local.known)]

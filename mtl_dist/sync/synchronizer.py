@@ -28,6 +28,7 @@ from mtl_dist.sync.group import group_is_gone
 from mtl_dist.sync.host import HostCopy, aside
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.sync.layout import Call, Faults, Kind, Layout
+from mtl_dist.sync.notice import Notice
 from mtl_dist.sync.timing import Stopwatch
 
 _FIRST = Call(Kind.TRAINING, 0)
@@ -93,6 +94,7 @@ class Synchronizer:
 
     Attributes:
         num_tasks: n.
+        notice: a flag for all ranks, which travels with the statistics.
         stopwatch: measures the collectives of a step, including the wait for the slowest rank.
         started: whether there was a training call.
         news: a digest of the state that this rank loaded since the last training call; 0 if it loaded none.
@@ -107,6 +109,7 @@ class Synchronizer:
         self._given: Any = None if group is None else _reference(group)
 
     def _meet_nobody(self) -> None:
+        self.notice = Notice()
         self.stopwatch = Stopwatch()
         self.started = False
         self.news = 0
@@ -162,6 +165,7 @@ class Synchronizer:
             ValueError: on every rank, where ranks differ; the message shows what each of them has.
             RuntimeError: the job or the group has ended, a rank does not come, or a join context is active.
         """
+        self.notice.settle()
         first, self.started = not self.started, True
         collectives = self._collectives
         if collectives is not None and self._world is None:  # virtual ranks
@@ -242,7 +246,9 @@ class Synchronizer:
         if self._collectives is not None:
             with self.stopwatch.running(buffer.device):
                 self._collectives.start_all_reduce(buffer)()
-        return Summed(self._layout, buffer, with_gram=with_gram)
+        summed = Summed(self._layout, buffer, with_gram=with_gram)
+        self.notice.hear(summed)
+        return summed
 
     def start_reduce(
         self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call, *, with_gram: bool
@@ -289,6 +295,7 @@ class Synchronizer:
         return finish
 
     def _packed(self, local: LocalStats, faulty: Tensor | None, failed: Tensor | None, call: Call) -> Tensor:
+        call = call._replace(notice=self.notice.raised)
         return self._layout.pack(local, self.rank, call, faulty, failed)
 
     def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 METRICS = "metrics.jsonl"  # one row per optimizer step
+RUN = "run.json"  # the settings that a resumed run must not change
 SUMMARY = "summary.json"  # written when the run has finished
 REPORT = "report.html"  # written when the run has finished, or by `mtl-dist report`
 TRACKING = "tracking.json"  # the run's name in each tracker; every checkpoint has a copy

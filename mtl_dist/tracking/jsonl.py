@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mtl_dist.durable import flush, move
 from mtl_dist.tracking.files import METRICS
 from mtl_dist.tracking.keys import STEP_KEY
 from mtl_dist.tracking.rows import Row
@@ -37,12 +38,30 @@ class RowReader:
         self.unfinished = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, line in self._lines():
+            yield self._row(line, number)
+
+    def up_to(self, step: int) -> Iterator[dict[str, Any]]:
+        """The rows up to an optimizer step. What follows them may be broken, as a power cut leaves it."""
+        broken: ValueError | None = None
+        for number, line in self._lines():
+            try:
+                row = self._row(line, number)
+            except ValueError as error:
+                broken = broken or error
+                continue
+            if row.get(STEP_KEY, math.inf) <= step:
+                if broken is not None:
+                    raise broken
+                yield row
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
         with self.path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith("\n"):
                     self.unfinished = True
                 elif line.strip():
-                    yield self._row(line.rstrip("\n"), number)
+                    yield number, line.rstrip("\n")
 
     def _row(self, line: str, number: int) -> dict[str, Any]:
         try:
@@ -80,10 +99,10 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         replacement = path.with_name(path.name + ".tmp")
         with replacement.open("w", encoding="utf-8") as file:
-            for row in RowReader(path) if path.exists() else ():
-                if row.get(STEP_KEY, math.inf) <= after_step:
-                    file.write(_line(row))
-        replacement.replace(path)  # atomic: a crash here loses nothing
+            for row in RowReader(path).up_to(after_step) if path.exists() else ():
+                file.write(_line(row))
+        flush(replacement)
+        move(replacement, path)  # atomic: a crash here loses nothing
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:

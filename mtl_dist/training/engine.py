@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
@@ -25,6 +26,14 @@ def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any
         "mixed_precision": accelerator.mixed_precision,
         "model": type(model).__name__,  # the wrapper: it shows if the engine is missing
     }
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What decides the form of a checkpoint: "ddp" (also one process), "fsdp", or "zero0" to "zero3"."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "ddp"
 
 
 def take_inputs_as_parameters(model: nn.Module) -> None:

@@ -93,7 +93,9 @@ class Settings(BaseModel):
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0)
+    keep_last: int | None = Field(None, gt=0)
     num_processes: int | None = Field(None, gt=0)
+    timeout_minutes: float | None = Field(None, gt=0)
     output_dir: Path
     overwrite: bool = False
     check: bool = False
@@ -103,6 +105,11 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         check_task_names(self.recipe.object.tasks)
+        if self.overwrite and self.resume_from in ("auto", "latest"):
+            raise ValueError(
+                f"overwrite=true and resume_from={self.resume_from}: one removes the earlier run, the other "
+                "continues it; give one of them"
+            )
         build_balancer(self)
         build_trackers(self)
         return self
@@ -141,6 +148,17 @@ def build_balancer(settings: Settings) -> Balancer:
         on_nonfinite=settings.on_nonfinite,
         check=settings.check,
     )
+
+
+def run_identity(settings: Settings) -> dict[str, Any]:
+    """The settings that a resumed run must not change: they determine data, order, model and state."""
+    return {
+        "recipe": repr(settings.recipe.object),
+        "weighting": repr(settings.weighting.object),
+        "probe": repr(settings.probe.object),
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }
 
 
 def build_trackers(settings: Settings) -> list[Tracker]:

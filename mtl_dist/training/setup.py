@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,10 +16,15 @@ from torch.utils.data import DataLoader
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations.accelerate import attach, start
 from mtl_dist.recipes import Batch, BatchData, Recipe
-from mtl_dist.tracking.files import CHECKPOINTS, METRICS, REPORT, SUMMARY, TRACKING
+from mtl_dist.tracking.files import CHECKPOINTS, METRICS, REPORT, RUN, SUMMARY, TRACKING
 from mtl_dist.training.batches import StepBatches, train_loader
+from mtl_dist.training.checkpoints import move_aside, remove_unfinished, space_needed
 from mtl_dist.training.engine import take_inputs_as_parameters
-from mtl_dist.training.settings import Settings, build_balancer
+from mtl_dist.training.resume import Start
+from mtl_dist.training.settings import Settings, build_balancer, run_identity
+from mtl_dist.training.storage import check_shared, check_storage, explain_storage
+from mtl_dist.training.summary import write_json
+from mtl_dist.training.together import everyone, raise_together
 from mtl_dist.virtual import VirtualRanks
 
 
@@ -50,23 +55,24 @@ class Run:
     ranks: VirtualRanks | None = None
 
 
-def build_run(settings: Settings, done: int) -> Run:
-    """Starts the engine and builds everything from `settings`.
+def build_run(settings: Settings, accelerator: Accelerator, done: int) -> Run:
+    """Builds everything from `settings`. All ranks call it.
 
     Args:
         settings: settings of the run.
+        accelerator: that of `make_accelerator`.
         done: number of optimizer steps already done.
 
     Raises:
-        RuntimeError: the launcher did not start what was asked for.
+        RunError: on every rank, if there is too little space for the checkpoints.
         ValueError: settings that do not work together.
     """
-    accelerator = make_accelerator(settings)
     set_seed(settings.seed)
     recipe = settings.recipe.object
     train_data, eval_data = recipe.data(settings.seed)
     balancer = build_balancer(settings)
     model = recipe.model(balancer)
+    _check_space(settings, accelerator, model, done)
     take_inputs_as_parameters(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -86,7 +92,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
         ValueError: the batch size is not divisible by the number of processes, or the launcher accumulates
             gradients.
     """
-    accelerator = start(settings.num_processes, DataLoaderConfiguration(split_batches=True))
+    minutes = settings.timeout_minutes
+    timeout = None if minutes is None else timedelta(minutes=minutes)
+    accelerator = start(settings.num_processes, DataLoaderConfiguration(split_batches=True), timeout)
     started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if settings.batch_size % started:
         raise ValueError(
@@ -113,37 +121,54 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def check_output(settings: Settings) -> None:
-    """Raises an error if the output folder already has another run. Changes nothing.
+def claim_output(settings: Settings, accelerator: Accelerator, start: Start) -> None:
+    """Makes the output folder ready for a run that begins at `start`. All ranks call it.
+
+    An earlier run is removed unless it goes on; later checkpoints than that of `start` are renamed. Then the
+    ranks look whether they see one folder, if there are checkpoints.
 
     Raises:
-        ValueError: it has one; the message says what to do.
+        RunError: on every rank, if the folder cannot be written or is not the same one.
     """
-    if (settings.output_dir / METRICS).exists() and not (_continues(settings) or settings.overwrite):
-        raise ValueError(
-            f"output_dir: {str(settings.output_dir)!r} already has a run; "
-            "choose another folder, resume_from=latest, or overwrite=true"
-        )
-
-
-def claim_output(settings: Settings, accelerator: Accelerator) -> None:
-    """Creates the output folder, and removes an earlier run unless it is resumed. Call it on all ranks."""
-    accelerator.wait_for_everyone()  # every rank has checked the folder before one rank changes it
+    everyone(accelerator, None)  # every rank has looked at the folder before one rank changes it
+    problem = None
     if accelerator.is_main_process:
-        folder = settings.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _continues(settings):
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            for name in (METRICS, SUMMARY, REPORT, TRACKING):
-                (folder / name).unlink(missing_ok=True)
-            for events in folder.glob("events.out.tfevents.*"):
-                events.unlink()
-    accelerator.wait_for_everyone()
+        try:
+            _claim(settings, start)
+        except OSError as error:
+            problem = explain_storage(error, settings.output_dir)
+    raise_together(accelerator, problem)
+    if settings.checkpoint_every or start.checkpoint is not None:
+        check_shared(accelerator, settings.output_dir)
 
 
-def _continues(settings: Settings) -> bool:
-    """Whether the run resumes from a checkpoint of its own output folder."""
-    if settings.resume_from is None:
-        return False
-    own = settings.output_dir.resolve() in Path(settings.resume_from).resolve().parents
-    return settings.resume_from == "latest" or own
+def _claim(settings: Settings, start: Start) -> None:
+    folder = settings.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SUMMARY, REPORT):
+        (folder / name).unlink(missing_ok=True)
+    if start.continues:
+        for checkpoint in start.abandoned:
+            move_aside(checkpoint)
+    else:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (METRICS, TRACKING):
+            (folder / name).unlink(missing_ok=True)
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+    remove_unfinished(settings)
+    write_json(folder / RUN, run_identity(settings))
+
+
+def _check_space(settings: Settings, accelerator: Accelerator, model: nn.Module, done: int) -> None:
+    """Raises unless the checkpoints of the run fit, by what its model and AdamW have at least."""
+    parameters = list(model.parameters())
+    size = sum(parameter.nbytes for parameter in parameters)
+    size += sum(8 * parameter.numel() for parameter in parameters if parameter.requires_grad)
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            check_storage(settings.output_dir, space_needed(settings, done, size))
+        except ValueError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtl_dist.durable import write_whole
 from mtl_dist.recipes import Recipe
 from mtl_dist.tracking import Row
 from mtl_dist.training.settings import Settings
@@ -41,9 +42,7 @@ def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes `values`. The file is replaced only when it is complete."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def table(summary: Mapping[str, Any], recipe: Recipe) -> str:

@@ -9,8 +9,8 @@ import pytest
 from launcher import succeed
 
 NUM_TASKS = 3
-# loss sums, triangle of the Gram, faults, counts and squares, failure, codes and squares; float64
-BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 1 + 6)
+# loss sums, triangle of the Gram, faults, counts and squares, failure, notice, codes and squares; float64
+BYTES = 8 * (4 * NUM_TASKS + NUM_TASKS * (NUM_TASKS + 1) // 2 + 1 + 1 + 6)
 EQUAL = ["lag, equal", "lag, equal, losses"]
 
 
