@@ -155,8 +155,8 @@ def make_rule(name: str, seed: int) -> Rule:
 class Training:
     """A model under a rule, and its optimizer."""
 
-    def __init__(self, name: str, seed: int, learning_rate: float) -> None:
-        self.balancer = Balancer(RECIPE.tasks, make_rule(name, seed))
+    def __init__(self, name: str, seed: int, learning_rate: float, lag: int = 0) -> None:
+        self.balancer = Balancer(RECIPE.tasks, make_rule(name, seed), lag=lag)
         self.held_out = data(seed)[2]
         torch.manual_seed(seed)
         self.model: nn.Module = RECIPE.model(self.balancer)
@@ -179,12 +179,12 @@ class Training:
         self.model.train()
 
 
-def train(job: tuple[str, int], schedule: Schedule) -> Outcome:
+def train(job: tuple[str, int], schedule: Schedule, lag: int = 0) -> Outcome:
     """Runs one training. Returns its validation metrics."""
     name, seed = job
     torch.set_num_threads(1)
     train_data, validation, _ = data(seed)
-    training = Training(name, seed, schedule.learning_rate)
+    training = Training(name, seed, schedule.learning_rate, lag)
     try:
         for indices in StepBatches(len(train_data), BATCH, seed, 0, schedule.steps):
             training.step(train_data.__getitems__(indices))

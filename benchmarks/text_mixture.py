@@ -64,19 +64,20 @@ class OverTokens(torch.nn.Module):
         return mean
 
 
-def make_balancer(name: str) -> torch.nn.Module:
+def make_balancer(name: str, lag: int = 0) -> torch.nn.Module:
     """A balancer with the rule of this name, with default arguments, or the baseline."""
     if name == TOKENS:
         return OverTokens()
     rule: Rule = RULES[name]()
-    return Balancer(TASKS, rule, probe=SharedLayerProbe() if rule.needs.name != "LOSSES" else None)
+    probe = SharedLayerProbe() if rule.needs.name != "LOSSES" else None
+    return Balancer(TASKS, rule, probe=probe, lag=lag)
 
 
-def train(name: str, seed: int, steps: int, learning_rate: float) -> Metrics:
+def train(name: str, seed: int, steps: int, learning_rate: float, lag: int = 0) -> Metrics:
     """Runs one training. Returns its validation metrics."""
     samples, validation = data(seed)
     torch.manual_seed(seed)
-    model = RECIPE.model(make_balancer(name))
+    model = RECIPE.model(make_balancer(name, lag))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
     for indices in StepBatches(len(samples), BATCH, seed, 0, steps):
         model(**samples.__getitems__(indices)).backward()

@@ -84,6 +84,8 @@ class Settings(BaseModel):
     weighting: RuleSetting = Field("equal", validate_default=True)
     probe: ProbeSetting = Field(None, validate_default=True)
     on_nonfinite: Literal["raise", "skip", "hold"] = "raise"
+    lag: Literal[0, 1] = 0
+    counts: Literal["given", "equal"] = "given"
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -146,6 +148,8 @@ def build_balancer(settings: Settings) -> Balancer:
         settings.weighting.object,
         probe=settings.probe.object,
         on_nonfinite=settings.on_nonfinite,
+        lag=settings.lag,
+        counts=settings.counts,
         check=settings.check,
     )
 
