@@ -46,6 +46,7 @@ class LaggedStep(Step):
     _dtype: torch.dtype = torch.float32
     _packed: tuple[LocalStats, Tensor | None] | None = None
     _finish: Callable[[], Reduced] | None = None
+    _finish_explicit: Callable[[], Summed] | None = None
 
     def weights(self, losses: LocalLosses) -> Tensor:
         """`[n]`, the weights of this step."""
@@ -69,6 +70,7 @@ class LaggedStep(Step):
         """`[n]` weights of this step, for probes that measure before the backward."""
         self._dtype = dtype
         self._finish = reduced.here
+        self._start_explicit()
         weights = self.progress.weights.to(reduced.total.counts.device)
         return weights.masked_fill(reduced.total.counts <= 0, 0)
 
@@ -122,6 +124,17 @@ class LaggedStep(Step):
                 local, faulty, self._failed, self._call, with_gram=local.gram is not None
             )
             self._finish = lambda: self._received(finish())
+            self._start_explicit()
+
+    def _start_explicit(self) -> None:
+        """Sends what a check measured, now: ranks may read what arrives at different moments."""
+        if self._explicit is not None:
+            self._finish_explicit = self.synchronizer.start_reduce(
+                self._explicit, None, None, self.call(Kind.CHECK), with_gram=True
+            )
+
+    def _explicit_sum(self) -> Summed:
+        return super()._explicit_sum() if self._finish_explicit is None else self._finish_explicit()
 
     def finish(self) -> None:
         """Waits for the statistics, and lets the rule learn from them."""
@@ -179,6 +192,10 @@ class Expected:
 
     local: LocalStats
     finish: Callable[[], Summed]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A sum on its way belongs to this process: a copy expects nothing."""
+        return type(None), ()
 
 
 class Underway:

@@ -185,6 +185,11 @@ class Step:
         if self.checker is not None and self.measure:
             self._explicit = self.checker.measure(features, heads, self)
 
+    def _explicit_sum(self) -> Summed:
+        """The explicit statistics of all ranks, by a reduction of their own."""
+        assert self._explicit is not None
+        return self.synchronizer.reduce(self._explicit, call=self.call(Kind.CHECK))
+
     def not_finite(self) -> bool:
         """Whether a statistic of this step was not finite. Waits for the device."""
         return self._bad is not None and bool(self._bad)
@@ -211,7 +216,7 @@ class Step:
         check, progress = self.checker, self.progress
         if check is None or self._explicit is None:
             return None
-        explicit = self.synchronizer.reduce(self._explicit, call=self.call(Kind.CHECK)).total
+        explicit = self._explicit_sum().total
         check.compare(explicit, reduced.total, self.step)
         if progress.window is not None or progress.lag:  # the weights follow from other statistics
             return None

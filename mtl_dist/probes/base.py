@@ -93,6 +93,10 @@ class LaggedStep(StepContext, Protocol):
         """`[n]` each: `α`; `β`, weights that hide no gradient (at least 2⁻¹⁰ of the largest); and `α / β`."""
         ...
 
+    def coefficients(self, losses: LocalLosses) -> Tensor:
+        """`[n]`, `α_i s_i`, what the losses of this rank are multiplied with."""
+        ...
+
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
         """`[n]`, `s_i` of this rank (None: 1 for every task that it has), and `[n]`, `c_i / s_i`."""
         ...

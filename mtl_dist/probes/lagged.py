@@ -16,6 +16,7 @@ from mtl_dist.losses import (
     LocalLosses,
     SampleLosses,
     TaskLosses,
+    anchored,
     split,
 )
 from mtl_dist.probes.base import LaggedStep
@@ -52,6 +53,11 @@ def lagged(
         ValueError: a loss depends on what another head computed, or on the features past its argument.
     """
     shared = split(features, detach=False)
+    if weighs_heads and not step.measure:
+        plain = heads.at(shared.rebuild(), shared.leaves[0].device)
+        total = plain.total(step.coefficients(plain))
+        step.send(plain.stats())
+        return total if total.requires_grad else anchored(total, shared.leaves)
     passage = _Lagged(step, to_gram or _at_features)
     branches = branch(passage, shared, len(step.tasks) if heads.separable else 1)
     if heads.separable:
@@ -64,7 +70,7 @@ def lagged(
         protect(losses, branches.views)
     passage.begin(losses, weighs_heads=weighs_heads)
     total = losses.total(_times(passage.root_weights, passage.shares))
-    if not weighs_heads or not step.measure:
+    if not weighs_heads:
         return rooted(total, branches, passage)
     with torch.no_grad():
         value = losses.total(_times(passage.weights, passage.shares))
@@ -108,11 +114,8 @@ class _Lagged:
         if not weighs_heads:
             ratio = self.weights = self.step.weights(losses)
             self.root_weights = torch.ones_like(self.weights)
-        elif self.step.measure:
-            self.weights, self.root_weights, ratio = self.step.visible_weights(losses)
         else:
-            self.weights = self.root_weights = self.step.weights(losses)
-            ratio = torch.ones_like(self.weights)
+            self.weights, self.root_weights, ratio = self.step.visible_weights(losses)
         self.shares, self._unit = self.step.shares(losses)
         self._local = losses.stats()
         self._all_count = isinstance(losses, TaskLosses) and losses.all_count
