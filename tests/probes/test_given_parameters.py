@@ -31,7 +31,10 @@ class Field(nn.Module):
         x = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
         (curve,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-        return {"pde": (curve + self(x)).square().mean(), "edge": self(torch.ones_like(x[:1])).square().mean()}
+        return {
+            "pde": (curve + self(x)).square().mean(),
+            "edge": self(torch.ones_like(x[:1])).square().mean(),
+        }
 
 
 def explicit(losses: dict[str, Tensor], parameters: list[Tensor]) -> Tensor:
