@@ -17,6 +17,7 @@ def right(balancer: Balancer, z: Tensor, losses: dict[str, Tensor | None], ids: 
     total = balancer((z, {"more": z}), lambda z: losses, counts={"a": 3})
     total = balancer(z, lambda z: losses, layer=nn.Linear(1, 1))
     total = balancer(z, lambda z: z.sum(1), task_ids=ids, mask=ids)
+    total = balancer(losses, parameters=nn.Linear(1, 1)) + balancer(losses, counts={"a": 3}, parameters=[z])
     return total + balancer(z, task_ids=ids)
 
 

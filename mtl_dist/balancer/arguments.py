@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mtl_dist.probes import FeatureTap, Probe
+from mtl_dist.probes import FeatureTap, ParameterProbe, Probe
 
+PARAMETERS_OF_HEADS = (
+    "parameters= goes with losses, balancer(losses, parameters=...); with features and heads, give "
+    "Balancer(..., probe=ParameterProbe(parameters=lambda: ...))"
+)
 OnNonfinite = Literal["raise", "skip", "hold"]
 CountsOf = Literal["given", "equal"]
 
@@ -61,3 +65,20 @@ def checked_lag(lag: int, counts: CountsOf, on_nonfinite: OnNonfinite) -> tuple[
             'use "hold" or "raise", or lag=0'
         )
     return lag, counts
+
+
+def probe_at_parameters(probe: Probe, given: bool, window: int | None) -> ParameterProbe:
+    """The probe of a call with `parameters=`: the one that was given, or the default settings.
+
+    Raises:
+        ValueError: another probe was given, or the weights hold for windows.
+    """
+    if isinstance(probe, ParameterProbe):
+        return probe
+    if given:
+        raise ValueError(
+            f"parameters= is measured by ParameterProbe, and the balancer has {probe!r}: leave probe= out, "
+            "or give ParameterProbe(every=...)"
+        )
+    checked_window(window, ParameterProbe())
+    return ParameterProbe()

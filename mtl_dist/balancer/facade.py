@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist.balancer.arguments import (
+    PARAMETERS_OF_HEADS,
     CountsOf,
     OnNonfinite,
     checked_lag,
     checked_policy,
     checked_tasks,
     checked_window,
+    probe_at_parameters,
 )
 from mtl_dist.balancer.calls import BalancerCalls, Collector
 from mtl_dist.balancer.client_losses import ClientLosses
@@ -43,6 +45,7 @@ class Balancer(BalancerCalls):
         loss = balancer(z, {"depth": lambda z: depth_loss(z, y), "normal": lambda z: normal_loss(z, y)})
         loss = balancer(z, lambda z: decode(z, y))           # one function, a mapping of losses
         loss = balancer({"depth": l1, "normal": l2})         # rules that read losses only
+        loss = balancer({"depth": l1, "normal": l2}, parameters=trunk.parameters())
 
     With local mean losses `l_i` over `c_i` samples, rank r of W returns `Σ α_i (W c_i / C_i) l_i`. An engine
     that averages gradients over ranks then computes the gradient of `Σ α_i L_i` on the concatenated batch.
@@ -159,6 +162,7 @@ class Balancer(BalancerCalls):
         layer: nn.Module | None = None,
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        parameters: Any = None,
     ) -> Tensor:
         """One scalar, ready for the backward of any engine.
 
@@ -178,6 +182,9 @@ class Balancer(BalancerCalls):
                 heads, the tensor of these losses is given first. Samples must not interact in the heads.
             mask: with `task_ids`, of the losses' shape: which of them count, or the weight of each. Counts
                 are its sums.
+            parameters: without heads, where the gradients of the losses are measured: a module or tensors,
+                the same on every rank (a layer, the trunk, a generator's last layer). Settings are those of
+                `ParameterProbe`. Not where an engine shards them (FSDP2, ZeRO-3).
 
         Raises:
             ValueError: unknown tasks, losses that are not scalars, losses <= 0 under a rule that takes
@@ -187,14 +194,20 @@ class Balancer(BalancerCalls):
         """
         if (twin := self._virtual_twin()) is not None:
             total: Tensor = twin.forward(
-                features, heads, counts=counts, layer=layer, task_ids=task_ids, mask=mask
+                features,
+                heads,
+                counts=counts,
+                layer=layer,
+                task_ids=task_ids,
+                mask=mask,
+                parameters=parameters,
             )
             return total
         features, heads, counts = self._client.read(features, heads, counts, task_ids)
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
-        return self._trained(features, heads, counts, layer, task_ids, mask)
+        return self._trained(features, heads, counts, layer, task_ids, mask, parameters)
 
     def _trained(
         self,
@@ -204,6 +217,7 @@ class Balancer(BalancerCalls):
         layer: nn.Module | None,
         task_ids: Tensor | None,
         mask: Tensor | None,
+        parameters: Any,
     ) -> Tensor:
         """A call in training mode: one step."""
         self._connect()
@@ -217,7 +231,7 @@ class Balancer(BalancerCalls):
             if will_run_again():
                 raise explain_recomputation()
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
-            total = self._total(features, read, layer, step)
+            total = self._total(features, read, layer, parameters, step)
         except Exception:
             if not step.reduced:
                 self._synchronizer.announce_failure(step.first_call)
@@ -234,9 +248,13 @@ class Balancer(BalancerCalls):
             self._guard.follow(total, window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
 
-    def _total(self, features: Any, read: Heads, layer: nn.Module | None, step: Step) -> Tensor:
+    def _total(
+        self, features: Any, read: Heads, layer: nn.Module | None, parameters: Any, step: Step
+    ) -> Tensor:
         if read.on_losses:
-            return self._of_losses(features, read, step)
+            return self._of_losses(features, read, parameters, step)
+        if parameters is not None:
+            raise ValueError(PARAMETERS_OF_HEADS)
         shared = self._shared(features, layer)
         if self._check is not None:
             step.check(shared, read)
@@ -255,18 +273,24 @@ class Balancer(BalancerCalls):
             return features
         return LayerInput(layer, features) if probe.takes_layers else layer(features)
 
-    def _of_losses(self, given: Any, heads: Heads, step: Step) -> Tensor:
-        if self.weighting.needs > Needs.LOSSES:
+    def _of_losses(self, given: Any, heads: Heads, parameters: Any, step: Step) -> Tensor:
+        if parameters is None and self.weighting.needs > Needs.LOSSES:
             raise ValueError(
-                f"{self.weighting!r} reads gradients: call balancer(features, heads), not balancer(losses)"
+                f"{self.weighting!r} reads gradients: call balancer(features, heads), or say where they are "
+                "measured, balancer(losses, parameters=net.parameters())"
             )
-        step.measure = False
         losses = heads.at(given, self._device_of(given))
-        if isinstance(step, LaggedStep):
-            total = losses.total(step.coefficients(losses))
-            step.send(losses.stats())
-            return total if total.requires_grad else without_graph(total, losses, step)
-        reduced = step.reduce(losses.stats())
+        losses = heads.at(given, self._device_of(given))
+        if parameters is not None and step.measure:
+            probe = probe_at_parameters(self.probe, self._probe_given, self.window)
+            reduced = probe.of_losses(losses, parameters, step)
+        else:
+            step.measure = False
+            if isinstance(step, LaggedStep):
+                total = losses.total(step.coefficients(losses))
+                step.send(losses.stats())
+                return total if total.requires_grad else without_graph(total, losses, step)
+            reduced = step.reduce(losses.stats())
         total = losses.total(step.decide(reduced, losses.dtype) * reduced.shares)
         return total if total.requires_grad else without_graph(total, losses, step)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
 from mtl_dist.losses import Counts, HeadFunctions, Losses
+
+Parameters = nn.Module | Tensor | Iterable[Tensor]
 
 
 class TypedCall(nn.Module):
@@ -16,10 +18,20 @@ class TypedCall(nn.Module):
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, losses: Losses, /, *, counts: Counts | None = None) -> Tensor: ...
+        def __call__(
+            self, losses: Losses, /, *, counts: Counts | None = None, parameters: Parameters | None = None
+        ) -> Tensor: ...
 
         @overload
-        def __call__(self, losses: Tensor, /, *, task_ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
+        def __call__(
+            self,
+            losses: Tensor,
+            /,
+            *,
+            task_ids: Tensor,
+            mask: Tensor | None = None,
+            parameters: Parameters | None = None,
+        ) -> Tensor: ...
 
         @overload
         def __call__(

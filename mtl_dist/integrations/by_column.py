@@ -103,7 +103,7 @@ class _Forward:
     def __init__(self, model: Any, balancer: Balancer, rows: RowLosses) -> None:
         self._model, self._balancer, self._rows = model, balancer, rows
         self._inner: Callable[..., Any] = model.forward
-        self._of_head: tuple[Tensor, Tensor] | None = None
+        self._of_head: tuple[Tensor, Any] | None = None  # what the output head read, and wrote
         self.fused: FusedHead | None = None
 
     def install(self) -> None:
@@ -178,7 +178,7 @@ class _Forward:
     def _layer_of(self, logits: Tensor) -> tuple[Tensor, Any]:
         """Input of the output head, and the head as a layer that was called already."""
         found, self._of_head = self._of_head, None
-        if found is None or found[1] is not logits:
+        if found is None or found[1] != _numbers(logits):
             raise ValueError(
                 f"SharedLayerProbe: {type(self._model).__name__} changes the output of its head (a scale, a "
                 "soft cap, a choice of tokens) before the loss, so the gradient of the head's weight is not "
@@ -189,7 +189,12 @@ class _Forward:
     def _note(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Hook of the output head: what it read and wrote last."""
         if self._model.training and torch.is_grad_enabled():
-            self._of_head = (inputs[0], output)
+            self._of_head = (inputs[0], _numbers(output))
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """The same for two tensors that are the same numbers in memory, as where ZeRO-3 passes an output on."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor._version
 
 
 class _StepCounts:

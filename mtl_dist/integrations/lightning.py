@@ -7,6 +7,9 @@
 The balancer then knows when an optimizer step follows (also at the end of an epoch, inside an accumulation),
 which steps the loss scaler skipped, and the loss scale. Its state is in Lightning's checkpoints, and its rows
 in the trainer's loggers. `lightning` and `pytorch_lightning` both work.
+
+With Fabric, call `attach(model.balancer, fabric)` first; `fabric.save(path, {..., "balancer": balancer})`
+keeps its state. The loop is yours, so windows count calls, and a step inside a window is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine
 from mtl_dist.integrations._attached import Attached
+from mtl_dist.integrations._fabric import attach_to_fabric, detach_from_fabric, is_fabric
 from mtl_dist.integrations._idle import IdleWatch
 from mtl_dist.integrations._log_window import LogWindow
 from mtl_dist.tracking import check_task_names
@@ -40,7 +44,7 @@ def attach(balancer: Balancer, trainer: Any, *, name: str = "balancer", late: bo
 
     Args:
         balancer: the balancer in the model that the trainer fits.
-        trainer: a Lightning `Trainer`, or a module that has one (in its `setup`).
+        trainer: a Lightning `Trainer`, or a module that has one (in its `setup`); or a `Fabric`.
         name: name of the balancer in checkpoints. A second balancer needs another name, which is then also
             part of its keys (`mtl/<name>/weight/<task>`).
         late: whether the training may begin without the balancer. Otherwise the first optimizer step whose
@@ -54,6 +58,10 @@ def attach(balancer: Balancer, trainer: Any, *, name: str = "balancer", late: bo
         ValueError: a combination that does not work; the message says what to change.
     """
     check_task_names(balancer.tasks)
+    if is_fabric(trainer):
+        _check_strategy(trainer.strategy)
+        attach_to_fabric(balancer, trainer, name, late, _data_parallel_group(trainer))
+        return balancer
     trainer = _trainer_of(trainer)
     _check_strategy(trainer.strategy)
     attached = Attached()
@@ -81,6 +89,9 @@ def detach(balancer: Balancer | str, trainer: Any) -> None:
     Raises:
         ValueError: it is not attached.
     """
+    if is_fabric(trainer):
+        detach_from_fabric(balancer, trainer)
+        return
     trainer = _trainer_of(trainer)
     for callback in _callbacks(trainer):
         found = callback.balancer
@@ -280,9 +291,9 @@ def _trainer_of(given: Any) -> Any:
     trainer = getattr(given, "_trainer", None) if isinstance(given, torch.nn.Module) else None
     if trainer is None:
         raise TypeError(
-            f"attach takes Lightning's Trainer, or a module that is fitted, got {type(given).__name__}: call "
-            "attach(model.balancer, trainer) before trainer.fit(model), or attach(self.balancer, self) in "
-            "setup"
+            "attach takes Lightning's Trainer or Fabric, or a module that is fitted, got "
+            f"{type(given).__name__}: call attach(model.balancer, trainer) before trainer.fit(model), or "
+            "attach(self.balancer, self) in setup"
         )
     return trainer
 

@@ -18,6 +18,8 @@ EXACT = 1e-6
 # what is imported before ranks are forked, and what must be installed
 CLIENTS = {
     "causal_lm": (warm.TRAINER, ()),
+    "fabric": (warm.LIGHTNING, ()),
+    "lightning_net": (warm.LIGHTNING, ()),
     "sft_lora": (warm.TRAINER, ("trl", "peft")),
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }

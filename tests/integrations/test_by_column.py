@@ -5,6 +5,7 @@ The trainings under one and two ranks are in tests/gallery.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from datasets import Dataset
+from program import ROOT
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -347,3 +350,25 @@ def test_generation_and_plain_calls_are_untouched(tmp_path: Path, rule: Rule) ->
     assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0), before)
     plain = llama().train()(input_ids=prompt, labels=prompt).loss
     assert torch.equal(model.train()(input_ids=prompt, labels=prompt).loss, plain)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_under_zero(tmp_path: Path, stage: int) -> None:
+    found = []
+    for number in (1, 2):
+        out = tmp_path / f"losses-{number}"
+        done = warm.launch(
+            *(Path(__file__).parent / "by_column_zero.py", number, out, stage),
+            env={"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "False"},
+            timeout=280,
+            modules=warm.TRAINER,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(out.read_text()))
+    for losses in found:
+        assert losses["own"] == pytest.approx(losses["plain"], rel=1e-6)
+    for way in ("own", "head", "logits"):
+        assert found[1][way] == pytest.approx(found[0][way], rel=1e-6)
+    assert found[0]["head"] != pytest.approx(found[0]["plain"], rel=1e-4)

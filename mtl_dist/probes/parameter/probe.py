@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.engines import ZERO_3, buffers_kept, in_graph, is_sharded, replayed
-from mtl_dist.losses import Heads, split
+from mtl_dist.losses import FeatureGradients, Heads, LocalLosses, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
+from mtl_dist.probes.parameter.given import ELSEWHERE, check_reached, named
 from mtl_dist.probes.parameter.rows import Trunk, check_same_parameters, parameter_rows, rows_of_losses
 from mtl_dist.probes.pipeline import Measured, evaluate, measure_without_trace, weigh
 from mtl_dist.probes.sketch import CountSketch
@@ -113,12 +114,39 @@ class ParameterProbe(Probe):
             reduced = self._with_gram(reduced, batch.measured, trunks, step)
         return weigh(batch, reduced, step)
 
+    def of_losses(self, losses: LocalLosses, parameters: Any, step: StepContext) -> Reduced:
+        """The statistics of losses that have their graph already, with the Gram at given parameters.
+
+        Each loss goes back through its whole graph, once for each bucket of parameters.
+
+        Args:
+            losses: of this rank.
+            parameters: a module, a tensor, or tensors: leaves of the graph, the same on every rank.
+            step: this step.
+
+        Raises:
+            TypeError: something else.
+            ValueError: parameters that are not trained, or that FSDP2 or ZeRO-3 shards.
+        """
+        trunk = named(parameters, self.bucket)
+        check_reached(losses, trunk, step)
+        counts = losses.counts
+        with step.engine.before_backward(losses, trunk.plan.parameters) as scale, buffers_kept():
+            if step.engine.units is not None:
+                raise ValueError(ELSEWHERE.format(engine="FSDP2"))
+            reduced = step.reduce(losses.stats())
+            check_same_parameters(trunk, step, counts.device)
+            blocks = rows_of_losses(trunk, losses.means(), scale, counts)
+            gram, faulty = summed_gram(blocks, step, len(counts), counts.device, self._sketch(step))
+        gradients = FeatureGradients((), counts, scale=scale)
+        return later_gram(reduced, gradients.unscaled(gram), faulty, step)
+
     def _with_gram(
         self, reduced: Reduced, measured: Measured, trunks: Sequence[Trunk], step: StepContext
     ) -> Reduced:
         counts = measured.losses.counts
         check_same_parameters(trunks[0], step, counts.device)
-        sketch = None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + step.step)
+        sketch = self._sketch(step)
         with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
             if measured.past:
                 blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, counts)
@@ -126,6 +154,9 @@ class ParameterProbe(Probe):
                 blocks = parameter_rows(trunks, _all_leaves(measured, trunks), counts)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, sketch)
         return later_gram(reduced, measured.gradients.unscaled(gram), faulty, step)
+
+    def _sketch(self, step: StepContext) -> CountSketch | None:
+        return None if self.sketch is None else CountSketch(self.sketch, (self.seed << 32) + step.step)
 
     def _without_trace(
         self, make: Callable[[], Any], heads: Heads, step: StepContext

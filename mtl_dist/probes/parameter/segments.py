@@ -112,7 +112,7 @@ def plan(
         leaving = (edge for node in piece.nodes for edge in _children(node, heights))
         exits = list(dict.fromkeys(edge for edge in leaving if edge[0] not in inside))
         pending = list(dict.fromkeys([*(edge for edge in pending if edge[0] not in inside), *exits]))
-        groups = [tuple(piece.leaves)] if once else _groups(piece.leaves, bucket)
+        groups = [tuple(piece.leaves)] if once else grouped(piece.leaves, bucket)
         segments.append(Segment(tuple(entries), tuple(exits), tuple(groups)))
     return Plan(tuple(segments), units, parameters)
 
@@ -198,7 +198,8 @@ def _merged(pieces: Iterable[_Piece], bucket: int) -> Iterator[_Piece]:
         yield whole
 
 
-def _groups(leaves: Sequence[Node], bucket: int) -> Iterator[tuple[Node, ...]]:
+def grouped(leaves: Sequence[Node], bucket: int) -> Iterator[tuple[Node, ...]]:
+    """Ends of a graph in groups of about `bucket` elements of parameters."""
     group: list[Node] = []
     size = 0
     for leaf in leaves:
