@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
+from mtl_dist.checks import Check
 from mtl_dist.probes import SharedLayerProbe
 from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA, Equal, Fixed, GeometricMean, InverseGradNorm, Smooth, UPGrad
@@ -116,13 +117,18 @@ def test_where_deepspeed_is_imported_its_partitions_are_looked_for(monkeypatch: 
         net(inputs()[0])
 
 
-def test_losses_on_a_small_scale_are_no_fault() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+def test_losses_on_a_small_scale_are_no_fault(scale: float) -> None:
     """Vanished is what is small beside the other tasks."""
     net = net_with(Fixed({"a": 3.0, "b": 2.0}), probe=FeatureProbe())
     for x in inputs(25):
-        net(x, a=lambda z: 1e-3 * z.square().mean(), b=lambda z: 1e-8 * (z - 1).square().mean())
+        net(
+            x,
+            a=lambda z: scale * 1e-3 * z.square().mean(),
+            b=lambda z: scale * 1e-8 * (z - 1).square().mean(),
+        )
     assert net.balancer.findings == ()
-    assert net.balancer.report.grad_norms["b"] > 1e-6 * net.balancer.report.grad_norms["a"]
+    assert net.balancer.report.grad_norms["b"] > 1e-6 * net.balancer.report.grad_norms["a"] > 0
 
 
 def test_one_task_alone_shares_its_samples_with_nobody_and_is_no_fault() -> None:
@@ -166,6 +172,7 @@ def test_a_task_that_is_not_connected(probe: object, caplog: pytest.LogCaptureFi
             net(x, b=lambda _: net.b(z.detach()).square().mean()).backward()
     (finding,) = [finding for finding in net.balancer.findings if finding.kind == "unconnected"]
     assert (finding.task, finding.rank, finding.step) == ("b", 0, 0)
+    assert str(finding).startswith("step 0, rank 0, task 'b': its loss does not depend")
     assert "does not depend on the shared features" in finding.text
     assert len([r for r in caplog.records if "does not depend" in r.getMessage()]) == 1
 
@@ -185,6 +192,7 @@ def test_a_nan_is_traced_to_loss_gradient_or_features() -> None:
             run(net)
         found = {(f.kind, f.task, f.rank, f.step) for f in net.balancer.findings}
         assert (kind, None if kind == "features" else "b", 0, 0) in found
+        assert all("on this rank" in finding.text for finding in net.balancer.findings)
 
 
 def test_a_nan_from_one_virtual_rank_names_it() -> None:
@@ -224,6 +232,7 @@ def test_weights_stuck_with_one_task() -> None:
         net(x, b=lambda z: 1e-4 * z.square().mean())
     (finding,) = net.balancer.findings
     assert (finding.kind, finding.task) == ("vertex", "b")
+    assert str(finding).startswith("step 19, task 'b': it has had more than 99.9% of all weight for 20 steps")
     assert "shortest gradient" in finding.text
 
 
@@ -236,8 +245,9 @@ def test_tasks_that_never_share_samples() -> None:
             a=lambda z, h=heads["a"]: net.a(z[:4]).square().mean(),
             b=lambda z: net.b(z[4:]).square().mean(),
         )
-    assert kinds(net.balancer) == [("disjoint", None)]
-    assert "SharedLayerProbe" in net.balancer.findings[0].text
+    (finding,) = net.balancer.findings
+    assert (finding.kind, finding.task, finding.rank, finding.step) == ("disjoint", None, 0, 2)
+    assert "SharedLayerProbe" in finding.text
 
 
 def test_a_mixture_is_checked_too() -> None:
@@ -268,6 +278,16 @@ def test_a_head_that_is_not_a_function_of_its_argument_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="explicit gradients do not confirm"):
         net(inputs()[0], b=head)
+
+
+@pytest.mark.parametrize(("error", "found"), [(1e-6, False), (2e-3, True)])
+def test_weights_that_depend_on_the_last_digits(error: float, found: bool) -> None:
+    check = Check(["a", "b"], MGDA(), FeatureProbe())
+    for step in (4, 5):
+        check.compare_weights(torch.tensor([0.5 + error, 0.5]), torch.tensor([0.5, 0.5]), step)
+    findings = check.findings.all()
+    assert [(f.kind, f.task, f.rank, f.step) for f in findings] == found * [("sensitive", None, None, 4)]
+    assert all(str(f).startswith("step 4: the weights change by 4.0e-03 when") for f in findings)
 
 
 def test_nothing_is_checked_unless_asked() -> None:

@@ -175,8 +175,14 @@ def test_missing_is_told(tmp_path: Path) -> None:
         checkpoint.load(balancer, tmp_path)
     checkpoint.save(trained(), tmp_path)
     next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"safetensors.*Resume from a complete one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"safetensors.*balancers named \[\].*Resume from a complete one"
+    ):
         checkpoint.load(balancer, tmp_path)
+    for name in ("second", "first"):
+        checkpoint.save(trained(), tmp_path, name)
+    with pytest.raises(FileNotFoundError, match=r"balancers named \['first', 'second'\]"):
+        checkpoint.load(balancer, tmp_path, "third")
     assert same(balancer, trained(2))
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_dist import collect_evaluation
+from mtl_dist import Balancer, collect_evaluation
 from mtl_dist.virtual import VirtualRanks
+from mtl_dist.weighting import Equal
 from tests.faults.small import batch, net
 
 
@@ -38,3 +39,13 @@ def test_sums_weigh_batches_by_their_counts_and_rank_by_rank() -> None:
     with collect_evaluation(model.balancer) as nothing:
         model.train()
     assert nothing.losses() == {}
+
+
+def test_many_samples_are_counted_to_the_last_one() -> None:
+    """A float32 sum of counts stops at 2^24."""
+    balancer = Balancer(["a", "b"], Equal()).eval()
+    with collect_evaluation(balancer) as sums:
+        for count in (2**24, 1, 1):
+            balancer({"a": torch.tensor(float(count == 1))}, counts={"a": count})
+    assert sums.losses() == pytest.approx({"a": 2 / (2**24 + 2)}, rel=1e-12)
+    assert sums.calls == 3

@@ -35,7 +35,8 @@ def test_a_group_of_our_own_is_like_its_parent_under_another_name() -> None:
     parent = dist.group.WORLD
     made = [make_group(parent, f"mtl_dist/0/{number}") for number in range(2)]
     assert len({parent, *made}) == 3
-    for group in made:
+    for number, group in enumerate(made):
+        assert (group.group_name, group.group_desc) == (f"mtl_dist/0/{number}", "mtl_dist")
         assert list(members(group)) == [0]
         assert timeout_of(group) == TIMEOUT
         assert dist.get_backend_config(group) == dist.get_backend_config(parent)
@@ -43,7 +44,6 @@ def test_a_group_of_our_own_is_like_its_parent_under_another_name() -> None:
         value = torch.ones(3)
         dist.all_reduce(value, group=group)
         assert value.tolist() == [1, 1, 1]
-    assert made[0].group_name != made[1].group_name
     dist.destroy_process_group(made[0])
     with pytest.raises(RuntimeError, match="was destroyed"):
         members(made[0])
@@ -85,3 +85,19 @@ def test_a_join_is_refused_while_it_lasts() -> None:
         watch.check()
     balancer({"a": torch.ones((), requires_grad=True)})
     assert balancer.step == 1
+
+
+def test_a_balancer_whose_job_has_ended_goes_on_alone_where_it_is_told_to(tmp_path: Path) -> None:
+    balancer = Balancer(["a"], Equal())
+    losses = {"a": torch.full((), 3.0, requires_grad=True)}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    balancer.set_group(dist.group.WORLD)
+    assert balancer(losses) == 3
+    with pytest.raises(RuntimeError, match="the group cannot change after the first step"):
+        balancer.set_group(None)
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="job that has ended"):
+        balancer(losses)
+    balancer.set_group(None)
+    assert balancer(losses) == 3
+    assert balancer.step == 2

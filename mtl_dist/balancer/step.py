@@ -135,10 +135,6 @@ class Step:
         self._failed = flag if self._failed is None else self._failed | flag
         self.errors.watch(flag, explain)
 
-    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """Raises `explain()` where `flag` holds."""
-        self.errors.watch(flag, explain)
-
     def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[n]` weights, the same on every rank."""
         if self.held:

@@ -57,13 +57,9 @@ class StepContext(Protocol):
         ...
 
     def refuse(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
-        """As `watch`, for a flag of this rank only: `reduce` then tells the other ranks."""
-        ...
-
-    def watch(self, flag: Tensor, explain: Callable[[], Exception]) -> None:
         """Raises `explain()` where `flag` holds: now on the CPU, at the next step elsewhere.
 
-        `flag`, a scalar bool, must be the same on all ranks.
+        `flag`, a scalar bool, is of this rank only: the next `reduce` tells the other ranks.
         """
         ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from launcher import succeed
 from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap
+from mtl_dist.stats import TaskStats
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import FAMO, MGDA, Equal, GeometricMean
+from mtl_dist.weighting import FAMO, MGDA, Equal, GeometricMean, State
 
 TASKS = ("a", "b")
 
@@ -163,7 +166,7 @@ def test_every_rank_has_buffers_of_its_own() -> None:
 
 
 def test_losses_from_outside_the_step_are_those_of_all_ranks() -> None:
-    """As one process that has seen the mean."""
+    """As one process that has seen the mean over all samples."""
     one, several = Balancer(TASKS, FAMO(feedback="after")), Balancer(TASKS, FAMO(feedback="after"))
     ranks = VirtualRanks(2, several, nn.Module())
 
@@ -172,15 +175,45 @@ def test_losses_from_outside_the_step_are_those_of_all_ranks() -> None:
 
     def work(rank: int) -> Tensor:
         several(losses(2.0))
-        several.observe(losses(0.5 + rank))
+        several.observe(losses(0.5 + rank), counts={"a": 3 - 2 * rank, "b": 1})
         return several(losses(2.0))
 
     ranks.run(work)
     one(losses(2.0))
-    one.observe(losses(1.0))
+    one.observe(losses(0.75))
     one(losses(2.0))
     assert several.weights == pytest.approx(one.weights, rel=1e-12)
     assert several.weights["a"] != several.weights["b"]
+
+
+def test_a_rank_that_is_refused_in_observe_tells_the_others() -> None:
+    balancer = Balancer(TASKS, FAMO(feedback="after"))
+    ranks = VirtualRanks(2, balancer, nn.Module())
+    losses = {task: torch.ones((), requires_grad=True) for task in TASKS}
+    heard = []
+
+    def work(rank: int) -> Tensor:
+        total = balancer(losses)
+        try:
+            balancer.observe({"c": losses["a"]} if rank else losses)
+        except Exception as error:
+            heard.append(str(error))
+            raise
+        return total
+
+    with pytest.raises(ValueError, match="unknown task"):
+        ranks.run(work)
+    assert len(heard) == 2
+    assert any("rank 1" in text for text in heard)
+
+
+def test_the_report_says_how_long_the_ranks_waited_for_each_other() -> None:
+    alone, net = Net(Balancer(TASKS, MGDA())), Net(Balancer(TASKS, MGDA()))
+    alone(torch.randn(6, 3))
+    assert alone.balancer.report.sync.seconds() == 0
+    begun = time.perf_counter()
+    run(net, VirtualRanks(2, net.balancer, net), torch.randn(6, 3))
+    assert 0 < net.balancer.report.sync.seconds() < time.perf_counter() - begun
 
 
 def test_ranks_in_different_calls_are_told_which() -> None:
@@ -198,3 +231,24 @@ def test_ranks_in_different_calls_are_told_which() -> None:
         RuntimeError, match=r"rank 0: a training call at step 1\n  rank 1: observe\(\) at step 1"
     ):
         ranks.run(work)
+
+
+@dataclass(frozen=True)
+class ByTheCall(Equal):
+    """A rule that breaks the contract: it gives other weights at each call."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+        self.calls.append(1)
+        weights, state = super().update(stats, state)
+        return weights * len(self.calls), state
+
+    def __deepcopy__(self, memo: dict) -> ByTheCall:
+        return self
+
+
+def test_weights_that_differ_are_told_rank_by_rank() -> None:
+    net = Net(Balancer(TASKS, ByTheCall()))
+    with pytest.raises(RuntimeError, match=r"virtual rank 1 has weights .*'a': 1\.0.* rank 0 \{'a': 0\.5"):
+        run(net, VirtualRanks(3, net.balancer, net), torch.randn(6, 3))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
+from mtl_dist import Balancer, Engine, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.probes import Probe
 from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm
 
@@ -92,8 +92,9 @@ def test_parameter_probe_follows_derivatives(case: str, bucket: int, ends_in_tan
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("case", ["skip", "tied", "commitment"])
-def test_parameter_probe_follows_every_other_way(case: str) -> None:
+def test_parameter_probe_follows_every_other_way(case: str, scale: float) -> None:
     """A layer of the trunk that a head reads, a tied weight, and a loss that does not read z at all."""
     net, x = Net(), points()
     h = net.first(x).tanh()
@@ -107,6 +108,8 @@ def test_parameter_probe_follows_every_other_way(case: str) -> None:
         "b": lambda z: net.head(z).square().mean(),
     }
     balancer = Balancer(["a", "b"], MGDA(), probe=ParameterProbe())
+    if scale != 1:
+        balancer.set_engine(Engine(scaled=lambda value: value * scale))
     balancer(z, heads)
     expected = true_gram([head(z) for head in heads.values()], net.shared())
     torch.testing.assert_close(balancer.report.stats.gram, expected)

@@ -7,13 +7,14 @@ import importlib
 import pickle
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mtl_dist import Balancer, ParameterProbe
+from mtl_dist import Balancer, Engine, ParameterProbe
 from mtl_dist.balancer.identity import canonical, state_digest
 from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Call, Identity, Kind, Synchronizer
@@ -88,6 +89,24 @@ def test_every_state_has_a_digest_of_24_bits() -> None:
     assert 0 < min(digests) <= max(digests) < 1 << 24
 
 
+def test_every_setting_is_compared() -> None:
+    made = [
+        Balancer(["a", "b"], Equal()),
+        Balancer(["b", "a"], Equal()),
+        Balancer(["a", "b"], Fixed({"a": 1.0, "b": 2.0})),
+        Balancer(["a", "b"], Equal(), probe=ParameterProbe()),
+        Balancer(["a", "b"], Equal(), probe=ParameterProbe(seed=1)),
+        Balancer(["a", "b"], Equal(), on_nonfinite="skip"),
+        Balancer(["a", "b"], Equal(), window=2),
+        Balancer(["a", "b"], Equal(), check=True),
+        Balancer(["a", "b"], Equal()),
+    ]
+    made[-1].set_engine(Engine(scaled=lambda value: value))
+    texts = {balancer._identity().settings_text() for balancer in made}
+    assert len(texts) == len(made)
+    assert canonical(partial(print, 1)) == "partial"
+
+
 def test_sets_have_one_order_too() -> None:
     assert canonical({"b", "a"}) == canonical(frozenset("ab")) == "{'a', 'b'}"
 
@@ -110,6 +129,22 @@ def meet(boards: list[Board], texts: list[str]) -> list:
     for thread in threads:
         thread.join(30)
     return found
+
+
+def test_the_first_rank_waits_for_the_last() -> None:
+    store = dist.HashStore()
+    first, last = Board(store, [0, 1], 0), Board(store, [0, 1], 1)
+    late = threading.Timer(0.1, lambda: last.exchange("late", 20))
+    late.start()
+    assert first.exchange("early", 20) == ["early", "late"]
+    late.join(30)
+
+
+def test_no_two_sets_of_ranks_have_a_round_in_common() -> None:
+    sets = [[0], [1], [0, 1], [1, 0], [11], list(range(64)), list(range(65))]
+    names = {Board(dist.HashStore(), ranks, 0).name for ranks in sets}
+    assert len(names) == len(sets)
+    assert max(map(len, names)) < 64, "a key of a store"
 
 
 def test_a_rank_that_missed_a_round_meets_the_others_in_the_next() -> None:

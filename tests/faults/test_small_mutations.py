@@ -169,7 +169,8 @@ def test_everything_goes_to_the_device_of_the_losses(
     balancer = Balancer(TASKS, CoBa(), window=window)
     for _ in range(2):
         balancer({task: torch.ones((), requires_grad=True) for task in TASKS})
-    monkeypatch.setattr("mtl_dist.balancer.progress.stats_dtype", lambda device: torch.float32)
+    precision = {"cpu": torch.float64, "meta": torch.float32}
+    monkeypatch.setattr("mtl_dist.balancer.progress.stats_dtype", lambda device: precision[device.type])
     balancer.eval()({task: torch.ones((), device="meta") for task in TASKS})
     progress = vars(balancer._progress)
     progress["window's"] = vars(progress["_window"].total)
@@ -180,3 +181,4 @@ def test_everything_goes_to_the_device_of_the_losses(
         assert value.dtype == torch.float32 or not value.is_floating_point()
     assert balancer.step == (2 if window is None else 0)
     assert progress["_before"].step == 0
+    assert progress["_window"].calls == (0 if window is None else 2)

@@ -61,11 +61,15 @@ def test_a_linear_layer_of_transformers_is_measured_unless_something_changes_its
         Balancer(TASKS, MGDA(), probe=SharedLayerProbe())(x, heads(), layer=layer)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_columns_of_the_gradients_some_at_a_time(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "groups"), [("exact", 1), ("exact", 2), ("kernel", 1)])
+def test_the_gradients_some_columns_or_rows_at_a_time(
+    form: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wide layers are measured."""
     layer, x = nn.Conv1d(4, 6, 2, groups=groups), torch.randn(3, 4, 5)
-    monkeypatch.setattr("mtl_dist.probes.shared_layer.products.BLOCK", 2 * 8 * 2)
-    balancer = Balancer(TASKS, MGDA(), probe=SharedLayerProbe(form="exact"))
+    for module in ("products", "kernel"):
+        monkeypatch.setattr(f"mtl_dist.probes.shared_layer.{module}.BLOCK", 32)
+    balancer = Balancer(TASKS, MGDA(), probe=SharedLayerProbe(form=form))
     balancer(x, heads(), layer=layer).backward()
     torch.testing.assert_close(
         balancer.report.stats.gram, explicit(layer, x, layer.weight), rtol=1e-5, atol=0

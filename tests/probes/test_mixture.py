@@ -198,6 +198,35 @@ def test_ids_of_masked_samples_may_be_anything(probe: Probe, wrong: int) -> None
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "mask", "total"),
+    [
+        (torch.bfloat16, None, torch.float32),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float32, torch.bool, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+    ],
+)
+def test_the_total_is_float32_or_that_of_float64_losses(
+    given: torch.dtype, mask: torch.dtype | None, total: torch.dtype
+) -> None:
+    z, ids, losses = problem(3)
+    ones = None if mask is None else torch.ones(40, dtype=mask)
+    got = Balancer(names(3), Equal())(losses(z).to(given), task_ids=ids, mask=ones)
+    assert got.dtype == total
+    expected = sum(losses(z).to(given).to(total)[ids == i].mean() for i in range(3)) / 3
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("form", ["exact", "kernel"])
+def test_a_mixture_on_a_layer_that_is_not_trained_has_a_gram_of_zeros(form: str) -> None:
+    layer = nn.Linear(6, 6).requires_grad_(False)
+    _, ids, losses = problem(3)
+    balancer = Balancer(names(3), InverseGradNorm(), probe=SharedLayerProbe(form=form))
+    balancer(torch.randn(40, 6), lambda z: losses(z.detach()), task_ids=ids, layer=layer)
+    assert not balancer.report.stats.gram.any()
+
+
 def test_a_batch_without_any_task_still_has_a_backward() -> None:
     trunk = nn.Linear(6, 6)
     z, ids, losses = problem(3)
@@ -258,6 +287,10 @@ def test_unknown_ids_are_refused(wrong: int, training: bool) -> None:
         (
             {"task_ids": torch.zeros(40, dtype=torch.int64), "mask": torch.ones(4)},
             r"the losses' shape, \(40,\)",
+        ),
+        (
+            {"task_ids": torch.zeros(40, dtype=torch.int64), "mask": [1, 0]},
+            r"the losses' shape, \(40,\); got \[1, 0\]",
         ),
     ],
 )
