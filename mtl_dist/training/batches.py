@@ -64,7 +64,10 @@ def train_loader(data: BatchData, sampler: StepBatches) -> DataLoader[Batch]:
         data  # torch's annotation asks for `__getitem__`; its fetcher uses `__getitems__` if it exists
     )
     collate: Any = _as_is  # torch's annotation allows only lists of samples
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    # its iterators draw a seed. From torch's global generator, a resumed run would draw one more than the
+    # first
+    own = torch.Generator()
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=own)
 
 
 def eval_batches(data: BatchData, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:

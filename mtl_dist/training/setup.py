@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from mtl_dist.balancer import Balancer
@@ -80,8 +81,33 @@ def build_run(settings: Settings, accelerator: Accelerator, done: int) -> Run:
     sampler = StepBatches(len(train_data), settings.batch_size, settings.seed, done, settings.steps)
     model, prepared, loader = accelerator.prepare(model, optimizer, train_loader(train_data, sampler))
     attach(balancer, accelerator)
+    if done and isinstance(model, DistributedDataParallel):
+        first = StepBatches(len(train_data), settings.batch_size, settings.seed, 0, 1)
+        rehearse(accelerator, model, balancer, train_data, next(iter(first)))
+        prepared.zero_grad()
     ranks = VirtualRanks(settings.virtual_ranks, balancer, model) if settings.virtual_ranks > 1 else None
     return Run(settings, recipe, accelerator, balancer, model, prepared, loader, eval_data, ranks)
+
+
+def rehearse(
+    accelerator: Accelerator, model: nn.Module, balancer: Balancer, data: BatchData, batch: list[int]
+) -> None:
+    """Runs the run's first batch before a checkpoint is loaded, so that all later steps are repeated exactly.
+
+    DDP puts gradients into buckets in another order after its first backward. With three ranks and more, the
+    place in a bucket decides the order in which ranks are added. So a resumed run needs a first backward too.
+
+    Args:
+        accelerator: of the run.
+        model: wrapped by the engine.
+        balancer: in the model; it learns nothing.
+        data: the training samples.
+        batch: indices of the run's first global batch.
+    """
+    size, rank = len(batch) // accelerator.num_processes, accelerator.process_index
+    mine = data.__getitems__(batch[rank * size : (rank + 1) * size])
+    with balancer.held():
+        accelerator.backward(model(**send_to_device(mine, accelerator.device)))
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
