@@ -8,19 +8,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 # what item(), bool(), float(), int() and equal() call on every device
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
 _COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
-# on the CPU these do not reach the dispatcher: they read memory
-_METHODS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# on the CPU these read memory: the dispatcher does not see them, nor a TorchFunctionMode those in a backward
+_METHODS = ("tolist", "numpy")
 _COLLECTIVES = {"c10d", "_c10d_functional"}
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
 
@@ -55,16 +54,26 @@ class counting(TorchDispatchMode):  # used as a function, like torch.no_grad
     def __init__(self) -> None:
         super().__init__()
         self._counts = Counts()
-        self._methods = _Methods(self._counts)
 
     def __enter__(self) -> Counts:  # type: ignore[override]
-        self._methods.__enter__()
+        if not torch.cuda.is_available():  # there a copy goes before them, and the dispatcher sees it
+            for name in _METHODS:
+                setattr(Tensor, name, self._counted(getattr(Tensor, name)))
         super().__enter__()
         return self._counts
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._methods.__exit__(*error)
+        for name in _METHODS:
+            if name in vars(Tensor):
+                delattr(Tensor, name)  # the class inherits the original
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._counts.reads += 1
+            return original(tensor, *args, **kwargs)
+
+        return method
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -77,25 +86,6 @@ class counting(TorchDispatchMode):  # used as a function, like torch.no_grad
         elif not func.is_view:
             self._counts.operators += 1
         return result
-
-
-class _Methods(TorchFunctionMode):
-    """Counts the reads that do not reach the dispatcher."""
-
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self._counts = counts
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _METHODS and not torch.cuda.is_available():  # else the copy is a call of the dispatcher
-            self._counts.reads += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _to_host(func: Any, args: tuple[Any, ...], result: Any) -> bool:
