@@ -1,12 +1,13 @@
 """The price of one more meeting of the ranks, on a network with a delay, and beside a slow rank.
 
-    python benchmarks/latency.py                              # as root; 15 minutes on 2 cores
+    python benchmarks/latency.py                              # as root; 20 minutes on 2 cores
     python benchmarks/latency.py --ranks 2 --delays 0 1 --jitter 0 --rounds 3
 
 Every rank runs in a network namespace of its own; a switch in user space hands each frame on after a constant
 time (lab.py). The trunk sleeps for `--work` ms in the forward and twice as long in the backward, as the host
 does while an accelerator works, so that two cores can be up to four machines. With `--jitter 0.1` the last
 rank sleeps longer: at random, by 10 % on average and 20 % at most, in every forward and in every backward.
+With `--slow all` every rank does so, independently.
 
 In each round every variant takes eleven steps in a row, in an order that changes from round to round. Ten of
 them count, so that weights that follow from the step before have to be waited for, and `Every(10, MGDA)`
@@ -130,7 +131,7 @@ def make_step(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
         return lambda: dist.all_reduce(numbers)
     torch.manual_seed(0)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    slow = arguments.jitter[0] if rank == ranks - 1 else 0.0
+    slow = arguments.jitter[0] if arguments.slow == "all" or rank == ranks - 1 else 0.0
     net = Linear(SHAPE)
     net.trunk = nn.Sequential(net.trunk, Work(arguments.work / 1e3, slow, seed=rank))
     net.meets = name == MEETING
@@ -152,7 +153,7 @@ def make_step(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
 
 def launch(ranks: int, delay: float, jitter: float, arguments: argparse.Namespace) -> Taken:
     """Measures in a new lab with one rank on each host; `delay` in ms."""
-    options = ["--worker", "--jitter", str(jitter), "--work", str(arguments.work)]
+    options = ["--worker", "--jitter", str(jitter), "--slow", arguments.slow, "--work", str(arguments.work)]
     options += ["--rounds", str(arguments.rounds), "--variants", *arguments.variants]
     with Lab(ranks, delay / 1e3) as lab, tempfile.TemporaryDirectory() as folder:
         common = {"MASTER_ADDR": lab.address(0), "MASTER_PORT": "29500", "WORLD_SIZE": str(ranks)}
@@ -200,15 +201,16 @@ def line_through(delays: Sequence[float], medians: Sequence[float]) -> str:
     if len(set(delays)) < 2:
         return "-"
     slope, start = np.polyfit(delays, medians, 1)
-    return f"{start:.1f} + {slope:.1f} x delay"
+    sign = "-" if slope < 0 else "+"
+    return f"{start:.1f} {sign} {abs(slope):.1f} x delay"
 
 
-def table(ranks: int, jitter: float, by_delay: dict[float, Taken], command: str, notes: list[str]) -> str:
+def table(title: str, by_delay: dict[float, Taken], command: str, notes: list[str]) -> str:
     """One number of ranks and one jitter, in Markdown."""
     about = ", ".join(f"{key} {value}" for key, value in facts().items())
     rounds = min(len(taken[PLAIN]) for taken in by_delay.values())
     lines = [
-        f"## {ranks} ranks, " + (f"one slow by {jitter:.0%}" if jitter else "none slow"),
+        f"## {title}",
         "",
         f"`{command}`",
         "",
@@ -234,7 +236,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("--ranks", nargs="+", type=int, default=[2, 4], choices=[2, 3, 4])
     parsed.add_argument("--delays", nargs="+", type=float, default=[0, 0.2, 1, 5], help="one way, ms")
-    parsed.add_argument("--jitter", nargs="+", type=float, default=[0, 0.1], help="of the last rank")
+    parsed.add_argument("--jitter", nargs="+", type=float, default=[0, 0.1], help="of slow ranks")
+    parsed.add_argument("--slow", choices=["last", "all"], default="last", help="which ranks have jitter")
     parsed.add_argument("--work", type=float, default=10, help="ms that the trunk sleeps in the forward")
     parsed.add_argument("--rounds", type=int, default=8)
     parsed.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
@@ -258,7 +261,8 @@ def main() -> None:
     for ranks in arguments.ranks:
         for jitter in arguments.jitter:
             by_delay = {delay: launch(ranks, delay, jitter, arguments) for delay in arguments.delays}
-            text = table(ranks, jitter, by_delay, command, notes)
+            slow = f"{arguments.slow} slower by {jitter:.0%}" if jitter else "none slower"
+            text = table(f"{ranks} ranks, {slow}", by_delay, command, notes)
             with (arguments.out / "latency.md").open("a", encoding="utf-8") as file:
                 file.write("\n" + text)
             print(text, flush=True)
