@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 # what item(), bool(), float(), int() and equal() call on every device
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
-_COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+_COPIES = {aten._to_copy.default, aten.copy_.default}
 # on the CPU these read memory: the dispatcher does not see them, nor a TorchFunctionMode those in a backward
 _METHODS = ("tolist", "numpy")
 _COLLECTIVES = {"c10d", "_c10d_functional"}
@@ -32,7 +32,8 @@ class Counts:
         operators: calls of operators that are no views. In a small model each takes some microseconds of the
             host, whatever the device does.
         reads: times at which a host would wait for an accelerator: item, bool, float, int, tolist and copies
-            to the CPU. On the CPU `numpy()` stands for such a copy.
+            to the CPU that block. On the CPU `numpy()` stands for such a copy, and reads of what would be on
+            the host anyway count too: those of the rule and the weights with `lag=1`.
         collectives: calls of torch.distributed.
     """
 
@@ -81,16 +82,18 @@ class counting(TorchDispatchMode):  # used as a function, like torch.no_grad
         result = func(*args, **(kwargs or {}))
         if func.namespace in _COLLECTIVES:
             self._counts.collectives += 1
-        elif func in _READS or (func in _COPIES and _to_host(func, args, result)):
+        elif func in _READS or (func in _COPIES and _blocks(func, args, kwargs or {}, result)):
             self._counts.reads += 1
         elif not func.is_view:
             self._counts.operators += 1
         return result
 
 
-def _to_host(func: Any, args: tuple[Any, ...], result: Any) -> bool:
-    source = args[1] if func is aten.copy_.default else args[0]
-    return source.device.type != "cpu" and result.device.type == "cpu"
+def _blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether a copy goes from an accelerator to the host, which waits for it."""
+    into = func is aten.copy_.default
+    source, later = args[1 if into else 0], kwargs.get("non_blocking", into and len(args) > 2 and args[2])
+    return source.device.type != "cpu" and result.device.type == "cpu" and not later
 
 
 class PeakMemory:

@@ -84,6 +84,20 @@ def test_host_reads_are_counted_in_forward_and_backward():
     assert not {"tolist", "numpy"} & set(vars(Tensor)), "the methods of tensors are those of torch again"
 
 
+def test_copies_that_block_are_reads():
+    """On an accelerator, for which the meta device stands here."""
+    from counting import _blocks, aten
+
+    device, host = torch.empty(2, device="meta"), torch.empty(2)
+    to, into = aten._to_copy.default, aten.copy_.default
+    assert _blocks(to, (device,), {"device": "cpu"}, host)
+    assert _blocks(into, (host, device), {}, host)
+    assert not _blocks(to, (device,), {"device": "cpu", "non_blocking": True}, host)
+    assert not _blocks(into, (host, device, True), {}, host)
+    assert not _blocks(to, (host,), {"dtype": torch.float64}, host)
+    assert not _blocks(into, (device, host), {}, device)
+
+
 def test_peak_memory_is_that_of_the_block():
     from counting import PeakMemory
 
