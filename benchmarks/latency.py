@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -169,7 +170,7 @@ def launch(ranks: int, delay: float, jitter: float, arguments: argparse.Namespac
         texts = [path.read_text(encoding="utf-8") for path in outputs]
     found = [line.removeprefix("RESULT ") for line in texts[0].splitlines() if line.startswith("RESULT ")]
     if any(codes) or not found:
-        raise SystemExit("\n".join(texts))
+        raise SystemExit("\n".join([*texts, f"latency.py: the ranks ended with {codes} (-9: killed here)"]))
     taken: Taken = json.loads(found[0])
     return taken
 
@@ -252,6 +253,7 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the lab is taken down
     wanted = list(dict.fromkeys([PLAIN, *arguments.variants]))
     reasons = {name: reason for name in wanted if (reason := left_out(name, "ddp", ranks=2))}
     arguments.variants = [name for name in VARIANTS if name in wanted and name not in reasons]
