@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from mtl_dist import Balancer
 
 Step = Callable[[Tensor, Tensor], None]
-ENGINES = ("torch", "ddp", "fsdp2", "fsdp2-reshard", "zero-2")
+ENGINES = ("plain", "ddp", "fsdp2", "fsdp2-reshard", "zero2")
 LEARNING_RATE = 1e-3
 
 
 def start(engine: str, num_ranks: int, device: torch.device) -> None:
     """Joins the job that `engine` needs."""
-    if engine == "torch":
-        assert num_ranks == 1, "plain torch runs on one rank"
+    if engine == "plain":
+        assert num_ranks == 1, "plain torch runs on one rank; take ddp"
         return
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -33,7 +33,7 @@ def start(engine: str, num_ranks: int, device: torch.device) -> None:
 
 def engine_step(engine: str, net: nn.Module, balancer: Balancer | None) -> Step:
     """One training step of `net` under `engine`, including the optimizer."""
-    if engine == "zero-2":
+    if engine == "zero2":
         return _zero_step(net, balancer)
     model: nn.Module = net
     if engine.startswith("fsdp2"):

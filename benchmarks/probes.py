@@ -36,10 +36,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from overhead import RESULTS, Shape, facts
+from problems import Shape
+from tables import RESULTS, facts
 from torch import Tensor, nn
 
-import mtl_dist.sync
+import mtl_dist.sync.collectives
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.probes import Probe
 from mtl_dist.recipes import SideTuning
@@ -255,17 +256,17 @@ def bytes_sent(shape: Shape, num_tasks: int, samples: str) -> dict[str, int]:
 
         return call
 
-    originals = dist.all_reduce, dist.all_gather, mtl_dist.sync._reduce_scatter
+    originals = dist.all_reduce, dist.all_gather, mtl_dist.sync.collectives._reduce_scatter
     found = {}
     for name in (name for name in variants(samples) if name in PROBES):
         step = make_step(name, shape, num_tasks, samples)
         if PROBES[name].every == 1:
             step()  # in the first step ranks also compare their settings
         dist.all_reduce, dist.all_gather = counting(originals[0], 0), counting(originals[1], 1)
-        mtl_dist.sync._reduce_scatter = counting(originals[2], 1)
+        mtl_dist.sync.collectives._reduce_scatter = counting(originals[2], 1)
         counted = 0
         step()
-        dist.all_reduce, dist.all_gather, mtl_dist.sync._reduce_scatter = originals
+        dist.all_reduce, dist.all_gather, mtl_dist.sync.collectives._reduce_scatter = originals
         found[name] = counted
     return found
 
@@ -370,10 +371,10 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = shape_of(arguments)
     net = Net(shape, 2, "shared", None)
     shared = sum(p.numel() for module in (net.trunk, net.last) for p in module.parameters())
-    common = argparse.Namespace(tasks=2, batch=shape.batch, rounds=arguments.rounds, threads=1)
-    kept = ("date", "device", "processor", "cores", "torch", "python", "rounds", "batch_per_rank")
     return {
-        **{k: v for k, v in facts(common).items() if k in kept},
+        **facts(),
+        "rounds": arguments.rounds,
+        "batch_per_rank": shape.batch,
         "shared_parameters": shared,
         "sketch": SKETCH,
     }
