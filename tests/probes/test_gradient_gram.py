@@ -1,6 +1,11 @@
-"""The Gram matrix of gradients: right to 1e-13 of the norms, at any scale, length and precision."""
+"""The Gram matrix of gradients: right to 1e-13 of the norms, at any scale, length and precision.
+
+Long float32 gradients: to 1e-7, as the products of 2048 elements are rounded to float32.
+"""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -30,7 +35,29 @@ def gradients(n: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("shape", [(1,), (7, 3), (4096,), (4097,), (256, 512), (131, 1009), (70_000, 3)])
 def test_any_length(shape: tuple[int, ...]) -> None:
     rows = gradients(5, shape)
+    long = math.prod(shape) >= 1 << 14
+    assert cosine_error(rows, gradient_gram(rows, CPU)) < (1e-7 if long else 1e-13)
+
+
+def test_long_gradients_with_equal_signs_whose_rounding_adds_up() -> None:
+    rows = [[g.abs() + 1] for (g,) in gradients(3, (300_000,))]
+    assert cosine_error(rows, gradient_gram(rows, CPU)) < 1e-7
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1e-15, 1e17, 1e18, 1e30])
+def test_long_gradients_out_of_the_range_of_float32_squares(scale: float) -> None:
+    rows = gradients(4, (200, 100))
+    rows[1][0] *= scale
     assert cosine_error(rows, gradient_gram(rows, CPU)) < 1e-13
+
+
+def test_long_gradients_with_missing_and_with_zero_ones() -> None:
+    rows: list[list[Tensor | None]] = gradients(4, (200, 100), (200, 100))
+    rows[0][0] = rows[3][1] = None
+    assert cosine_error(rows, gradient_gram(rows, CPU)) < 1e-7
+    rows[1][0] = torch.zeros(200, 100)
+    got = gradient_gram(rows, CPU)
+    assert cosine_error(rows, got) < 1e-7
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-12, 1e12, 1e18, 1e30])
