@@ -261,8 +261,8 @@ def table(results: dict[str, Any]) -> str:
         f"{total} kills at random moments in {len(runs)} runs of {STEPS} steps, a checkpoint every {EVERY}, "
         f"on {MACHINES} machines with {RANKS} ranks each (`benchmarks/faults.py`). {same} of {len(runs)} "
         "runs ended bitwise equal to an undisturbed one: every row, every file of the last checkpoint. "
-        f"{stuck} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does: where a rank "
-        "is killed before all have met, torch's rendezvous waits. Steps lost are those beyond the last "
+        f"{stuck} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does: where a "
+        "rank is killed before all have met, torch's rendezvous waits. Steps lost are those beyond the last "
         f"checkpoint that was due. {system}."
     )
     return "\n".join([intro, "", *lines, ""])

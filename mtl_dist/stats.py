@@ -23,17 +23,13 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+HOST = "cpu"  # the type of devices whose values the host reads without waiting
 Lap = float | tuple[torch.Event, torch.Event]
 
 
 def stats_dtype(device: torch.device) -> torch.dtype:
     """Precision of statistics on `device`: float64, or float32 on Apple's MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether the host can read a tensor without waiting."""
-    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from subjects import build
 from torch import Tensor, nn
 
 from mtl_dist import RULES, Balancer, FeatureTap, Rule, SharedLayerProbe
-from mtl_dist.balancer import deferred, lagged_step
+from mtl_dist.balancer import deferred, lagged_step, progress
 from mtl_dist.checks import recent
 from mtl_dist.losses import gradients, samples, tasks
 from mtl_dist.probes.shared_layer import probe as layer_probe
-from mtl_dist.sync import host, synchronizer
+from mtl_dist.sync import summed, synchronizer
 from mtl_dist.weighting import InverseGradNorm, InverseLoss, helpers
 
 
@@ -167,10 +167,10 @@ class LateCopy:
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     """The accelerator's path through the library, on the CPU: no tensor may be read, copies come late."""
     noted = Waits()
-    modules = (host, synchronizer, gradients, samples, tasks, layer_probe, helpers)
+    modules = (summed, synchronizer, gradients, samples, tasks, layer_probe, helpers, deferred, progress)
     for module in modules:
-        monkeypatch.setattr(module, "on_host", lambda _: False)
-    for module in (deferred, synchronizer, recent):
+        monkeypatch.setattr(module, "HOST", "none of these")
+    for module in (deferred, summed, recent):
         monkeypatch.setattr(module, "HostCopy", lambda tensor: LateCopy(tensor, noted))
 
     @contextmanager

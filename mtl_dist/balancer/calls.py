@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from mtl_dist.balancer.client_losses import ClientLosses
-from mtl_dist.balancer.identity import identity
 from mtl_dist.balancer.lagged_step import Expected
 from mtl_dist.balancer.members import BalancerMembers
 from mtl_dist.balancer.step import Step
 from mtl_dist.checks import Watches
 from mtl_dist.losses import Counts, Losses, collect, told_counts
 from mtl_dist.stats import LocalStats
-from mtl_dist.sync import Call, Collectives, Identity, Kind, virtual_rank
-from mtl_dist.weighting import Needs
+from mtl_dist.sync import Call, Collectives, Kind, virtual_rank
 
 
 class Collector(Protocol):
@@ -32,7 +30,7 @@ class Collector(Protocol):
 class BalancerCalls(BalancerMembers):
     """The calls of `Balancer` beside `forward`, and what they share with it."""
 
-    _client: ClientLosses
+    _client: ClientLosses | None
     _probe_given: bool
     _strict: bool
     _watches: Watches
@@ -81,7 +79,8 @@ class BalancerCalls(BalancerMembers):
             return
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
-        losses, _, counts = self._client.read(losses, None, counts, None)
+        if self._client is not None:
+            losses, _, counts = self._client.read(losses, None, counts, None)
         self._connect()
         self._underway.arrive()
         step = self._new_step(Kind.OBSERVE)
@@ -146,17 +145,6 @@ class BalancerCalls(BalancerMembers):
         with self._set_inside("_collector", collector):
             yield
 
-    @property
-    def measures(self) -> bool:
-        """Whether gradients are measured at some steps: for the rule, or for the report alone."""
-        return self.weighting.needs > Needs.LOSSES or self._probe_given
-
-    def measures_at(self, step: int) -> bool:
-        """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
-        if self.weighting.needs > Needs.LOSSES:
-            return self.weighting.needs_at(step) > Needs.LOSSES
-        return self._probe_given and step % self.probe.every == 0
-
     def _virtual_twin(self) -> BalancerCalls | None:
         """The copy that the running virtual rank calls; None for rank 0 and for real ranks."""
         rank = virtual_rank.get()
@@ -178,69 +166,19 @@ class BalancerCalls(BalancerMembers):
             for balancer, outer in zip(balancers, before, strict=True):
                 setattr(balancer, name, outer)
 
-    def _connect(self) -> None:
-        """Raises what the step before left, and meets the other ranks where they were not met."""
-        if self._errors.pending:
-            self._errors.poll()
-        if self._synchronizer.connect(self._identity):
-            self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
-
-    def _new_call(self, kind: Kind) -> Call:
-        ahead = self._underway.ahead(self._progress) if kind in (Kind.TRAINING, Kind.COUNTS) else 0
-        return Call(kind, self._progress.step + ahead, self._synchronizer.news)
-
-    def _new_step(self, kind: Kind) -> Step:
-        number = self._new_call(kind).step
-        parts: dict[str, Any] = {
-            "tasks": self.tasks,
-            "step": number,
-            "rank": self._synchronizer.rank,
-            "measure": kind is Kind.TRAINING and self.measures_at(number),
-            "engine": self._engine,
-            "memory": self._memory,
-            "progress": self._progress,
-            "synchronizer": self._synchronizer,
-            "errors": self._errors,
-            "checker": self._check,
-            "watches": self._watches,
-            "strict": self._strict,
-            "held": kind is Kind.HELD,
-            "stateful": bool(self._progress.state),
-            "kind": kind,
-            "counts": None if self._engine.facts.counts is None else self._engine.facts.counts(),
-            "news": self._synchronizer.news,
-        }
-        if self.lag and kind is Kind.TRAINING:
-            closed = self._progress.closed_by_engine
-            expected, self._expected = self._expected, None
-            return self._underway.begin(
-                **parts,
-                equal_counts=self.counts == "equal",
-                expected=expected,
-                closed=closed,
-                updates=self._underway.updates_next(self._progress, closed),
-            )
-        return Step(**parts)
-
     def _device_of(self, losses: Any) -> torch.device:
         """Where losses are; where the statistics travel if this rank has none."""
         values = losses.values() if isinstance(losses, Mapping) else ()
         found = next((value.device for value in values if isinstance(value, Tensor)), None)
         return self._synchronizer.device if found is None else found
 
-    def _identity(self) -> Identity:
-        """What ranks compare where they meet."""
-        settings = {
-            "tasks": self.tasks,
-            "rule": self.weighting,
-            "probe": self.probe,
-            "measured for the report": self._probe_given,
-            "on_nonfinite": self.on_nonfinite,
-            "window": self.window,
-            "lag": self.lag,
-            "counts": self.counts,
-            "ignore and base": self._client,
-            "check": self._check is not None,
-            "loss scale": self._engine.facts.scaled is not None,
-        }
-        return identity(settings, self._progress)
+    # ---- made by `Balancer` ----
+
+    def _connect(self) -> None:
+        raise NotImplementedError
+
+    def _new_call(self, kind: Kind) -> Call:
+        raise NotImplementedError
+
+    def _new_step(self, kind: Kind) -> Step:
+        raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtl_dist.stats import HOST
 from mtl_dist.sync import HostCopy
 
 Judge = Callable[[], Exception | None]
@@ -39,8 +40,10 @@ class DeferredErrors:
 
     def watch(self, flag: Tensor, explain: Judge) -> None:
         """Raises `explain()` where `flag` (scalar bool) holds, now or at the next `poll`. None: no error."""
-        copy = HostCopy(flag)
-        self.judge(copy, partial(_where, copy, explain))
+        if flag.device.type != HOST:
+            self.pending.append(partial(_where, HostCopy(flag), explain))
+        elif flag and (error := explain()) is not None:
+            raise error
 
     def poll(self) -> None:
         """Raises the first error in what was copied since the last `poll`."""

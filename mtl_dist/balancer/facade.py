@@ -23,6 +23,7 @@ from mtl_dist.balancer.calls import BalancerCalls, Collector
 from mtl_dist.balancer.client_losses import ClientLosses
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_recomputation
+from mtl_dist.balancer.identity import identity
 from mtl_dist.balancer.lagged_step import Expected, LaggedStep, Underway
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.balancer.step import Step
@@ -33,7 +34,7 @@ from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch, Watches
 from mtl_dist.engines import EngineView, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
-from mtl_dist.sync import Kind, Synchronizer
+from mtl_dist.sync import Call, Identity, Kind, Synchronizer
 from mtl_dist.weighting import Every, Needs, Rule
 
 
@@ -116,7 +117,7 @@ class Balancer(BalancerCalls):
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        self._client = ClientLosses.checked(self.tasks, ignore, base)
+        self._client = ClientLosses.checked(self.tasks, ignore, base) if ignore or base is not None else None
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
@@ -192,7 +193,7 @@ class Balancer(BalancerCalls):
                 or rule (on every rank, at the first step).
             RuntimeError: another rank failed before this step.
         """
-        if (twin := self._virtual_twin()) is not None:
+        if self._twins and (twin := self._virtual_twin()) is not None:
             total: Tensor = twin.forward(
                 features,
                 heads,
@@ -203,7 +204,8 @@ class Balancer(BalancerCalls):
                 parameters=parameters,
             )
             return total
-        features, heads, counts = self._client.read(features, heads, counts, task_ids)
+        if self._client is not None:
+            features, heads, counts = self._client.read(features, heads, counts, task_ids)
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
@@ -220,13 +222,7 @@ class Balancer(BalancerCalls):
         parameters: Any,
     ) -> Tensor:
         """A call in training mode: one step."""
-        self._connect()
-        self._underway.arrive()
-        self._synchronizer.notice.settle()
-        held = self._updates_left is not None and self._updates_left <= 0
-        if not held:
-            self._progress.begin()
-        step = self._new_step(Kind.HELD if held else Kind.TRAINING)
+        step = self._begun_step()
         try:
             if will_run_again():
                 raise explain_recomputation()
@@ -238,7 +234,7 @@ class Balancer(BalancerCalls):
             self._underway.forget(step)
             raise
         self._synchronizer.news = 0  # all ranks have heard of it
-        if self._updates_left is not None and not held:
+        if self._updates_left is not None and not step.held:
             self._updates_left -= 1
         self._uses.calls += 1
         if total.requires_grad:
@@ -247,6 +243,73 @@ class Balancer(BalancerCalls):
         if window is not None and window > 1 and self._engine.facts.closes_window is None:
             self._guard.follow(total, window, inside=self._progress.inside_window)
         return zeroed(total) if self.on_nonfinite == "skip" and step.not_finite() else total
+
+    @property
+    def measures(self) -> bool:
+        """Whether gradients are measured at some steps: for the rule, or for the report alone."""
+        return self.weighting.needs > Needs.LOSSES or self._probe_given
+
+    def measures_at(self, step: int) -> bool:
+        """Whether gradients are measured at `step`: where the rule reads them, or for the report alone."""
+        if self.weighting.needs > Needs.LOSSES:
+            return self.weighting.needs_at(step) > Needs.LOSSES
+        return self._probe_given and step % self.probe.every == 0
+
+    def _connect(self) -> None:
+        """Raises what the step before left, and meets the other ranks where they were not met."""
+        if self._errors.pending:
+            self._errors.poll()
+        if self._synchronizer.connect(self._identity):
+            self._engine.learn(self._engine.facts)  # what was found before the ranks met may not hold
+
+    def _begun_step(self) -> Step:
+        """Begins a training call, and its step."""
+        self._connect()
+        if self.lag:
+            self._underway.arrive()
+            self._synchronizer.notice.settle()
+        held = self._updates_left is not None and self._updates_left <= 0
+        if not held:
+            self._progress.begin()
+        return self._new_step(Kind.HELD if held else Kind.TRAINING)
+
+    def _new_call(self, kind: Kind) -> Call:
+        counted = self.lag and kind in (Kind.TRAINING, Kind.COUNTS)
+        ahead = self._underway.ahead(self._progress) if counted else 0
+        return Call(kind, self._progress.step + ahead, self._synchronizer.news)
+
+    def _new_step(self, kind: Kind) -> Step:
+        number = self._new_call(kind).step
+        parts: dict[str, Any] = {
+            "tasks": self.tasks,
+            "step": number,
+            "rank": self._synchronizer.rank,
+            "measure": kind is Kind.TRAINING and self.measures_at(number),
+            "engine": self._engine,
+            "memory": self._memory,
+            "progress": self._progress,
+            "synchronizer": self._synchronizer,
+            "errors": self._errors,
+            "checker": self._check,
+            "watches": self._watches,
+            "strict": self._strict,
+            "held": kind is Kind.HELD,
+            "stateful": bool(self._progress.state),
+            "kind": kind,
+            "counts": None if self._engine.facts.counts is None else self._engine.facts.counts(),
+            "news": self._synchronizer.news,
+        }
+        if self.lag and kind is Kind.TRAINING:
+            closed = self._progress.closed_by_engine
+            expected, self._expected = self._expected, None
+            return self._underway.begin(
+                **parts,
+                equal_counts=self.counts == "equal",
+                expected=expected,
+                closed=closed,
+                updates=self._underway.updates_next(self._progress, closed),
+            )
+        return Step(**parts)
 
     def _total(
         self, features: Any, read: Heads, layer: nn.Module | None, parameters: Any, step: Step
@@ -307,6 +370,23 @@ class Balancer(BalancerCalls):
         self._underway.arrive()
         self._progress.move_to(losses.counts.device)
         return losses.total(self._progress.weights.to(losses.counts.device))
+
+    def _identity(self) -> Identity:
+        """What ranks compare where they meet."""
+        settings = {
+            "tasks": self.tasks,
+            "rule": self.weighting,
+            "probe": self.probe,
+            "measured for the report": self._probe_given,
+            "on_nonfinite": self.on_nonfinite,
+            "window": self.window,
+            "lag": self.lag,
+            "counts": self.counts,
+            **({} if self._client is None else {"ignore": self._client.ignore, "base": self._client.base}),
+            "check": self._check is not None,
+            "loss scale": self._engine.facts.scaled is not None,
+        }
+        return identity(settings, self._progress)
 
 
 def _spaced(rule: Rule, probe: Probe) -> Rule:

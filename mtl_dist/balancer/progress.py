@@ -14,7 +14,7 @@ from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_refusal
 from mtl_dist.balancer.uses import Uses
 from mtl_dist.engines import EngineView
-from mtl_dist.stats import Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
+from mtl_dist.stats import HOST, Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Stopwatch
 from mtl_dist.weighting import Rule, State
 
@@ -237,7 +237,9 @@ class RuleProgress:
         unusable = ~(weights.abs().amax() <= torch.finfo(dtype).max)  # as NaN is
         if outside is not None or self._strict:
             flags = [flag for flag in (outside, unusable if self._strict else None) if flag is not None]
-            self._errors.watch(flags[0] if len(flags) == 1 else flags[0] | flags[1], self._explanation(stats))
+            refused = flags[0] if len(flags) == 1 else flags[0] | flags[1]
+            if refused.device.type != HOST or refused:
+                self._errors.watch(refused, self._explanation(stats))
         bad = bad | unusable
         held = self.weights
         self.weights = torch.where(bad, held, torch.where(stats.present, weights, held))

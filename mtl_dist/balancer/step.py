@@ -192,7 +192,10 @@ class Step:
 
     def _checked(self, reduced: Reduced) -> Tensor:
         """Scalar bool: whether a loss or gradient of any rank is not finite. Raises where they must be."""
-        if self.strict:
+        first, *rest = [summed.bad for summed in reduced.summed]
+        self._bad = reduce(torch.logical_or, rest, first)
+        copy = reduced.summed[-1].copy
+        if self.strict and (not copy.is_here or self._bad):
             # under a loss scale, gradients overflow now and then, and the engine skips those steps
             explain = partial(
                 explain_nonfinite,
@@ -202,9 +205,7 @@ class Step:
                 losses_only=self.engine.facts.scaled is not None,
                 scale=self.scale,
             )
-            self.errors.judge(reduced.summed[-1].copy, explain)
-        first, *rest = [summed.bad for summed in reduced.summed]
-        self._bad = reduce(torch.logical_or, rest, first)
+            self.errors.judge(copy, explain)
         return self._bad
 
     def _expected(self, reduced: Reduced, bad: Tensor) -> Tensor | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtl_dist.stats import on_host, stats_dtype
+from mtl_dist.stats import HOST, stats_dtype
 
 Gradients = Sequence[Tensor | None]  # one tensor per leaf of the features; None for a zero gradient
 
@@ -90,10 +91,10 @@ def gradient_gram(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     """`[n, n]` inner products of n gradients, in float64 and one chunk after the other.
 
     Long float32 gradients on the CPU are multiplied in float32, 2048 elements at a time, and these products
-    are summed in float64: off by less than 1e-7 of the norms, at less than half the time. A float32 product of
-    10^5 elements is wrong in the 6th digit, with TF32 or autocast in the 3rd, and squares of small gradients
-    underflow; so where they might, and for all other gradients, everything is float64. It takes n x 0.25 MB of
-    scratch memory on the CPU, n x 8 MB on GPUs.
+    are summed in float64: off by less than 1e-7 of the norms, at less than half the time. A float32 product
+    of 10^5 elements is wrong in the 6th digit, with TF32 or autocast in the 3rd, and squares of small
+    gradients underflow; so where they might, and for all other gradients, everything is float64. It takes
+    n x 0.25 MB of scratch memory on the CPU, n x 8 MB on GPUs.
     """
     return _products(rows, torch.empty((), dtype=stats_dtype(device), device=device))
 
@@ -114,11 +115,11 @@ def _products(rows: Sequence[Gradients], like: Tensor) -> Tensor:
 def _with_products(gram: Tensor | None, vectors: Gradients, like: Tensor) -> Tensor | None:
     """`gram` with the inner products of n vectors (None for zero) added in place; None is zero."""
     length = max([v.numel() for v in vectors if v is not None], default=0)
-    if length >= _LONG and on_host(like) and _is_float32(vectors):
+    if length >= _LONG and like.device.type == HOST and _is_float32(vectors):
         found = _float32_products(vectors, length)
         if found is not None:
             return found if gram is None else gram.add_(found)
-    size = min(length, _CHUNK_HOST if on_host(like) else _CHUNK_DEVICE)
+    size = min(length, _CHUNK_HOST if like.device.type == HOST else _CHUNK_DEVICE)
     chunk = _Chunk(vectors, size, like)
     for start in range(0, length, max(size, 1)):
         part = chunk.filled(start, min(size, length - start))
@@ -144,7 +145,8 @@ class _Chunk:
 def _is_float32(vectors: Gradients) -> bool:
     """Whether all are float32, and products of float32 are what they say."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    exact &= torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    mkldnn: Any = torch.backends.mkldnn  # torch leaves it untyped
+    exact &= mkldnn.matmul.fp32_precision in ("none", "ieee")
     return exact and all(v is None or v.dtype == torch.float32 for v in vectors)
 
 
@@ -157,7 +159,7 @@ def _float32_products(vectors: Gradients, length: int) -> Tensor | None:
         for start in range(0, length, _CHUNK_HOST):
             part = chunk.filled(start, min(_CHUNK_HOST, length - start))
             whole = part.shape[1] // _BLOCK * _BLOCK
-            blocks = part[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1)
+            blocks = part[:, :whole].reshape(n, -1, _BLOCK).transpose(0, 1)
             gram += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=torch.float64)
             if whole < part.shape[1]:
                 gram += part[:, whole:] @ part[:, whole:].T

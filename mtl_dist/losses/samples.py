@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl_dist.losses.base import Heads, LocalLosses, Refuse
 from mtl_dist.losses.gradients import FeatureGradients
 from mtl_dist.losses.silence import silence_rows
-from mtl_dist.stats import LocalStats, on_host, stats_dtype
+from mtl_dist.stats import HOST, LocalStats, stats_dtype
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class GivenSampleLosses(Heads):
             return
         hidden = mask == 0
         unsafe = (hidden & ~losses.detach().isfinite()).any()
-        if not on_host(losses):
+        if losses.device.type != HOST:
             self.refuse(unsafe, _nan_behind_the_mask)
         elif unsafe:
             silence_rows(losses, hidden)

@@ -15,7 +15,7 @@ from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses, Refus
 from mtl_dist.losses.features import Branches, Views
 from mtl_dist.losses.gradients import FeatureGradients, Gradients
 from mtl_dist.losses.silence import silence
-from mtl_dist.stats import LocalStats, on_host, stats_dtype
+from mtl_dist.stats import HOST, LocalStats, stats_dtype
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ class TaskLosses(LocalLosses):
     def all_count(self) -> bool:
         """Whether the host knows that every count is positive."""
         return self.known is not None and min(self.known) > 0
-
-    @property
-    def counts_on_host(self) -> bool:
-        """Whether the host knew every count."""
-        return self.known is not None
 
     @property
     def outputs(self) -> Sequence[Tensor]:
@@ -307,7 +302,7 @@ def _count(task: str, counts: Counts) -> float | Tensor:
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.is_complex():
             raise ValueError(_no_count(task, f"{count.dtype} of shape {tuple(count.shape)}"))
-        if not on_host(count):
+        if count.device.type != HOST:
             return count.detach().reshape(())
     try:
         number = math.nan if isinstance(count, (str, bytes)) else float(count)

@@ -66,7 +66,7 @@ def lagged(
         losses = heads.at(branches.copies[0], shared.leaves[0].device)
     if step.measure:
         _check_apart(losses, branches.views, shared, step)
-    if isinstance(losses, TaskLosses) and not losses.counts_on_host:
+    if isinstance(losses, TaskLosses) and losses.known is None:
         protect(losses, branches.views)
     passage.begin(losses, weighs_heads=weighs_heads)
     total = losses.total(_times(passage.root_weights, passage.shares))

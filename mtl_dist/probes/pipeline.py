@@ -147,7 +147,7 @@ def measure(shared: Features, losses: LocalLosses, step: StepContext, *, past: b
         handle.remove()
         if saved:
             restore_buffers(saved)
-    if isinstance(losses, TaskLosses) and not losses.counts_on_host:
+    if isinstance(losses, TaskLosses) and losses.known is None:
         guard(losses, measured.gradients, step)
     return measured
 

@@ -60,7 +60,7 @@ class FeatureTap(Probe):
         assert isinstance(losses, TaskLosses)  # separable heads give losses by task
         if step.measure:
             _check_apart(losses, branches.views, shared, step)
-        if not losses.counts_on_host:
+        if losses.known is None:
             protect(losses, branches.views)
         tap.begin(step.reduce(losses.stats()))
         return rooted(losses.total(tap.forward.shares), branches, tap)

@@ -10,10 +10,10 @@ from mtl_dist.sync.collectives import (
     is_distributed,
     virtual_rank,
 )
-from mtl_dist.sync.host import HostCopy
-from mtl_dist.sync.layout import Bad, Call, Faults, Kind, Layout
+from mtl_dist.sync.layout import Call, Kind, Layout
 from mtl_dist.sync.notice import Notice
-from mtl_dist.sync.synchronizer import Summed, Synchronizer
+from mtl_dist.sync.summed import Bad, Faults, HostCopy, Summed
+from mtl_dist.sync.synchronizer import Synchronizer
 from mtl_dist.sync.timing import Stopwatch
 
 __all__ = [

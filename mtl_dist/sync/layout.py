@@ -11,10 +11,7 @@ where there is only one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,12 +19,11 @@ from torch import Tensor
 
 from mtl_dist.stats import LocalStats
 
-_CODES = 3
+CODES = 3
 _EXACT = 4096  # codes below this are compared exactly in float64, on up to 16384 ranks
 _EXACT_FLOAT32 = 64  # and in float32 on 64 virtual ranks
-_BASE = 1 << 20  # of faults, more than there are ranks
-_BASE_FLOAT32 = 1 << 12
-_EQUAL = 1e-9  # relative error of a sum of squares of counts that are the same
+BASE = 1 << 20  # of faults, more than there are ranks
+BASE_FLOAT32 = 1 << 12
 
 
 class Kind(IntEnum):
@@ -77,88 +73,6 @@ _NAMES = {
 }
 
 
-class Bad(NamedTuple):
-    """Ranks that had a fault.
-
-    Attributes:
-        number: how many ranks.
-        rank_sum: the sum of their indices: the rank itself where there is only one.
-    """
-
-    number: int
-    rank_sum: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank_sum}" if self.number == 1 else f"{self.number} ranks"
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What the sum of all buffers says about the ranks that sent them; numbers on the host.
-
-    Attributes:
-        values: the summed buffer.
-        num_tasks: n.
-        is_double: whether it was summed in float64.
-    """
-
-    values: Sequence[float]
-    num_tasks: int
-    is_double: bool = True
-
-    @cached_property
-    def _tail(self) -> int:
-        n = self.num_tasks
-        return n + n * (n + 1) // 2
-
-    def by_task(self) -> list[Bad]:
-        """For each task, the ranks whose loss or gradient was NaN or infinite."""
-        return [self._decoded(value) for value in self.values[self._tail : self._tail + self.num_tasks]]
-
-    @property
-    def failure(self) -> Bad:
-        """The ranks that failed before this step's statistics (see `Synchronizer.announce_failure`)."""
-        return self._decoded(self.values[self._tail + 3 * self.num_tasks])
-
-    @property
-    def notice(self) -> bool:
-        """Whether a rank raises its flag (`Notice`)."""
-        return self.values[self._tail + 3 * self.num_tasks + 1] > 0
-
-    def losses_are_finite(self) -> bool:
-        """Whether the losses of all ranks are."""
-        return all(map(_is_finite, self.values[: self.num_tasks]))
-
-    def all_finite(self) -> bool:
-        """Whether losses and Gram of all ranks are."""
-        return all(map(_is_finite, self.values[: self._tail]))
-
-    def strangers(self, world_size: int) -> bool:
-        """Whether ranks met in different calls, or with different states just loaded."""
-        codes = self.values[-2 * _CODES : -_CODES]
-        squares = self.values[-_CODES:]
-        differ = any(world_size * s != c * c for c, s in zip(codes, squares, strict=True))
-        return differ and not self.failure.number
-
-    def unequal_counts(self, world_size: int) -> list[int]:
-        """The tasks whose counts were not the same on all ranks."""
-        start, n = self._tail + self.num_tasks, self.num_tasks
-        counts, squares = self.values[start : start + n], self.values[start + n : start + 2 * n]
-        return [
-            task
-            for task, (c, s) in enumerate(zip(counts, squares, strict=True))
-            if abs(world_size * s - c * c) > _EQUAL * c * c
-        ]
-
-    def _decoded(self, value: float) -> Bad:
-        base = _BASE if self.is_double else _BASE_FLOAT32
-        return Bad(int(value) % base, int(value) // base)
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
 class Layout:
     """Packs the statistics of n tasks into one buffer, and unpacks their sum.
 
@@ -189,7 +103,7 @@ class Layout:
         """
         loss_sums, is_double = local.loss_sums, local.loss_sums.dtype == torch.float64
         fixed = self._constants_on(loss_sums)
-        mark = 1.0 + (_BASE if is_double else _BASE_FLOAT32) * rank
+        mark = 1.0 + (BASE if is_double else BASE_FLOAT32) * rank
         if faulty is None:
             size = loss_sums if local.gram is None else loss_sums + local.gram.diagonal()
             faulty = (size - size) != 0  # infinity minus infinity is NaN
@@ -216,20 +130,6 @@ class Layout:
         )
         gram = triangle.take(self._constants_on(buffer).places) if with_gram else None
         return LocalStats(loss_sums, counts, gram)
-
-    def faults(self, values: Sequence[float], dtype: torch.dtype) -> Faults:
-        """What the sum of all buffers says about the ranks.
-
-        Args:
-            values: of the summed buffer.
-            dtype: of the summed buffer.
-        """
-        return Faults(values, self.num_tasks, dtype == torch.float64)
-
-    def statistics_end(self) -> int:
-        """How many values at the beginning of a buffer are losses and Gram."""
-        n = self.num_tasks
-        return n + n * (n + 1) // 2
 
     def _constants_on(self, like: Tensor) -> _Constants:
         if self._constants is None or self._constants.upper.device != like.device:

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from mtl_dist.sync.host import HostCopy
-from mtl_dist.sync.layout import Faults
-
-
-class _Sum(Protocol):
-    @property
-    def copy(self) -> HostCopy: ...
-
-    @property
-    def faults(self) -> Faults: ...
+from mtl_dist.sync.summed import Summed
 
 
 class Notice:
@@ -32,9 +21,9 @@ class Notice:
         self.raised = False
         self.listening = False
         self.heard = False
-        self._pending: list[_Sum] = []
+        self._pending: list[Summed] = []
 
-    def hear(self, summed: _Sum, *, late: bool = False) -> None:
+    def hear(self, summed: Summed, *, late: bool = False) -> None:
         """Takes in what the ranks sent.
 
         Args:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.stats import LocalStats, on_host
+from mtl_dist.stats import HOST, LocalStats
 from mtl_dist.sync.agreement import Identity, compare_calls, compare_identities
 from mtl_dist.sync.collectives import (
     Collectives,
@@ -25,57 +25,13 @@ from mtl_dist.sync.collectives import (
     is_part_of_world,
 )
 from mtl_dist.sync.group import group_is_gone
-from mtl_dist.sync.host import HostCopy, aside
 from mtl_dist.sync.joins import JoinWatch
-from mtl_dist.sync.layout import Call, Faults, Kind, Layout
+from mtl_dist.sync.layout import Call, Kind, Layout
 from mtl_dist.sync.notice import Notice
+from mtl_dist.sync.summed import Summed, aside
 from mtl_dist.sync.timing import Stopwatch
 
 _FIRST = Call(Kind.TRAINING, 0)
-
-
-class Summed:
-    """What the ranks sent, summed.
-
-    Args:
-        layout: of the buffer.
-        buffer: the sum of the buffers of all ranks.
-        with_gram: whether they hold a Gram.
-
-    Attributes:
-        total: the statistics.
-        copy: of all values, on its way to the host.
-        with_gram: whether they hold a Gram.
-    """
-
-    def __init__(self, layout: Layout, buffer: Tensor, *, with_gram: bool) -> None:
-        self.copy = HostCopy(buffer)
-        self.with_gram = with_gram
-        self._layout = layout
-        self._buffer = buffer
-
-    @cached_property
-    def total(self) -> LocalStats:
-        """The statistics."""
-        return self._layout.unpack(self._buffer, with_gram=self.with_gram)
-
-    @property
-    def bad(self) -> Tensor:
-        """Scalar bool: whether a loss or an entry of the Gram is NaN or infinite."""
-        end = self._layout.statistics_end() if self.with_gram else self._layout.num_tasks
-        whole = self._buffer[:end].sum()
-        return (whole - whole) != 0  # infinity minus infinity is NaN
-
-    def here(self) -> Summed:
-        """The same on the host, which waits for the copy."""
-        return (
-            self if self.copy.is_here else Summed(self._layout, self.copy.tensor(), with_gram=self.with_gram)
-        )
-
-    @cached_property
-    def faults(self) -> Faults:
-        """What the sum says about the ranks. On an accelerator the host waits for the copy."""
-        return self._layout.faults(self.copy.values(), self.copy.dtype)
 
 
 class Synchronizer:
@@ -165,7 +121,8 @@ class Synchronizer:
             ValueError: on every rank, where ranks differ; the message shows what each of them has.
             RuntimeError: the job or the group has ended, a rank does not come, or a join context is active.
         """
-        self.notice.settle()
+        if self.notice.listening:
+            self.notice.settle()
         first, self.started = not self.started, True
         collectives = self._collectives
         if collectives is not None and self._world is None:  # virtual ranks
@@ -247,7 +204,8 @@ class Synchronizer:
             with self.stopwatch.running(buffer.device):
                 self._collectives.start_all_reduce(buffer)()
         summed = Summed(self._layout, buffer, with_gram=with_gram)
-        self.notice.hear(summed)
+        if self.notice.listening:
+            self.notice.hear(summed)
         return summed
 
     def start_reduce(
@@ -256,7 +214,7 @@ class Synchronizer:
         """As `reduce`, without waiting: returns a function that waits, and gives the sum on the host."""
         buffer = self._packed(local, faulty, failed, call)
         collectives = self._collectives
-        if collectives is None or not on_host(buffer):
+        if collectives is None or buffer.device.type != HOST:
             with aside(buffer):
                 if collectives is not None:
                     collectives.start_all_reduce(buffer)()  # only its own stream waits
@@ -282,7 +240,7 @@ class Synchronizer:
         arrived: torch.Event | None = None
         with aside(buffer):
             wait = collectives.start_all_reduce(buffer)
-            if not on_host(buffer):
+            if buffer.device.type != HOST:
                 wait()
                 arrived = torch.Event(buffer.device)
                 arrived.record()

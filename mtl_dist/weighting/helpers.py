@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl_dist.solvers import Array, Bools
-from mtl_dist.stats import TaskStats, on_host, stats_dtype
+from mtl_dist.stats import HOST, TaskStats, stats_dtype
 
 _STRIDE = 0x9E3779B97F4A7C15  # a large odd number: neighbouring (seed, step) pairs give unrelated seeds
 
@@ -121,7 +121,7 @@ def to_host(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, Bool
         present: `[n]` bool.
         values: tensors whose last dimension is n.
     """
-    if on_host(gram):
+    if gram.device.type == HOST:
         return gram.double().numpy(), present.numpy(), [value.double().numpy() for value in values]
     return transfer(gram, present, *values)
 

@@ -21,6 +21,7 @@ from mtl_dist.sync import Call, Identity, Kind, Synchronizer
 from mtl_dist.sync.agreement import compare_calls, compare_identities
 from mtl_dist.sync.layout import Layout
 from mtl_dist.sync.meeting import Arrival, Board
+from mtl_dist.sync.summed import Summed
 from mtl_dist.tracking import RunInfo, RunLog
 from mtl_dist.weighting import Equal, Fixed, Smooth
 
@@ -41,7 +42,7 @@ def strangers(calls: list[Call], failed: bool = False) -> bool:
     flag = torch.tensor(failed)
     buffers = [layout.pack(nothing, rank, call, None, flag) for rank, call in enumerate(calls)]
     total = torch.stack(buffers).sum(0)
-    return layout.faults(total.tolist(), total.dtype).strangers(len(calls))
+    return Summed(layout, total, with_gram=False).faults.strangers(len(calls))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 64, 1000])
@@ -260,7 +261,7 @@ def test_a_run_log_refuses_names_before_anything_is_trained(name: str, tmp_path)
 
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_trainer_refuses_names_where_it_would_log_them(strategy: str, monkeypatch) -> None:
-    transformers = importlib.import_module("mtl_dist.integrations.transformers")
+    transformers = importlib.import_module("mtl_dist.integrations._trainer")
     reached = []
     monkeypatch.setattr(transformers, "_check", lambda trainer: None)
     monkeypatch.setattr(transformers.accelerate, "attach", lambda *a, **k: reached.append("attach"))

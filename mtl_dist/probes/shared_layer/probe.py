@@ -19,7 +19,7 @@ from mtl_dist.probes.shared_layer.layer import Rows, rows_of
 from mtl_dist.probes.shared_layer.products import Products
 from mtl_dist.probes.sketch import CountSketch
 from mtl_dist.probes.summed import summed_gram
-from mtl_dist.stats import on_host
+from mtl_dist.stats import HOST
 
 Form = Literal["auto", "exact", "kernel"]
 
@@ -219,6 +219,6 @@ def _products(rows: Rows, found: FeatureGradients) -> Products:
         if gradient is not None:
             row.copy_(rows.outputs(gradient)).mul_(count)
     absent = counts == 0
-    if not on_host(absent) or absent.any():  # no pass over all rows where the host can look
+    if absent.device.type != HOST or absent.any():  # no pass over all rows where the host can look
         gradients.masked_fill_(absent[:, None, None, None], 0)  # the mean over no sample is NaN
     return Products(inputs, gradients, None, n)
