@@ -143,7 +143,8 @@ def copy_tree(tree: Path) -> None:
             *("-p", "no:xdist", "-p", "no:cacheprovider", f"--timeout={HANGS}"),
             *(f"--deselect={test}" for test in LEFT_OUT),
         ],
-        "timeout_constant": 2.0 * HANGS,
+        "timeout_constant": 1.0 * HANGS,
+        "timeout_multiplier": 2.0,
         "track_dependencies": False,
     }
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:

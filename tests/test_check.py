@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
-from mtl_dist.checks import Check
+from mtl_dist.checks import Check, Watches
+from mtl_dist.checks.recent import Recent
 from mtl_dist.probes import SharedLayerProbe
 from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA, Equal, Fixed, GeometricMean, InverseGradNorm, Smooth, UPGrad
@@ -288,6 +289,25 @@ def test_weights_that_depend_on_the_last_digits(error: float, found: bool) -> No
     findings = check.findings.all()
     assert [(f.kind, f.task, f.rank, f.step) for f in findings] == found * [("sensitive", None, None, 4)]
     assert all(str(f).startswith("step 4: the weights change by 4.0e-03 when") for f in findings)
+
+
+class Always(Recent):
+    def holds(self, recent: list[Tensor]) -> bool:
+        return bool(torch.stack(recent).all())
+
+    def text(self) -> str:
+        return "all of the last 8"
+
+
+def test_watches_speak_once_after_eight_steps_that_they_can_see(caplog: pytest.LogCaptureFixture) -> None:
+    of_grams, of_weights = Always(None, None), Always(None, None)
+    watches = Watches([of_grams], [of_weights])
+    said = []
+    for step in range(1, 21):
+        # no gradient is measured at every second step; the weights of step 3 are seen until the 11th
+        watches.look(None if step % 2 else torch.ones(2, 2), torch.full((2,), step != 3), rank=0)
+        said.append(len(caplog.records))
+    assert said == [0] * 15 + [2] * 5, "grams at step 16, their 8th; weights at step 16, not at step 8"
 
 
 def test_nothing_is_checked_unless_asked() -> None:

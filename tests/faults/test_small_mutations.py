@@ -182,3 +182,20 @@ def test_everything_goes_to_the_device_of_the_losses(
     assert balancer.step == (2 if window is None else 0)
     assert progress["_before"].step == 0
     assert progress["_window"].calls == (0 if window is None else 2)
+
+
+@pytest.mark.parametrize("calls", [0, 2, 3])
+def test_a_state_inside_a_window_goes_into_another_balancer(calls: int) -> None:
+    first, second = (Balancer(TASKS, MGDA(), window=3) for _ in range(2))
+    heads = {task: lambda z, k=k: (z - k).square().mean() for k, task in enumerate(TASKS)}
+    z = torch.ones(4, 3, requires_grad=True) * 1
+    for _ in range(calls):
+        first(z, heads)
+    state = first.state_dict()
+    assert state["window.calls"] == calls % 3
+    second.load_state_dict(state)
+    for key, value in second.state_dict().items():
+        assert torch.equal(value, state[key]) if isinstance(value, Tensor) else value == state[key], key
+    for _ in range(3 - calls % 3):
+        assert torch.equal(first(z, heads), second(z, heads))
+    assert second.step == first.step == calls // 3 + 1
