@@ -114,8 +114,8 @@ def check_shared(accelerator: Accelerator, folder: Path, seconds: float = _LOOK_
     if blind:
         hosts = ", ".join(sorted({found[rank][0] for rank in blind}))
         problem = (
-            f"output_dir: {str(folder)!r} is not one folder for all ranks: ranks {blind} on {hosts} do not "
-            f"see what rank 0 on {found[0][0]} wrote there; choose a folder on a file system that all "
+            f"output_dir: {str(folder)!r} is not one folder for all ranks: ranks {blind} on {hosts} cannot "
+            f"find what rank 0 on {found[0][0]} wrote there; choose a folder on a file system that all "
             f"machines share, by its absolute path"
         )
     raise_together(accelerator, problem)
