@@ -172,8 +172,8 @@ def test_what_differs_is_one_line_with_its_cure(name: str, change: dict[str, Any
 
 def test_a_machine_that_does_not_come_is_missed() -> None:
     ((line,),) = met(None, {}, seconds=0.5)
-    assert line.startswith("FAIL machines  1 of 2 came to HEAD=127.0.0.1:")
-    assert "start the same command on the others; 127.0.0.1 is 127.0.0.1 on" in line
+    assert line.startswith("FAIL head      HEAD=127.0.0.1:")
+    assert "1 of 2 machines came in time: node0. Start the same command on the others; 127.0.0.1 is" in line
 
 
 @pytest.mark.parametrize(

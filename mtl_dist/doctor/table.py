@@ -82,8 +82,7 @@ class Table:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_WR)
                     lines.readline()  # until the head has left
-            lines.close()
-            connection.close()
+            _drop((connection, lines))
 
     def _addresses(self) -> list[tuple[Any, ...]]:
         try:
@@ -110,37 +109,50 @@ class Table:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                self._seats.clear()
+                for seat in self._seats:
+                    _drop(seat)
                 raise TableError(
                     f"{len(came)} of {number} machines came in time: {', '.join(came)}. Start the same "
                     f"command on the others{self._loopback_advice()}"
                 ) from None
             seat = connection, connection.makefile("r", encoding="utf-8")
             connection.settimeout(5)
-            with suppress(OSError, ValueError):  # something else that looks at the port
+            try:
                 greeting, their_name = _read(seat)
-                if greeting == _GREETING:
-                    _write(seat, _GREETING)
-                    came.append(their_name)
-                    self._seats.append(seat)
+                if greeting != _GREETING:
+                    raise ValueError(greeting)
+                _write(seat, _GREETING)
+            except (OSError, ValueError):  # something else that looks at the port
+                _drop(seat)
+                continue
+            came.append(their_name)
+            self._seats.append(seat)
 
     def _join(self, name: str, addresses: list[tuple[Any, ...]], end: float) -> None:
         own = any(map(_is_own, addresses))
         if own:  # whoever has the port is here already
             end = min(end, time.monotonic() + 5)
         while True:
-            try:
-                connection = socket.create_connection((self._host, self._port), timeout=5)
-                seat = connection, connection.makefile("r", encoding="utf-8")
-                _write(seat, [_GREETING, name])
-                if _read(seat) == _GREETING:
-                    self._seats.append(seat)
-                    return
-            except (OSError, ValueError):
-                pass
+            if (seat := self._greeted(name)) is not None:
+                self._seats.append(seat)
+                return
             if time.monotonic() > end:
                 raise TableError(self._nobody(addresses, own=own))
             time.sleep(0.2)
+
+    def _greeted(self, name: str) -> tuple[socket.socket, Any] | None:
+        """A connection to a head that answers; None if there is none yet."""
+        try:
+            connection = socket.create_connection((self._host, self._port), timeout=5)
+        except OSError:
+            return None
+        seat = connection, connection.makefile("r", encoding="utf-8")
+        with suppress(OSError, ValueError):
+            _write(seat, [_GREETING, name])
+            if _read(seat) == _GREETING:
+                return seat
+        _drop(seat)
+        return None
 
     def _nobody(self, addresses: list[tuple[Any, ...]], *, own: bool) -> str:
         if own:
@@ -183,3 +195,8 @@ def _read(seat: tuple[socket.socket, Any]) -> Any:
 
 def _write(seat: tuple[socket.socket, Any], value: Any) -> None:
     seat[0].sendall((json.dumps(value) + "\n").encode())
+
+
+def _drop(seat: tuple[socket.socket, Any]) -> None:
+    seat[1].close()
+    seat[0].close()
