@@ -21,7 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # torch and safetensors report a full disk without its number
 _WRITE_FAILED = re.compile(
-    r"iostream error|file write failed|failed writing|os error (28|122)\b|No space left"
+    r"iostream error|inline_container\.cc|failed writing|os error (28|122)\b|No space left"
 )
 _LOOK_SECONDS = 30.0  # NFS remembers for so long that a name was not there
 

@@ -73,7 +73,7 @@ WAYS = {
 def test_a_full_disk_is_told_and_left_as_it_was(small, way):
     saved = save_checkpoint(Writes(WAYS[way]), settings(small), 10)
     fill(small, 300_000)
-    words = r"output_dir: '.*/small' has no space left \(\d.* free, and a checkpoint needs 1.\d\d? MB\): delete files"
+    words = r"small. has no space left \(\d.* free, and a checkpoint needs 1.\d\d? MB\): delete files"
     with pytest.raises(RunError, match=words):
         save_checkpoint(Writes(WAYS[way]), settings(small), 20)
     assert list((small / "checkpoints").iterdir()) == [saved], "the unfinished one fills the disk no longer"
