@@ -113,15 +113,15 @@ def test_names_as_debian_writes_them(undisturbed, tmp_path):
     assert course(tmp_path / "run") == undisturbed
 
 
-def test_a_cut_cable_ends_within_the_timeout(lab, tmp_path):
-    processes = start(lab, tmp_path, "timeout_minutes=0.2", "steps=100000")
+def test_a_cut_cable_ends_the_ranks_within_the_timeout(lab, tmp_path):
+    """torchrun on the machine that is cut off looks for the others up to 5 minutes longer."""
+    start(lab, tmp_path, "timeout_minutes=0.2", "steps=100000")
     wait_for_row(tmp_path / "run", 14)
     lab.cut(1)
-    started = time.monotonic()
-    assert all(status != 0 for status in wait(processes, LIMIT))
-    # 12 s for the ranks; then torchrun tells the other machine, and gives up after some tries
-    assert time.monotonic() - started < 150, said(tmp_path)[-3000:]
-    assert "waited for other ranks of the balancer" in said(tmp_path) or "Timed out" in said(tmp_path)
+    limit = time.monotonic() + 90
+    while living := [rank for place in (0, 1) for rank in ranks(lab, place)]:
+        assert time.monotonic() < limit, f"ranks {living} wait\n{said(tmp_path)[-3000:]}"
+        time.sleep(0.5)
     lab.mend(1)
 
 
