@@ -197,7 +197,7 @@ def disturbed(
         before = newest(output)
         job.start(engine, output)
         killed = kill(job, output, choose) if len(kills) < budget else None
-        ends = ended(job)
+        ends = ended(job, LEAVE if killed is not None else 900.0)
         if killed is not None:
             due = (max(last_step(output) - 1, 0) // EVERY) * EVERY
             lost = max(0, due - newest(output), before - newest(output))
@@ -207,11 +207,11 @@ def disturbed(
     raise AssertionError(f"{output} does not come to its end; see its log")
 
 
-def ended(job: Job) -> dict[str, Any]:
-    """Waits until all ranks have ended; ends them if they do not within their time."""
+def ended(job: Job, limit: float) -> dict[str, Any]:
+    """Waits until all ranks have ended; ends them if they do not within `limit` seconds."""
     started, stuck = time.monotonic(), False
     while alive := job.alive():
-        if time.monotonic() > started + LEAVE and not stuck:
+        if time.monotonic() > started + limit and not stuck:
             stuck = True
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
@@ -261,8 +261,8 @@ def table(results: dict[str, Any]) -> str:
         f"{total} kills at random moments in {len(runs)} runs of {STEPS} steps, a checkpoint every {EVERY}, "
         f"on {MACHINES} machines with {RANKS} ranks each (`benchmarks/faults.py`). {same} of {len(runs)} "
         "runs ended bitwise equal to an undisturbed one: every row, every file of the last checkpoint. "
-        f"{stuck} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does: where a "
-        "rank is killed before all have met, torch's rendezvous waits. Steps lost are those beyond the last "
+        f"{stuck} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does: torch's "
+        "rendezvous waits where a rank is killed before all have met. Steps lost are those beyond the last "
         f"checkpoint that was due. {system}."
     )
     return "\n".join([intro, "", *lines, ""])

@@ -14,6 +14,9 @@
 # NPROC_PER_NODE        processes per machine (default: one per visible GPU; 2 on a CPU)
 # MIXED_PRECISION, MAX_RESTARTS, CUDA_VISIBLE_DEVICES, MTL_DIST_PYTHON  as in launch/node.sh
 #
+# Before it starts, the machines compare what they have (mtl-dist doctor), and print what is wrong with what cures it.
+# NO_CHECK=1 leaves that out; WAIT_MINUTES is how long they wait for each other (default: 10).
+#
 # Every machine needs this repository at the same commit, with the same settings. output_dir must be on a file system
 # that all machines share: rank 0 writes metrics and summary, and every rank writes its part of a checkpoint.
 # The training stops with an error unless NNODES x NPROC_PER_NODE processes run. If one machine fails, all stop.
@@ -32,6 +35,10 @@ check_settings "$@"
 choose_device
 if [ "$NUM_GPUS" = 0 ]; then NUM_GPUS=2; fi
 export MTL_DIST_NUM_PROCESSES="$((NNODES * ${NPROC_PER_NODE:-$NUM_GPUS}))"
+if [ -z "${NO_CHECK:-}" ]; then
+  "$VENV/bin/python" -m mtl_dist.doctor --machines "$NNODES" --head "$HEAD" --engine "$ENGINE_FILE" \
+    --num-processes "$MTL_DIST_NUM_PROCESSES" --wait-minutes "${WAIT_MINUTES:-10}" "$@" >&2 || exit 1
+fi
 # the rendezvous assigns the machine ranks, so --machine_rank has no meaning here; with 0, Accelerate would stop on the
 # machine on which the rendezvous has already opened the port
 start --num_machines "$NNODES" --machine_rank 1 --rdzv_backend c10d \

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mtl_dist.integrations.stop import EXIT_STATUS, SaveOnSignal
+from mtl_dist.integrations.stop import EXIT_STATUS, SIGNALS, SaveOnSignal
 from mtl_dist.tracking import Row, RunLog
 from mtl_dist.tracking.files import METRICS, SUMMARY
 from mtl_dist.tracking.report import write_report
@@ -116,7 +117,9 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any] | None]:
     with open_log(run, start.done, start.checkpoint) as log:
         if accelerator.is_main_process:
             save_ids(settings, log.run_ids)
-        with SaveOnSignal(run.balancer) as stop:
+        # Ray trains in another thread, where Python delivers no signals
+        main_thread = threading.current_thread() is threading.main_thread()
+        with SaveOnSignal(run.balancer, SIGNALS if main_thread else ()) as stop:
             row = _loop(run, start, log, stop)
         if row is None:
             log.close(None)

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "tracking",
     },
     "train": {"integrations", "tracking", "training"},
-    "doctor": {"stats", "weighting", "sync", "balancer", "virtual", "integrations"},
+    "doctor": {"stats", "weighting", "sync", "balancer", "virtual", "integrations", "training"},
     "commands": {"tracking", "weighting"},
     "cli": {"commands", "doctor", "train"},
     "__init__": {"stats", "weighting", "engines", "probes", "checks", "balancer"},

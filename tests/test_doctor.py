@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import socket
 import sys
+import threading
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
 from program import BIN, ROOT, run
 
-from mtl_dist.doctor import trial, versions
-from mtl_dist.doctor.examine import Line, examine
+from mtl_dist.doctor import facts, machines, trial, versions
+from mtl_dist.doctor.examine import Line, add_arguments, examine
+from mtl_dist.doctor.facts import Facts
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 DOCTOR = ["-m", "mtl_dist.doctor"]
@@ -68,7 +73,9 @@ def test_another_number_of_processes_fails() -> None:
 
 def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Line]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return {line.name: line for line in examine(None)}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return {line.name: line for line in examine(parser.parse_args([]))}
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -99,6 +106,121 @@ def test_versions_out_of_bounds_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "torch is 2.1.0+cu121, but >=2.9 is needed" in problems
     assert "deepspeed is 0.10.0" in problems
     assert "pyyaml is missing: pip install 'pyyaml>=6.0.1'" in problems
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+SAME = {"versions": {"torch": "2.13.0"}, "code": "abc", "settings": "def", "processes": "4 in all"}
+
+
+def met(folder: Path | None, *machine: dict[str, Any], seconds: float = 20) -> list[list[str]]:
+    """What machines print that meet on this one: each is a thread."""
+    head, said = f"127.0.0.1:{free_port()}", [[] for _ in machine]
+
+    def one(place: int) -> None:
+        mine = Facts(**{"host": f"node{place}", **SAME, **machine[place]})
+        said[place] += map(str, machines.examine_machines(head, 2, mine, folder, seconds))
+
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(len(machine))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_equal_machines_are_fine_before_a_start(tmp_path: Path) -> None:
+    first, second = met(tmp_path / "runs", {}, {})
+    assert {line[:4] for line in first} == {"ok  "}
+    assert sorted(first[1:]) == sorted(second[1:])
+    assert [line.split()[1] for line in first] == [
+        "machines",
+        "code",
+        "packages",
+        "settings",
+        "processes",
+        "output",
+    ]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "cure"),
+    [
+        ("code", {"code": "abd", "commit": "123"}, "git pull, or copy the repository"),
+        (
+            "packages",
+            {"versions": {"torch": "2.12.0"}},
+            "pip install -c constraints.txt -e . on every machine",
+        ),
+        ("settings", {"settings": "xyz"}, "give the same engine, CONFIG and key=value on every machine"),
+        ("processes", {"processes": "8 in all"}, "set NPROC_PER_NODE to the same number on every machine"),
+    ],
+)
+def test_what_differs_is_one_line_with_its_cure(name: str, change: dict[str, Any], cure: str) -> None:
+    for said in met(None, {}, change):
+        (line,) = [line for line in said if line.startswith("FAIL")]
+        assert line.startswith(f"FAIL {name:<10}machines differ: node")
+        assert "node0: " in line
+        assert "node1: " in line
+        assert f"-> {cure}" in line
+
+
+def test_a_machine_that_does_not_come_is_missed() -> None:
+    ((line,),) = met(None, {}, seconds=0.5)
+    assert line.startswith("FAIL head      HEAD=127.0.0.1:")
+    assert "1 of 2 machines came in time: node0. Start the same command on the others; 127.0.0.1 is" in line
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ("node0", "give host:port of one of the machines"),
+        ("no-such-host.invalid:29500", "'no-such-host.invalid' has no address on"),
+    ],
+)
+def test_a_wrong_head_is_one_line(head: str, words: str) -> None:
+    mine = Facts("node0", {}, "abc")
+    (line,) = machines.examine_machines(head, 2, mine, None, 1)
+    assert line.verdict == "FAIL"
+    assert words in line.advice
+
+
+def test_a_port_of_another_program_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (line,) = machines.examine_machines(f"127.0.0.1:{port}", 2, Facts("node0", {}, "abc"), None, 1)
+    assert f"port {port} is used by another program on" in line.advice
+
+
+def test_names_that_only_their_machine_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    debian = {**SAME, "address": "127.0.1.1", "choices": {"eth0": "10.0.0.2", "eth1": "10.1.0.2"}}
+    told = [
+        line for line in facts.compare([Facts("a", **debian, towards="10.0.0.2")]) if line.name == "interface"
+    ]
+    assert [str(line) for line in told] == [
+        "ok   interface a: its own name is 127.0.1.1 there (/etc/hosts), which others cannot reach: "
+        "GLOO_SOCKET_IFNAME=eth0 will be used"
+    ]
+    (line,) = [line for line in facts.compare([Facts("a", **debian)]) if line.name == "interface"]
+    assert line.verdict == "FAIL"
+    assert line.advice.endswith("that leads to the others: eth0 (10.0.0.2) or eth1 (10.1.0.2)")
+    told = facts.compare([Facts("a", **debian, interface="eth1"), Facts("b", **SAME, address="10.0.0.3")])
+    assert {line.verdict for line in told} == {"ok"}
+
+
+def test_only_one_of_head_and_machines_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from mtl_dist.cli import main
+
+    assert main(["doctor", "--machines", "2"]) == 2
+    assert "give both --machines and --head" in capsys.readouterr().err
 
 
 @pytest.fixture

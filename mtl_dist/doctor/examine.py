@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from mtl_dist.doctor.facts import compare, gather_facts
+from mtl_dist.doctor.line import Line
+from mtl_dist.doctor.machines import examine_machines
 from mtl_dist.doctor.trial import run_trial, time_all_reduce
 from mtl_dist.doctor.versions import version_problems, versions_text
 from mtl_dist.integrations.accelerate import data_parallel_group, start
+from mtl_dist.integrations.compiling import stale_locks
+from mtl_dist.training.settings import Settings, load_settings
+from mtl_dist.training.storage import check_shared
+from mtl_dist.training.together import RunError, everyone
 
+# what all ranks find, so that one of them says it
+_SAME_EVERYWHERE = ("machines", "code", "packages", "settings", "processes", "interface", "agreement")
 _SLOW_MS = 5.0  # Gloo within an idle node takes 0.4 ms
-
-
-@dataclass(frozen=True)
-class Line:
-    """The result of one check.
-
-    Attributes:
-        verdict: "ok", "warn" or "FAIL".
-        name: name of the check.
-        detail: what was found.
-        advice: what to change; empty if there is nothing to change.
-    """
-
-    verdict: str
-    name: str
-    detail: str
-    advice: str = ""
-
-    def __str__(self) -> str:
-        advice = f"\n{'':15}-> {self.advice}" if self.advice else ""
-        return f"{self.verdict:<5}{self.name:<10}{self.detail}{advice}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,39 +36,107 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="expected number of processes (default: that of the launcher)",
     )
+    together = parser.add_argument_group(
+        "before a training on several machines",
+        "run it on each of them, without a launcher: they meet at the head and compare what they have",
+    )
+    together.add_argument("--machines", type=int, help="number of machines")
+    together.add_argument("--head", metavar="HOST:PORT", help="one of them, where they meet")
+    together.add_argument("--engine", metavar="FILE", help="the engine's file, to compare")
+    together.add_argument(
+        "--wait-minutes", type=float, default=10.0, help="for the other machines (default: 10)"
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="what will be trained, to compare")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="its settings")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Runs the checks and prints them on the main process. Every process returns 1 if a check failed."""
+    """Runs the checks and prints them on the main process. Every process returns 1 if a check failed.
+
+    What fails on another process only, that process prints.
+    """
+    if (arguments.machines is None) != (arguments.head is None):
+        sys.stderr.write("mtl-dist doctor: give both --machines and --head, or none of them\n")
+        return 2
     lines: list[Line] = []
     main = int(os.environ.get("RANK", "0")) == 0
-    for line in examine(arguments.num_processes):
+    told: set[str] = set()
+    for line in examine(arguments):
         lines.append(line)
         if main:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+        elif line.verdict == "FAIL" and line.name not in _SAME_EVERYWHERE:
+            told.add(f"rank {os.environ['RANK']} on {socket.gethostname()}: {line}\n")
     failed = sum(line.verdict == "FAIL" for line in lines)
     warned = sum(line.verdict == "warn" for line in lines)
     if main:
         sys.stdout.write(_verdict(failed, warned))
     elif failed:
+        sys.stdout.write("".join(sorted(told)))
+        sys.stdout.flush()
         time.sleep(2)  # a launcher kills all processes when one ends: the main process must print first
     return 1 if failed else 0
 
 
-def examine(num_processes: int | None) -> Iterator[Line]:
+def examine(arguments: argparse.Namespace) -> Iterator[Line]:
     """The lines, one per check. If the launch itself fails, there are no further checks."""
     problems = version_problems()
     yield Line("FAIL" if problems else "ok", "versions", versions_text(), "; ".join(problems))
     try:
-        accelerator = start(num_processes)
+        settings = load_settings(arguments.config, arguments.overrides) if arguments.config else None
+    except ValueError as error:
+        yield Line("FAIL", "settings", "they are wrong", str(error))
+        return
+    if arguments.machines is not None:
+        yield from _before_start(arguments, settings)
+        return
+    for lock in stale_locks():
+        advice = f"delete it, unless another machine is compiling just now: rm '{lock}'"
+        yield Line(
+            "warn", "compile", "an interrupted compilation left a lock, for which launches wait", advice
+        )
+    try:
+        accelerator = start(arguments.num_processes)
     except (RuntimeError, ValueError, ImportError) as error:
         yield Line("FAIL", "launch", "the launcher did not start what was asked for", str(error))
         return
     yield from _launch(accelerator)
+    yield from _machines(accelerator, settings)
     yield from _try(accelerator)
     yield _reduction(accelerator)
     accelerator.end_training()
+
+
+def _before_start(arguments: argparse.Namespace, settings: Settings | None) -> Iterator[Line]:
+    engine = Path(arguments.engine).read_text(encoding="utf-8") if arguments.engine else ""
+    text = "" if settings is None else settings.model_dump_json() + engine
+    number = arguments.num_processes
+    processes = "" if number is None else f"{number} in all, {_devices()} device(s) on each machine"
+    mine = gather_facts(text, processes, arguments.head.rpartition(":")[0])
+    folder = None if settings is None else settings.output_dir
+    yield from examine_machines(arguments.head, arguments.machines, mine, folder, 60 * arguments.wait_minutes)
+
+
+def _machines(accelerator: Accelerator, settings: Settings | None) -> Iterator[Line]:
+    """What the machines of a started job have in common."""
+    mine = gather_facts(processes=os.environ.get("LOCAL_WORLD_SIZE", ""))
+    told = everyone(accelerator, mine if accelerator.is_local_main_process else None)
+    machines = [facts for facts in told if facts is not None]
+    if len(machines) > 1:
+        yield from compare(machines)
+    if settings is not None and accelerator.num_processes > 1:
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+            check_shared(accelerator, settings.output_dir)
+        except (OSError, RunError) as error:
+            yield Line("FAIL", "output", "the ranks do not share output_dir", str(error))
+        else:
+            yield Line("ok", "output", f"all ranks see one folder {str(settings.output_dir)!r}")
+
+
+def _devices() -> int:
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def _launch(accelerator: Accelerator) -> Iterator[Line]:
@@ -87,7 +144,7 @@ def _launch(accelerator: Accelerator) -> Iterator[Line]:
     precision = accelerator.mixed_precision
     detail = f"{started} process(es), {kind}, {accelerator.device.type}, mixed precision {precision}"
     yield Line("ok", "launch", detail)
-    visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    visible = _devices()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cpu" and visible:
         advice = "to use them, unset ACCELERATE_USE_CPU or remove cpu=True"

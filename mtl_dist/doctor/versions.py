@@ -13,9 +13,14 @@ _ENGINES = ("deepspeed", "transformers")  # optional: shown if they are installe
 
 def versions_text() -> str:
     """The versions of Python and of the important packages, in one line."""
-    names = ["mtl-dist", "torch", "accelerate", "numpy", *_ENGINES]
-    found = [f"{name} {installed}" for name in names if (installed := _installed(name)) is not None]
+    found = [f"{name} {installed}" for name, installed in versions().items()]
     return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def versions() -> dict[str, str]:
+    """Versions of the important packages that are installed."""
+    names = ["mtl-dist", "torch", "accelerate", "numpy", *_ENGINES]
+    return {name: installed for name in names if (installed := _installed(name)) is not None}
 
 
 def version_problems() -> list[str]:

@@ -35,7 +35,7 @@ class SaveOnSignal:
 
     Args:
         balancer: of the model that is trained. The request travels with its statistics.
-        signals: what is taken for a request.
+        signals: what is taken for a request. None of them: only `balancer.notice.raised = True` asks.
 
     Attributes:
         signal: the name of the signal that this process received; None if it received none.
@@ -49,7 +49,7 @@ class SaveOnSignal:
         self._asked = False
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():
+        if self._signals and threading.current_thread() is not threading.main_thread():
             raise RuntimeError("SaveOnSignal: Python delivers signals to the main thread; enter it there")
         self._notice.listening = True
         self._before = {number: signal.signal(number, self._receive) for number in self._signals}

@@ -21,7 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # torch and safetensors report a full disk without its number
 _WRITE_FAILED = re.compile(
-    r"iostream error|file write failed|failed writing|os error (28|122)\b|No space left"
+    r"iostream error|inline_container\.cc|failed writing|os error (28|122)\b|No space left"
 )
 _LOOK_SECONDS = 30.0  # NFS remembers for so long that a name was not there
 
@@ -114,8 +114,8 @@ def check_shared(accelerator: Accelerator, folder: Path, seconds: float = _LOOK_
     if blind:
         hosts = ", ".join(sorted({found[rank][0] for rank in blind}))
         problem = (
-            f"output_dir: {str(folder)!r} is not one folder for all ranks: ranks {blind} on {hosts} do not "
-            f"see what rank 0 on {found[0][0]} wrote there; choose a folder on a file system that all "
+            f"output_dir: {str(folder)!r} is not one folder for all ranks: ranks {blind} on {hosts} cannot "
+            f"find what rank 0 on {found[0][0]} wrote there; choose a folder on a file system that all "
             f"machines share, by its absolute path"
         )
     raise_together(accelerator, problem)

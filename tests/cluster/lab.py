@@ -6,6 +6,7 @@ Needs root, iproute2 and unshare. `why_not()` says what is missing.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
+_NUMBER = itertools.count()
 
 
 def why_not() -> str | None:
@@ -45,7 +47,8 @@ class Lab:
     """
 
     def __init__(self, number: int, *, debian: bool = False) -> None:
-        self._token = f"{os.getpid() % 100000}"
+        # the kernel may take a while to remove the cables of an earlier one
+        self._token = f"{os.getpid() % 100000}{chr(97 + next(_NUMBER) % 26)}"
         self._debian = debian
         self.names = [f"node{place}" for place in range(number)]
 
