@@ -18,13 +18,18 @@ EXACT = 1e-6
 # what is imported before ranks are forked, and what must be installed
 CLIENTS = {
     "causal_lm": (warm.TRAINER, ()),
+    "diffusion": (warm.TORCH, ()),
+    "graphs": (warm.TORCH, ()),
+    "mmoe": (warm.TORCH, ()),
+    "pinn": (warm.TORCH, ()),
+    "vqgan": (warm.TORCH, ()),
     "fabric": (warm.LIGHTNING, ()),
     "lightning_net": (warm.LIGHTNING, ()),
     "sft_lora": (warm.TRAINER, ("trl", "peft")),
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG = {"sft_lora", "sft_padding_free"}
+LONG = {"diffusion", "graphs", "lightning_net", "sft_lora", "sft_padding_free", "vqgan"}
 
 
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
