@@ -28,7 +28,7 @@ from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
 from mtl_dist.integrations._row_losses import RowLosses, Targets
-from mtl_dist.integrations._trainer import attach
+from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
 from mtl_dist.losses import Called
 from mtl_dist.sync import all_reduce_sum, collective_device
 
@@ -73,14 +73,14 @@ def balance_by_column(
         ValueError: no such column, or a combination that does not work; the message says what to change.
     """
     _check(trainer)
-    model = _base_model(trainer.model)
+    model = base_model(trainer.model)
     rows = RowLosses.of(model)
     if dataset is not None:
         trainer.train_dataset = repacked(trainer, dataset, column, balancer.tasks)
     _check_column(trainer, column)
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
-    _evaluates_as_before(trainer, own_flag)
+    evaluates_as_before(trainer, own_flag)
     _keeps_column(trainer, column, balancer)
     step_counts = _StepCounts(rows, balancer)
     _reads_ahead(trainer, step_counts)
@@ -262,11 +262,6 @@ def _check_column(trainer: Trainer, column: str) -> None:
     raise ValueError(f"the training data set has columns {list(names)}, and no {column!r}: {remedy}")
 
 
-def _base_model(model: Any) -> Any:
-    """The model of `transformers` inside PEFT's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _output_head(model: Any) -> nn.Module:
     """The layer that makes the logits.
 
@@ -309,21 +304,3 @@ def _reads_ahead(trainer: Trainer, counts: _StepCounts) -> None:
         return batches, number
 
     trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]  # what a subclass would do
-
-
-def _evaluates_as_before(trainer: Trainer, accepts_loss_kwargs: bool) -> None:
-    """`attach` tells Trainer that the loss is a mean over the micro-batch, which is so in training only."""
-    inner = trainer.prediction_step
-
-    @wraps(inner)
-    def prediction_step(*args: Any, **kwargs: Any) -> Any:
-        in_training, trainer.model_accepts_loss_kwargs = (
-            trainer.model_accepts_loss_kwargs,
-            accepts_loss_kwargs,
-        )
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            trainer.model_accepts_loss_kwargs = in_training
-
-    trainer.prediction_step = prediction_step  # type: ignore[method-assign]  # as above

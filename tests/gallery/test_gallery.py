@@ -18,6 +18,7 @@ EXACT = 1e-6
 # what is imported before ranks are forked, and what must be installed
 CLIENTS = {
     "causal_lm": (warm.TRAINER, ()),
+    "detr": (warm.TRAINER, ("scipy",)),
     "diffusion": (warm.TORCH, ()),
     "graphs": (warm.TORCH, ()),
     "mmoe": (warm.TORCH, ()),
@@ -30,10 +31,10 @@ CLIENTS = {
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG = {"diffusion", "graphs", "lightning_net", "sentences", "sft_lora", "sft_padding_free", "vqgan"}
+LONG = {"detr", "diffusion", "graphs", "lightning_net", "sentences", "sft_lora", "sft_padding_free", "vqgan"}
 
-# ranks take batches of different data sets, so no process has the joined batch
-APART = {"sentences"}
+# DETR divides by numbers of its own rank, and sentences of two data sets make no joined batch
+APART = {"detr", "sentences"}
 
 
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
