@@ -22,6 +22,7 @@ CLIENTS = {
     "diffusion": (warm.TORCH, ()),
     "graphs": (warm.TORCH, ()),
     "mmoe": (warm.TORCH, ()),
+    "multi_token": (warm.TRAINER, ()),
     "pinn": (warm.TORCH, ()),
     "vqgan": (warm.TORCH, ()),
     "fabric": (warm.LIGHTNING, ()),
@@ -31,7 +32,17 @@ CLIENTS = {
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG = {"detr", "diffusion", "graphs", "lightning_net", "sentences", "sft_lora", "sft_padding_free", "vqgan"}
+LONG = {
+    "detr",
+    "diffusion",
+    "graphs",
+    "lightning_net",
+    "multi_token",
+    "sentences",
+    "sft_lora",
+    "sft_padding_free",
+    "vqgan",
+}
 
 # DETR divides by numbers of its own rank, and sentences of two data sets make no joined batch
 APART = {"detr", "sentences"}
