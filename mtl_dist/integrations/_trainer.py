@@ -135,3 +135,26 @@ def _collect_evaluations(trainer: Trainer, callback: BalancerCallback) -> None:
         return output._replace(metrics={**(output.metrics or {}), **row})
 
     trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]  # what a subclass would override
+
+
+def base_model(model: Any) -> Any:
+    """The model of `transformers` inside PEFT's."""
+    return model.getbase_model() if hasattr(model, "getbase_model") else model
+
+
+def evaluates_as_before(trainer: Trainer, accepts_loss_kwargs: bool) -> None:
+    """`attach` tells Trainer that the loss is a mean over the micro-batch, which is so in training only."""
+    inner = trainer.prediction_step
+
+    @wraps(inner)
+    def prediction_step(*args: Any, **kwargs: Any) -> Any:
+        in_training, trainer.model_accepts_loss_kwargs = (
+            trainer.model_accepts_loss_kwargs,
+            accepts_loss_kwargs,
+        )
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            trainer.model_accepts_loss_kwargs = in_training
+
+    trainer.prediction_step = prediction_step  # type: ignore[method-assign]  # as above

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutput
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
 from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
-from mtl_dist.integrations._row_losses import RowLosses, Targets
-from mtl_dist.integrations._trainer import attach
-from mtl_dist.losses import Called
+from mtl_dist.integrations._output_head import check_chunked, output_head, whole_head
+from mtl_dist.integrations._row_losses import IGNORED, RowLosses, Targets
+from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
+from mtl_dist.losses import Called, cross_entropy_in_chunks
 from mtl_dist.sync import all_reduce_sum, collective_device
 
 
@@ -39,6 +41,7 @@ def balance_by_column(
     *,
     column: str = "domain",
     dataset: Any = None,
+    chunk: int | None = None,
     name: str = "balancer",
     eval_weights: Weights | None = None,
 ) -> Balancer:
@@ -62,6 +65,9 @@ def balance_by_column(
         column: of the training data set. Evaluations of data sets without it are as before.
         dataset: the training data set as it was given to the trainer, where `SFTTrainer` packs it: packing
             drops the column, so it is found again.
+        chunk: for a causal language model with a large vocabulary: the number of tokens whose logits exist at
+            a time in training. Gradients are then measured at the input of the output head (`FeatureProbe`).
+            None: the model makes all logits.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -73,20 +79,22 @@ def balance_by_column(
         ValueError: no such column, or a combination that does not work; the message says what to change.
     """
     _check(trainer)
-    model = _base_model(trainer.model)
+    model = base_model(trainer.model)
     rows = RowLosses.of(model)
     if dataset is not None:
         trainer.train_dataset = repacked(trainer, dataset, column, balancer.tasks)
     _check_column(trainer, column)
+    if chunk is not None:
+        check_chunked(trainer, model, balancer, rows)
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
-    _evaluates_as_before(trainer, own_flag)
+    evaluates_as_before(trainer, own_flag)
     _keeps_column(trainer, column, balancer)
     step_counts = _StepCounts(rows, balancer)
     _reads_ahead(trainer, step_counts)
     facts = accelerate.engine_of(trainer.accelerator, trainer.args.gradient_accumulation_steps)
     balancer.set_engine(replace(facts, counts=step_counts))
-    forward = _Forward(model, balancer, rows)
+    forward = _Forward(model, balancer, rows, chunk)
     if is_sft(trainer):
         forward.fused = FusedHead(trainer)
         forward.fused.returns_total()
@@ -100,8 +108,8 @@ class _Forward:
     It is the model's own method until a batch has task ids, so generation and other calls are as before.
     """
 
-    def __init__(self, model: Any, balancer: Balancer, rows: RowLosses) -> None:
-        self._model, self._balancer, self._rows = model, balancer, rows
+    def __init__(self, model: Any, balancer: Balancer, rows: RowLosses, chunk: int | None) -> None:
+        self._model, self._balancer, self._rows, self._chunk = model, balancer, rows, chunk
         self._inner: Callable[..., Any] = model.forward
         self._of_head: tuple[Tensor, Any] | None = None  # what the output head read, and wrote
         self.fused: FusedHead | None = None
@@ -109,7 +117,7 @@ class _Forward:
     def install(self) -> None:
         """Takes the place of `model.forward`."""
         if self._balancer.probe.takes_layers:
-            _output_head(self._model).register_forward_hook(self._note)
+            output_head(self._model).register_forward_hook(self._note)
 
         @wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -128,6 +136,8 @@ class _Forward:
         self._model.forward = forward
 
     def _trained(self, targets: Targets, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._chunk is not None:
+            return self._in_chunks(targets, args, kwargs, self._chunk)
         measures = self._balancer.measures
         if self.fused is not None and kwargs.get("fused_lm_head") and not measures:
             outputs = self._inner(*args, **kwargs)
@@ -151,6 +161,23 @@ class _Forward:
         if self.fused is not None:
             self.fused.take(total)
         return type(outputs)(**{**outputs, "loss": total})
+
+    def _in_chunks(self, targets: Targets, args: Any, kwargs: dict[str, Any], chunk: int) -> Any:
+        """Without the model's output head, whose logits would exist as a whole."""
+        for key in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep"):
+            kwargs.pop(key, None)
+        hidden = self._model.base_model(*args, **kwargs).last_hidden_state
+        head = whole_head(self._model)
+
+        def losses(hidden: Tensor) -> Tensor:
+            return cross_entropy_in_chunks(
+                hidden, head.weight, targets.labels, bias=head.bias, ignored=IGNORED, chunk=chunk
+            )
+
+        ids, mask = targets.task_ids, targets.mask
+        if self._balancer.measures:
+            return CausalLMOutput(loss=self._balancer(hidden, losses, task_ids=ids, mask=mask))
+        return CausalLMOutput(loss=self._balance_losses(losses(hidden), targets))
 
     def _balance(self, logits: Tensor, targets: Targets) -> Tensor:
         """The balancer's scalar, with the gradients where the probe measures."""
@@ -262,30 +289,6 @@ def _check_column(trainer: Trainer, column: str) -> None:
     raise ValueError(f"the training data set has columns {list(names)}, and no {column!r}: {remedy}")
 
 
-def _base_model(model: Any) -> Any:
-    """The model of `transformers` inside PEFT's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _output_head(model: Any) -> nn.Module:
-    """The layer that makes the logits.
-
-    Raises:
-        TypeError: it is not known, or not linear.
-    """
-    head = model.get_output_embeddings()
-    for name in ("score", "classifier", "lm_head"):
-        head = getattr(model, name, None) if head is None else head
-    base = getattr(head, "original_module", getattr(head, "base_layer", head))  # inside PEFT's layers
-    if not isinstance(base, nn.Linear) and type(base).__name__ != "Conv1D":
-        raise TypeError(
-            f"SharedLayerProbe: the output head of {type(model).__name__} is no linear layer, got "
-            f"{type(base).__name__}: use FeatureProbe() or ParameterProbe()"
-        )
-    module: nn.Module = head
-    return module
-
-
 def _router_coefficient(model: Any) -> float:
     """What the model multiplies the loss of its router by."""
     return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
@@ -309,21 +312,3 @@ def _reads_ahead(trainer: Trainer, counts: _StepCounts) -> None:
         return batches, number
 
     trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]  # what a subclass would do
-
-
-def _evaluates_as_before(trainer: Trainer, accepts_loss_kwargs: bool) -> None:
-    """`attach` tells Trainer that the loss is a mean over the micro-batch, which is so in training only."""
-    inner = trainer.prediction_step
-
-    @wraps(inner)
-    def prediction_step(*args: Any, **kwargs: Any) -> Any:
-        in_training, trainer.model_accepts_loss_kwargs = (
-            trainer.model_accepts_loss_kwargs,
-            accepts_loss_kwargs,
-        )
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            trainer.model_accepts_loss_kwargs = in_training
-
-    trainer.prediction_step = prediction_step  # type: ignore[method-assign]  # as above

@@ -14,7 +14,8 @@ checkpoint has the balancer's state, and evaluations have each task's loss and a
 micro-batch updates the rule. With `Balancer(..., window=args.gradient_accumulation_steps)` all micro-batches
 of an optimizer step have the same weights.
 
-`balance_by_column` needs no change of the model: tasks are the values of a column of the data set.
+`balance_by_column` needs no change of the model: tasks are the values of a column of the data set. Nor does
+`balance_loss_dict`, for detectors: tasks are the names in the model's own dictionary of losses.
 """
 
 from __future__ import annotations
@@ -22,5 +23,6 @@ from __future__ import annotations
 from mtl_dist.integrations._trainer import attach, detach
 from mtl_dist.integrations._trainer_callback import BalancerCallback
 from mtl_dist.integrations.by_column import balance_by_column
+from mtl_dist.integrations.loss_dict import balance_loss_dict
 
-__all__ = ["BalancerCallback", "attach", "balance_by_column", "detach"]
+__all__ = ["BalancerCallback", "attach", "balance_by_column", "balance_loss_dict", "detach"]

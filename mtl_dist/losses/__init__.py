@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtl_dist.losses.base import Counts, Head, HeadFunctions, Heads, LocalLosses, Losses, Refuse
+from mtl_dist.losses.chunked import cross_entropy_in_chunks
 from mtl_dist.losses.features import (
     CHANGED,
     Branches,
@@ -54,6 +55,7 @@ __all__ = [
     "anchored",
     "check_names",
     "collect",
+    "cross_entropy_in_chunks",
     "gradient_gram",
     "nan_and_empty",
     "read_heads",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtl_dist import Balancer, Rule
 from mtl_dist.integrations.lightning import attach
 from mtl_dist.weighting import MGDA, Fixed, Smooth
-from tests.gallery.run import WORLD_SIZE, flat, mine
+from tests.gallery.run import STEPS, WORLD_SIZE, flat, mine
 
 PLAIN, RULE = Fixed([1.0, 1.0]), Smooth(MGDA(), 0.5)
 LINES = 3
@@ -53,7 +53,7 @@ def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str
     if resume:
         fabric.load(file, state)
     draw = torch.Generator().manual_seed(1)
-    batches = torch.randn(steps, 2, 8, 6, generator=draw)
+    batches = torch.randn(STEPS, 2, 8, 6, generator=draw)
     losses = []
     for step in range(state["step"], steps):
         for micro, batch in enumerate(batches[step]):

@@ -18,13 +18,34 @@ EXACT = 1e-6
 # what is imported before ranks are forked, and what must be installed
 CLIENTS = {
     "causal_lm": (warm.TRAINER, ()),
+    "detr": (warm.TRAINER, ("scipy",)),
+    "diffusion": (warm.TORCH, ()),
+    "graphs": (warm.TORCH, ()),
+    "mmoe": (warm.TORCH, ()),
+    "multi_token": (warm.TRAINER, ()),
+    "pinn": (warm.TORCH, ()),
+    "vqgan": (warm.TORCH, ()),
     "fabric": (warm.LIGHTNING, ()),
     "lightning_net": (warm.LIGHTNING, ()),
+    "sentences": (warm.TRAINER, ("sentence_transformers",)),
     "sft_lora": (warm.TRAINER, ("trl", "peft")),
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG = {"sft_lora", "sft_padding_free"}
+LONG = {
+    "detr",
+    "diffusion",
+    "graphs",
+    "lightning_net",
+    "multi_token",
+    "sentences",
+    "sft_lora",
+    "sft_padding_free",
+    "vqgan",
+}
+
+# DETR divides by numbers of its own rank, and sentences of two data sets make no joined batch
+APART = {"detr", "sentences"}
 
 
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
@@ -55,8 +76,11 @@ def test_client(client: str, tmp_path: Path) -> None:
     assert alone["own"]["losses"] == pytest.approx(alone["plain"]["losses"], rel=EXACT)
     assert off(alone["own"]["parameters"], alone["rule"]["parameters"]) > 1e-4, "the rule changes nothing"
     for facts in trained(client, tmp_path, 2):
-        for way in ("own", "rule"):
-            assert off(alone[way]["parameters"], facts[way]["parameters"]) <= EXACT, way
+        if client in APART:
+            assert off(facts["plain"]["parameters"], facts["own"]["parameters"]) <= EXACT
+        else:
+            for way in ("own", "rule"):
+                assert off(alone[way]["parameters"], facts[way]["parameters"]) <= EXACT, way
         for one in (alone, facts):
             assert torch.equal(one["resumed"]["parameters"], one["rule"]["parameters"]), (
                 "resume is not bitwise"

@@ -25,8 +25,6 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Trainer,
     TrainerCallback,
 )
@@ -37,6 +35,7 @@ from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.weighting import MGDA, Fixed, InverseGradNorm, TokenShare
 from tests.gallery.causal_lm import DOMAINS, arguments, config, padded, table
 from tests.gallery.run import flat
+from tests.integrations.by_column_router import COEFFICIENT, mixtral
 
 BERT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 24, "max_position_embeddings": 16}
@@ -200,16 +199,6 @@ def test_gradient_rules_train_a_classifier_at_its_head(tmp_path: Path) -> None:
     assert balancer.report.cosines.fill_diagonal_(0).nan_to_num().abs().max() > 0, "tasks meet in the weight"
 
 
-MIXTRAL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-MIXTRAL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-MIXTRAL |= {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-
-
-def mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**MIXTRAL, router_aux_loss_coef=0.3))
-
-
 def test_the_loss_of_a_router_is_the_mean_over_micro_batches(tmp_path: Path) -> None:
     """The model's own loss adds it to each micro-batch, so Trainer sums it over an accumulation step."""
     own = mixtral()
@@ -226,13 +215,43 @@ def test_the_loss_of_a_router_is_the_mean_over_micro_batches(tmp_path: Path) -> 
         losses = nn.functional.cross_entropy(
             outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         )
-        (losses / number + 0.3 * outputs.aux_loss / len(batches)).backward()
+        (losses / number + COEFFICIENT * outputs.aux_loss / len(batches)).backward()
     with torch.no_grad():
         for parameter in by_hand.parameters():
             if parameter.grad is not None:
                 parameter -= 0.5 * parameter.grad
     assert off(flat(by_hand), flat(own)) <= 1e-6
     assert off(flat(by_hand), flat(trainer.model)) > 1e-5, "the plain training is right after all"
+
+
+def test_the_loss_of_a_router_is_the_mean_over_ranks(tmp_path: Path) -> None:
+    """Trainer multiplies the model's loss by the number of ranks, and the router's loss with it."""
+    script, out = Path(__file__).parent / "by_column_router.py", tmp_path / "router"
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = warm.launch(script, 2, out, env=environment, modules=warm.TRAINER)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)]
+    number = sum(int((rank["batch"]["labels"][:, 1:] != -100).sum()) for rank in ranks)
+
+    def after_a_step(factor: float) -> Tensor:
+        model = mixtral()
+        for rank in ranks:
+            batch = dict(rank["batch"])
+            labels = batch.pop("labels")[:, 1:].flatten()
+            outputs = model(**batch)
+            losses = nn.functional.cross_entropy(
+                outputs.logits[:, :-1].flatten(0, 1), labels, reduction="sum"
+            )
+            (losses / number + factor * COEFFICIENT * outputs.aux_loss / 2).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.5 * parameter.grad
+        return flat(model)
+
+    for rank in ranks:
+        assert off(after_a_step(1.0), rank["own"]) <= 1e-6
+        assert off(after_a_step(2.0), rank["plain"]) <= 1e-6, "Trainer is not off by the number of ranks"
 
 
 class Recorder:
