@@ -9,6 +9,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from mtl_dist.canonical import ByValue
+
 Batch = dict[str, Tensor]  # field -> [B, ...]; the keyword arguments of the model's forward
 
 
@@ -35,7 +37,7 @@ class Metric:
     finish: Callable[[float], float] = float
 
 
-class Recipe(ABC):
+class Recipe(ByValue, ABC):
     """A training, as a frozen dataclass of its hyperparameters. It depends only on them and on `seed`.
 
     Attributes:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from mtl_dist.balancer import Balancer
+from mtl_dist.canonical import canonical
 from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
@@ -157,9 +158,9 @@ def build_balancer(settings: Settings) -> Balancer:
 def run_identity(settings: Settings) -> dict[str, Any]:
     """The settings that a resumed run must not change: they determine data, order, model and state."""
     return {
-        "recipe": repr(settings.recipe.object),
-        "weighting": repr(settings.weighting.object),
-        "probe": repr(settings.probe.object),
+        "recipe": canonical(settings.recipe.object),
+        "weighting": canonical(settings.weighting.object),
+        "probe": canonical(settings.probe.object),
         "seed": settings.seed,
         "batch_size": settings.batch_size,
     }

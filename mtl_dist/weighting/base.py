@@ -1,8 +1,8 @@
 """The interface of a weighting rule: `Rule`, `Needs`, `State`, `Combinator`.
 
-A rule is a frozen dataclass of hyperparameters with two pure functions, `init` and `update`. It never sees a
-model, a process group or a parameter. Its memory is a `State`, a flat dictionary of tensors whose shapes
-`init` fixes. The state is also what a checkpoint stores.
+A rule is an object of hyperparameters, best a frozen dataclass, with two pure functions, `init` and `update`.
+It never sees a model, a process group or a parameter. Its memory is a `State`, a flat dictionary of tensors
+whose shapes `init` fixes. The state is also what a checkpoint stores.
 
 A new rule needs this module, `mtl_dist.weighting.helpers`, `mtl_dist.weighting.checks` and, for problems in
 the Gram matrix, `mtl_dist.solvers`. All of them are public.
@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mtl_dist.canonical import ByValue
 from mtl_dist.stats import TaskStats
 
 State = dict[str, Tensor]
@@ -39,8 +40,8 @@ class Needs(IntEnum):
     GRAM = 2
 
 
-class Rule(ABC):
-    """A weighting rule.
+class Rule(ByValue, ABC):
+    """A weighting rule. Its class and its attributes are its identity: ranks and checkpoints compare them.
 
     Attributes:
         needs: the statistics that `update` reads.
