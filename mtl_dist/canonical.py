@@ -86,7 +86,8 @@ def _text(value: Any, nameless: list[Any]) -> str:
         return f"partial({tell(value.func)}, {tell(value.args)}, {tell(value.keywords)})"
     if callable(value) and not isinstance(value, (Enum, ByValue)) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
-    if type(value).__repr__ in (object.__repr__, ByValue.__repr__):
+    own: Any = type(value).__repr__
+    if own is object.__repr__ or own is ByValue.__repr__:
         attributes = _attributes(value)
         if attributes or isinstance(value, ByValue):
             return _call(value, dict(sorted(attributes.items())), tell)

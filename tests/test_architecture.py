@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "balancer": {"canonical", "stats", "weighting", "sync", "losses", "engines", "probes", "checks"},
     "virtual": {"sync", "balancer"},
     "checkpoint": {"durable", "stats", "balancer"},
+    "testing": {"canonical", "stats", "weighting"},
     "priors": {"sync"},
     "tracking": {"durable", "stats"},
     "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
