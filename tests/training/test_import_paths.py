@@ -77,7 +77,8 @@ def test_what_pydantic_does_not_know_is_handed_over():
 def test_a_tracker_of_ones_own(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "{recipe: multi_digits, steps: 1, batch_size: 2, output_dir: o, trackers: ['strangers_rules:Counting']}"
+        "{recipe: multi_digits, steps: 1, batch_size: 2, output_dir: o, "
+        "trackers: ['strangers_rules:Counting']}"
     )
     assert load_settings(config).trackers == ["strangers_rules:Counting"]
 
