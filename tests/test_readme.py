@@ -35,7 +35,10 @@ def rules_table() -> str:
 
 
 def program(page: str) -> tuple[str, list[str]]:
-    """Of a page: one program (hidden preparation, then its Python blocks), and the blocks that cannot run."""
+    """Of a page: one program (hidden preparation, then its Python blocks), and the blocks that cannot run.
+
+    Blocks with a title are files: `tests/test_writing.py` runs them.
+    """
     found = re.findall(r"<!-- run first:\n(.*?)-->|```python( no-run)?\n(.*?)```", page, flags=re.DOTALL)
     runs = [first or block for first, no_run, block in found if not no_run]
     return "\n\n".join(runs), [block for _, no_run, block in found if no_run]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import suppress
+from typing import Any, Literal
 
+import torch
+
+from mtl_dist.canonical import canonical, without_words
 from mtl_dist.probes import FeatureTap, ParameterProbe, Probe
+from mtl_dist.stats import TaskStats, stats_dtype
+from mtl_dist.weighting import Needs, Rule
 
 PARAMETERS_OF_HEADS = (
     "parameters= goes with losses, balancer(losses, parameters=...); with features and heads, give "
@@ -23,6 +29,39 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"task names must be unique, got {list(names)}")
     return names
+
+
+def checked_rule(rule: Rule, tasks: tuple[str, ...]) -> Rule:
+    """A rule that is the same on all ranks and in all its checkpoints: an object that does not change."""
+    checked_component(rule, "weighting")
+    before, cpu = canonical(rule), torch.device("cpu")
+    with cpu:
+        n, dtype = len(tasks), stats_dtype(cpu)
+        losses, state = torch.linspace(1.0, 2.0, n, dtype=dtype), rule.init(tasks, cpu)
+        gram = torch.eye(n, dtype=dtype) if rule.needs > Needs.LOSSES else None
+        stats = TaskStats(losses, torch.ones(n, dtype=torch.bool), gram, torch.ones(n, dtype=dtype), 0)
+        with suppress(Exception):  # what it refuses here it also refuses at the first step, with the task
+            rule.update(stats, state)
+    if canonical(rule) != before:
+        raise ValueError(
+            f"weighting: init or update changed the attributes of the rule, from {before} to {rule!r}; what "
+            "it learns belongs into its state, because attributes are in no checkpoint"
+        )
+    return rule
+
+
+def checked_component(component: Any, name: str) -> None:
+    """Raises unless a rule or probe is an object whose settings have the same words in every process."""
+    if isinstance(component, type):
+        raise ValueError(
+            f"{name} is the class {component.__name__}: give an object, such as {component.__name__}()"
+        )
+    for part in without_words(component):
+        raise ValueError(
+            f"{name}: {type(component).__name__} has the setting {part!r}, which only its address in memory "
+            "tells from others, so ranks and checkpoints cannot compare it: give its class a __repr__ of its "
+            "values, or make it a frozen dataclass"
+        )
 
 
 def checked_policy(on_nonfinite: OnNonfinite, probe: Probe) -> OnNonfinite:

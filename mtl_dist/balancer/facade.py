@@ -13,8 +13,10 @@ from mtl_dist.balancer.arguments import (
     PARAMETERS_OF_HEADS,
     CountsOf,
     OnNonfinite,
+    checked_component,
     checked_lag,
     checked_policy,
+    checked_rule,
     checked_tasks,
     checked_window,
     probe_at_parameters,
@@ -92,7 +94,8 @@ class Balancer(BalancerCalls):
             makes weights worthless (`findings`). It costs twice as much, and the host waits.
 
     Raises:
-        ValueError: task names empty or repeated, or a combination that cannot work.
+        ValueError: task names empty or repeated, a rule that changes itself or that ranks cannot compare, or
+            a combination that cannot work.
 
     Attributes:
         tasks: the task names.
@@ -120,7 +123,8 @@ class Balancer(BalancerCalls):
         self._client = ClientLosses.checked(self.tasks, ignore, base) if ignore or base is not None else None
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
-        self.weighting = _spaced(weighting, self.probe)
+        checked_component(self.probe, "probe")
+        self.weighting = _spaced(checked_rule(weighting, self.tasks), self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
         self.lag, self.counts = checked_lag(lag, counts, on_nonfinite)
         self._strict = on_nonfinite == "raise"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mtl_dist.balancer.progress import RuleProgress
+from mtl_dist.canonical import canonical, tensor_bytes
 from mtl_dist.sync import Identity
 
 
@@ -40,32 +37,8 @@ def state_digest(progress: RuleProgress) -> int:
     whole = hashlib.sha256(str(progress.step).encode())
     for key, value in sorted({**progress.state, "weights of the balancer": progress.weights}.items()):
         whole.update(key.encode())
-        whole.update(_bytes(value))
+        whole.update(tensor_bytes(value))
     return int.from_bytes(whole.digest()[:3], "big") or 1
-
-
-def canonical(value: Any) -> str:
-    """A text for a setting: mappings and sets in one order, no addresses, fields that `repr` hides too."""
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = ", ".join(f"{f.name}={canonical(getattr(value, f.name))}" for f in fields(value))
-        return f"{type(value).__qualname__}({inner})"
-    if isinstance(value, Mapping):
-        pairs = sorted(f"{canonical(key)}: {canonical(item)}" for key, item in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, (set, frozenset)):
-        return "{" + ", ".join(sorted(map(canonical, value))) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(canonical, value)) + "]"
-    if isinstance(value, Tensor):
-        return f"tensor of shape {list(value.shape)}, {hashlib.sha256(_bytes(value)).hexdigest()[:12]}"
-    if isinstance(value, Enum) or not callable(value):
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _bytes(value: Tensor) -> bytes:
-    host = value.detach().cpu()
-    return (host.double() if host.is_floating_point() else host).contiguous().numpy().tobytes()
 
 
 def _version() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtl_dist.balancer.progress import RuleProgress
+from mtl_dist.canonical import canonical
 
 _STATE, _WINDOW = "rule.", "window."
 
@@ -16,7 +17,7 @@ def read_state(progress: RuleProgress) -> dict[str, Any]:
     """Everything that the next step depends on."""
     state = {_STATE + key: value.detach().clone() for key, value in progress.state.items()}
     window = {_WINDOW + key: value.clone() for key, value in progress.window_state().items()}
-    header = {"tasks": list(progress.tasks), "rule": repr(progress.rule), "step": progress.step}
+    header = {"tasks": list(progress.tasks), "rule": canonical(progress.rule), "step": progress.step}
     return {**header, "weights": progress.weights.clone(), **state, **window}
 
 

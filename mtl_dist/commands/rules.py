@@ -9,8 +9,7 @@ import shutil
 import sys
 from typing import Any
 
-from mtl_dist.weighting import COMBINATORS, RULES
-from mtl_dist.weighting.sources import SOURCES
+from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
 _COLUMNS = ("name", "needs", "paper", "cost")
 
@@ -50,7 +49,7 @@ def rules_table(width: int | None = None) -> str:
     )
 
 
-def _record(name: str, cls: type, needs: str) -> dict[str, Any]:
+def _record(name: str, cls: type[Rule], needs: str) -> dict[str, Any]:
     what = (inspect.getdoc(cls) or "").partition("\n")[0]
-    paper, cost = SOURCES[name]
-    return {"name": name, "class": cls.__name__, "needs": needs, "paper": paper, "cost": cost, "what": what}
+    facts = {"paper": cls.paper, "cost": cls.cost}
+    return {"name": name, "class": cls.__name__, "needs": needs, **facts, "what": what}

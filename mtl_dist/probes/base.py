@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mtl_dist.canonical import ByValue
 from mtl_dist.engines import EngineView
 from mtl_dist.losses import Heads, LocalLosses
 from mtl_dist.stats import LocalStats
@@ -139,10 +140,11 @@ class Reduced:
         return replace(self, total=self.total + later.total, summed=self.summed + later.summed)
 
 
-class Probe(ABC):
+class Probe(ByValue, ABC):
     """Measures gradient statistics, and lets the weights enter the graph again.
 
-    Probes are frozen dataclasses of settings. What one step needs lives in the graph of that step.
+    Probes are objects of settings, best frozen dataclasses. What one step needs lives in the graph of that
+    step.
 
     Attributes:
         every: steps from one measurement to the next; the weights hold in between.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe
+from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe, TensorData, eval_sums
 from mtl_dist.recipes.multi_digits import MultiDigits
 from mtl_dist.recipes.side_tuning import SideTuning
 from mtl_dist.recipes.text_mixture import TextMixture
@@ -13,4 +13,15 @@ RECIPES: dict[str, type[Recipe]] = {
     "text_mixture": TextMixture,
 }
 
-__all__ = ["RECIPES", "Batch", "BatchData", "Metric", "MultiDigits", "Recipe", "SideTuning", "TextMixture"]
+__all__ = [
+    "RECIPES",
+    "Batch",
+    "BatchData",
+    "Metric",
+    "MultiDigits",
+    "Recipe",
+    "SideTuning",
+    "TensorData",
+    "TextMixture",
+    "eval_sums",
+]

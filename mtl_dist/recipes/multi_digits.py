@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe
-from mtl_dist.stats import stats_dtype
+from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe, eval_sums
 
 DIGIT = 8  # side of a source image, pixels
 HEIGHT, WIDTH = 12, 16  # of the canvas, pixels
@@ -150,15 +149,13 @@ class MultiDigitsNet(nn.Module):
         """`[4, 3]` in the dtype of statistics: sums of loss and metric, and number of samples."""
         error = self.sum(z).squeeze(1) - total
         pixel_error = (self.image(z) - pixels).square()
-        per_sample = [  # loss and metric, each [B]
-            (F.cross_entropy(self.left(z), left, reduction="none"), self.left(z).argmax(1) == left),
-            (F.cross_entropy(self.right(z), right, reduction="none"), self.right(z).argmax(1) == right),
-            (error.square(), error.abs()),
-            (pixel_error.sum(1), pixel_error.mean(1)),
-        ]
-        count, dtype = torch.ones_like(error), stats_dtype(error.device)
-        return torch.stack(
-            [torch.stack([value.to(dtype).sum() for value in (*pair, count)]) for pair in per_sample]
+        return eval_sums(
+            [
+                (F.cross_entropy(self.left(z), left, reduction="none"), self.left(z).argmax(1) == left),
+                (F.cross_entropy(self.right(z), right, reduction="none"), self.right(z).argmax(1) == right),
+                (error.square(), error.abs()),
+                (pixel_error.sum(1), pixel_error.mean(1)),
+            ]
         )
 
 

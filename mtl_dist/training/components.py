@@ -1,14 +1,20 @@
-"""Builds an object of a registry from its specification, such as `{name: smooth, rule: mgda}`."""
+"""Builds a component from its specification: `{name: smooth, rule: mgda}`, `{name: "my_rules:Largest"}`.
+
+The name is one of a registry, or the import path `module:Class` of a class of one's own.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 Spec = Any  # a name, or a mapping with `name` and fields; checked by building it
@@ -28,12 +34,25 @@ class Component(Generic[T]):
     object: T
 
 
-def build(spec: Spec, registry: Mapping[str, type[T]], path: str, nested: Mapping[type, Nested]) -> T:
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """A kind of component.
+
+    Attributes:
+        base: the class that all of them are derived from.
+        registry: name -> class, of the shipped ones.
+    """
+
+    base: type
+    registry: Mapping[str, type[T]]
+
+
+def build(spec: Spec, kind: Kind[T], path: str, nested: Mapping[type, Nested]) -> T:
     """The object that `spec` describes.
 
     Args:
-        spec: a name in `registry`, or a mapping with `name` and arguments of the class.
-        registry: name -> class. All arguments of the classes must be annotated.
+        spec: a name, or a mapping with `name` and arguments of the class.
+        kind: what it must be.
         path: path of the specification in the settings, for messages.
         nested: base class of an argument -> function that builds it from its specification and path.
 
@@ -45,24 +64,93 @@ def build(spec: Spec, registry: Mapping[str, type[T]], path: str, nested: Mappin
         raise ValueError(f"{path}: give a name, or a mapping with name and fields; got {spec!r}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
-    if not isinstance(name, str) or name not in registry:
-        received = "no name" if name is None else repr(name)
-        raise ValueError(f"{path}.name: got {received}{hint(str(name), registry)}")
-    cls = registry[name]
-    parameters = inspect.signature(cls).parameters
-    hints = get_type_hints(cls if hasattr(cls, "__dataclass_fields__") else cls.__init__)
+    cls = _class(name, kind, f"{path}.name")
+    parameters, hints = _parameters(cls, f"{path}.name")
     arguments = {}
     for key, value in fields.items():
         if key not in parameters:
             raise ValueError(f"{path}.{key}: {name!r} has no such field{hint(key, parameters)}")
-        arguments[key] = _value(value, hints[key], f"{path}.{key}", nested)
+        arguments[key] = _value(value, hints.get(key, Any), f"{path}.{key}", nested)
     required = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
     if required:
         raise ValueError(f"{path}: {name!r} needs {', '.join(required)}; got {spec!r}")
     try:
         return cls(**arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def search_beside(file: Path) -> None:
+    """Lets import paths name modules that stand beside `file` or in the working folder, after all others."""
+    for folder in (str(file.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def load(name: str, path: str) -> Any:
+    """What the import path `module:Name` names.
+
+    Args:
+        name: the import path.
+        path: path in the settings, for messages.
+
+    Raises:
+        ValueError: there is no such module or name in it, or the module cannot be imported.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ValueError(
+            f"{path}: got {name!r}; write an import path as module:Name, such as my_rules:Largest"
+        )
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise ValueError(f"{path}: {module_name!r} has no {attribute!r}{hint(part, _public(found))}")
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{path}: no module {error.name!r}; put {error.name.partition('.')[0]}.py beside the "
+                "configuration or into the working folder, or install it"
+            ) from None
+        raise ValueError(f"{path}: importing {module_name!r} failed: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"{path}: importing {module_name!r} failed: {error}") from error
+    return found
+
+
+def _class(name: Any, kind: Kind[T], path: str) -> type[T]:
+    if isinstance(name, str) and name in kind.registry:
+        return kind.registry[name]
+    if not isinstance(name, str) or ":" not in name:
+        received = "no name" if name is None else repr(name)
+        raise ValueError(
+            f"{path}: got {received}{hint(str(name), kind.registry)}, or an import path module:Class"
+        )
+    cls, base = load(name, path), kind.base
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(
+            f"{path}: {name!r} must be a class derived from {base.__module__}.{base.__qualname__}"
+        )
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+        raise ValueError(f"{path}: {name!r} must define {missing}")
+    own: Any = cls
+    return own  # type: ignore[no-any-return]  # a T, because it is derived from the base
+
+
+def _parameters(cls: type, path: str) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
+    """The arguments of a class, and their types."""
+    try:
+        hints = get_type_hints(cls if is_dataclass(cls) else inspect.getattr_static(cls, "__init__"))
+    except NameError as error:
+        raise ValueError(f"{path}: the annotations of {cls.__qualname__} cannot be read: {error}") from error
+    return inspect.signature(cls).parameters, hints
+
+
+def _public(module: Any) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
 
 
 def hint(name: str, valid: Iterable[str]) -> str:
@@ -81,6 +169,8 @@ def _value(value: Any, annotation: Any, path: str, nested: Mapping[type, Nested]
             return build_nested(value, path)
     try:
         return TypeAdapter(annotation).validate_python(value)
+    except PydanticSchemaGenerationError:  # a class of one's own, which checks what it gets
+        return value
     except ValidationError as error:
         problems = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
         raise ValueError(f"{path}: {problems}; got {value!r}") from None

@@ -1,8 +1,9 @@
 """Turns a YAML file and `key=value` overrides into validated settings, and settings into objects.
 
-A component (rule, probe, recipe) is given by its name, or by a mapping with `name` and the fields of its
-class. Rules nest: `{name: smooth, decay: 0.9, rule: {name: mgda}}`. Every mistake raises a `ValueError` that
-shows the path, the value and what to do.
+A component (rule, probe, recipe, tracker) is given by its name, or by a mapping with `name` and the fields of
+its class. The name of a class of one's own is its import path, `my_rules:Largest` (`docs/writing.md`). Rules
+nest: `{name: smooth, decay: 0.9, rule: {name: mgda}}`. Every mistake raises a `ValueError` that shows the
+path, the value and what to do.
 """
 
 from __future__ import annotations
@@ -23,18 +24,25 @@ from pydantic import (
 )
 
 from mtl_dist.balancer import Balancer
-from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
+from mtl_dist.canonical import canonical
+from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, Probe, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
-from mtl_dist.training.components import Component, Spec, build, hint
+from mtl_dist.training.components import Component, Kind, Spec, build, hint, search_beside
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
-PROBES: dict[str, type[Any]] = {
+PROBES: dict[str, type[Probe]] = {
     "feature": FeatureProbe,
     "tap": FeatureTap,
     "shared_layer": SharedLayerProbe,
     "parameter": ParameterProbe,
 }
+_RULE, _PROBE, _RECIPE, _TRACKER = (
+    Kind(Rule, {**RULES, **COMBINATORS}),
+    Kind(Probe, PROBES),
+    Kind(Recipe, RECIPES),
+    Kind(Tracker, TRACKERS),
+)
 
 
 def build_rule(spec: Spec, path: str = "weighting") -> Rule:
@@ -47,17 +55,17 @@ def build_rule(spec: Spec, path: str = "weighting") -> Rule:
     Raises:
         ValueError: a name or field is unknown, a field is missing, or a value is wrong.
     """
-    return build(spec, {**RULES, **COMBINATORS}, path, {Rule: build_rule})
+    return build(spec, _RULE, path, {Rule: build_rule})
 
 
-def build_probe(spec: Spec | None, path: str = "probe") -> Any:
+def build_probe(spec: Spec | None, path: str = "probe") -> Probe | None:
     """The probe that `spec` describes. None: the balancer chooses. Raises the errors of `build_rule`."""
-    return None if spec is None else build(spec, PROBES, path, {})
+    return None if spec is None else build(spec, _PROBE, path, {})
 
 
 def build_recipe(spec: Spec, path: str = "recipe") -> Recipe:
     """The recipe that `spec` describes. Raises the errors of `build_rule`."""
-    return build(spec, RECIPES, path, {})
+    return build(spec, _RECIPE, path, {})
 
 
 _AS_WRITTEN = PlainSerializer(lambda component: component.spec)
@@ -68,7 +76,7 @@ RuleSetting = Annotated[
     Component[Rule], PlainValidator(lambda spec: Component(spec, build_rule(spec))), _AS_WRITTEN
 ]
 ProbeSetting = Annotated[
-    Component[Any], PlainValidator(lambda spec: Component(spec, build_probe(spec))), _AS_WRITTEN
+    Component[Probe | None], PlainValidator(lambda spec: Component(spec, build_probe(spec))), _AS_WRITTEN
 ]
 
 
@@ -129,6 +137,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         ValueError: the file, a key or a value is wrong. The message has one line per problem.
     """
     values = _read(Path(path))
+    search_beside(Path(path))
     for override in overrides:
         _override(values, override)
     try:
@@ -157,9 +166,9 @@ def build_balancer(settings: Settings) -> Balancer:
 def run_identity(settings: Settings) -> dict[str, Any]:
     """The settings that a resumed run must not change: they determine data, order, model and state."""
     return {
-        "recipe": repr(settings.recipe.object),
-        "weighting": repr(settings.weighting.object),
-        "probe": repr(settings.probe.object),
+        "recipe": canonical(settings.recipe.object),
+        "weighting": canonical(settings.weighting.object),
+        "probe": canonical(settings.probe.object),
         "seed": settings.seed,
         "batch_size": settings.batch_size,
     }
@@ -167,8 +176,8 @@ def run_identity(settings: Settings) -> dict[str, Any]:
 
 def build_trackers(settings: Settings) -> list[Tracker]:
     """New trackers, `jsonl` first. Raises the errors of `build_rule`, and if one is given twice."""
-    built = [build(spec, TRACKERS, f"trackers[{i}]", {}) for i, spec in enumerate(settings.trackers)]
-    names = [tracker.name for tracker in built]
+    built = [build(spec, _TRACKER, f"trackers[{i}]", {}) for i, spec in enumerate(settings.trackers)]
+    names = [getattr(tracker, "name", type(tracker).__qualname__) for tracker in built]
     if len(set(names)) < len(names):
         raise ValueError(f"trackers: give each tracker once, got {names}")
     jsonl = [tracker for tracker in built if tracker.name == "jsonl"] or [JsonlTracker()]

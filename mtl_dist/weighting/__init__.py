@@ -1,7 +1,8 @@
 """The weighting rules: pure functions of the global statistics and a state. One rule per file.
 
 `RULES` and `COMBINATORS` map names to classes. Tests, configuration, command line and documentation all read
-them. The interface of a rule is in `base`, and helper functions for new rules are in `helpers` and `checks`.
+them, and the facts in the classes. The imports below are the one list of rules: type checkers read it without
+running it. The interface of a rule is in `base`, and functions for new rules are in `helpers` and `checks`.
 
 A method belongs here if its update is `Σ αᵢ ∇Lᵢ`, with weights α that are computed from the global losses,
 the Gram matrix of the task gradients and a state of O(n²) numbers. One all-reduce carries these statistics,
@@ -24,162 +25,62 @@ other method uses.
 
 from __future__ import annotations
 
-from mtl_dist.weighting.aligned_mtl import AlignedMTL
-from mtl_dist.weighting.base import Combinator, Needs, Rule, State
-from mtl_dist.weighting.cagrad import CAGrad
-from mtl_dist.weighting.coba import CoBa
-from mtl_dist.weighting.combinators import (
-    Clamp,
-    Every,
-    KeepNorm,
-    LastSeen,
-    Normalize,
-    OfLogLosses,
-    Preference,
-    Relative,
-    Smooth,
-    Warmup,
-)
-from mtl_dist.weighting.conflict_free import ConFIG
-from mtl_dist.weighting.db_mtl import DBMTL
-from mtl_dist.weighting.dual_proj import DualProj
-from mtl_dist.weighting.dwa import DWA
-from mtl_dist.weighting.encodec import Encodec
-from mtl_dist.weighting.equal import Equal
-from mtl_dist.weighting.fairgrad import FairGrad
-from mtl_dist.weighting.famo import FAMO
-from mtl_dist.weighting.fixed import Fixed
-from mtl_dist.weighting.generalized_mean import GeneralizedMean
-from mtl_dist.weighting.geometric_mean import GeometricMean
-from mtl_dist.weighting.grad_norm import GradNorm
-from mtl_dist.weighting.gradvac import GradVac
-from mtl_dist.weighting.imtl_l import IMTLL
-from mtl_dist.weighting.imtlg import IMTLG
-from mtl_dist.weighting.initial_loss import InitialLoss
-from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm
-from mtl_dist.weighting.inverse_loss import InverseLoss
-from mtl_dist.weighting.krum import Krum
-from mtl_dist.weighting.log_sum_exp import LogSumExp
-from mtl_dist.weighting.mgda import MGDA
-from mtl_dist.weighting.nash_mtl import NashMTL
-from mtl_dist.weighting.ntk_balance import NTKBalance
-from mtl_dist.weighting.pcd import PCD
-from mtl_dist.weighting.pcgrad import PCGrad
-from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary
-from mtl_dist.weighting.prior_loss import PriorLoss
-from mtl_dist.weighting.relobralo import ReLoBRaLo
-from mtl_dist.weighting.rlw import RLW
-from mtl_dist.weighting.soft_adapt import SoftAdapt
-from mtl_dist.weighting.stch import STCH
-from mtl_dist.weighting.token_share import TokenShare
-from mtl_dist.weighting.uncertainty import Uncertainty
-from mtl_dist.weighting.upgrad import UPGrad
+from mtl_dist.weighting.aligned_mtl import AlignedMTL as AlignedMTL
+from mtl_dist.weighting.base import Combinator as Combinator
+from mtl_dist.weighting.base import Needs as Needs
+from mtl_dist.weighting.base import Rule as Rule
+from mtl_dist.weighting.base import State as State
+from mtl_dist.weighting.cagrad import CAGrad as CAGrad
+from mtl_dist.weighting.coba import CoBa as CoBa
+from mtl_dist.weighting.combinators import Clamp as Clamp
+from mtl_dist.weighting.combinators import Every as Every
+from mtl_dist.weighting.combinators import KeepNorm as KeepNorm
+from mtl_dist.weighting.combinators import LastSeen as LastSeen
+from mtl_dist.weighting.combinators import Normalize as Normalize
+from mtl_dist.weighting.combinators import OfLogLosses as OfLogLosses
+from mtl_dist.weighting.combinators import Preference as Preference
+from mtl_dist.weighting.combinators import Relative as Relative
+from mtl_dist.weighting.combinators import Smooth as Smooth
+from mtl_dist.weighting.combinators import Warmup as Warmup
+from mtl_dist.weighting.conflict_free import ConFIG as ConFIG
+from mtl_dist.weighting.db_mtl import DBMTL as DBMTL
+from mtl_dist.weighting.dual_proj import DualProj as DualProj
+from mtl_dist.weighting.dwa import DWA as DWA
+from mtl_dist.weighting.encodec import Encodec as Encodec
+from mtl_dist.weighting.equal import Equal as Equal
+from mtl_dist.weighting.fairgrad import FairGrad as FairGrad
+from mtl_dist.weighting.famo import FAMO as FAMO
+from mtl_dist.weighting.fixed import Fixed as Fixed
+from mtl_dist.weighting.generalized_mean import GeneralizedMean as GeneralizedMean
+from mtl_dist.weighting.geometric_mean import GeometricMean as GeometricMean
+from mtl_dist.weighting.grad_norm import GradNorm as GradNorm
+from mtl_dist.weighting.gradvac import GradVac as GradVac
+from mtl_dist.weighting.imtl_l import IMTLL as IMTLL
+from mtl_dist.weighting.imtlg import IMTLG as IMTLG
+from mtl_dist.weighting.initial_loss import InitialLoss as InitialLoss
+from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm as InverseGradNorm
+from mtl_dist.weighting.inverse_loss import InverseLoss as InverseLoss
+from mtl_dist.weighting.krum import Krum as Krum
+from mtl_dist.weighting.log_sum_exp import LogSumExp as LogSumExp
+from mtl_dist.weighting.mgda import MGDA as MGDA
+from mtl_dist.weighting.nash_mtl import NashMTL as NashMTL
+from mtl_dist.weighting.ntk_balance import NTKBalance as NTKBalance
+from mtl_dist.weighting.pcd import PCD as PCD
+from mtl_dist.weighting.pcgrad import PCGrad as PCGrad
+from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary as PrimaryAuxiliary
+from mtl_dist.weighting.prior_loss import PriorLoss as PriorLoss
+from mtl_dist.weighting.relobralo import ReLoBRaLo as ReLoBRaLo
+from mtl_dist.weighting.rlw import RLW as RLW
+from mtl_dist.weighting.soft_adapt import SoftAdapt as SoftAdapt
+from mtl_dist.weighting.stch import STCH as STCH
+from mtl_dist.weighting.token_share import TokenShare as TokenShare
+from mtl_dist.weighting.uncertainty import Uncertainty as Uncertainty
+from mtl_dist.weighting.upgrad import UPGrad as UPGrad
 
+_RULES = [cls for cls in vars().values() if isinstance(cls, type) and issubclass(cls, Rule) and cls.name]
 RULES: dict[str, type[Rule]] = {
-    "aligned_mtl": AlignedMTL,
-    "cagrad": CAGrad,
-    "coba": CoBa,
-    "conflict_free": ConFIG,
-    "db_mtl": DBMTL,
-    "dual_proj": DualProj,
-    "dwa": DWA,
-    "encodec": Encodec,
-    "equal": Equal,
-    "fairgrad": FairGrad,
-    "famo": FAMO,
-    "fixed": Fixed,
-    "generalized_mean": GeneralizedMean,
-    "geometric_mean": GeometricMean,
-    "grad_norm": GradNorm,
-    "gradvac": GradVac,
-    "imtl_l": IMTLL,
-    "imtlg": IMTLG,
-    "initial_loss": InitialLoss,
-    "inverse_grad_norm": InverseGradNorm,
-    "inverse_loss": InverseLoss,
-    "krum": Krum,
-    "log_sum_exp": LogSumExp,
-    "mgda": MGDA,
-    "nash_mtl": NashMTL,
-    "ntk_balance": NTKBalance,
-    "pcd": PCD,
-    "pcgrad": PCGrad,
-    "primary_auxiliary": PrimaryAuxiliary,
-    "prior_loss": PriorLoss,
-    "relobralo": ReLoBRaLo,
-    "rlw": RLW,
-    "soft_adapt": SoftAdapt,
-    "stch": STCH,
-    "token_share": TokenShare,
-    "uncertainty": Uncertainty,
-    "upgrad": UPGrad,
+    cls.name: cls for cls in sorted(_RULES, key=lambda cls: cls.name) if not issubclass(cls, Combinator)
 }
-
 COMBINATORS: dict[str, type[Combinator]] = {
-    "clamp": Clamp,
-    "every": Every,
-    "keep_norm": KeepNorm,
-    "last_seen": LastSeen,
-    "normalize": Normalize,
-    "of_log_losses": OfLogLosses,
-    "preference": Preference,
-    "relative": Relative,
-    "smooth": Smooth,
-    "warmup": Warmup,
+    cls.name: cls for cls in sorted(_RULES, key=lambda cls: cls.name) if issubclass(cls, Combinator)
 }
-
-__all__ = [
-    "COMBINATORS",
-    "DBMTL",
-    "DWA",
-    "FAMO",
-    "IMTLG",
-    "IMTLL",
-    "MGDA",
-    "PCD",
-    "RLW",
-    "RULES",
-    "STCH",
-    "AlignedMTL",
-    "CAGrad",
-    "Clamp",
-    "CoBa",
-    "Combinator",
-    "ConFIG",
-    "DualProj",
-    "Encodec",
-    "Equal",
-    "Every",
-    "FairGrad",
-    "Fixed",
-    "GeneralizedMean",
-    "GeometricMean",
-    "GradNorm",
-    "GradVac",
-    "InitialLoss",
-    "InverseGradNorm",
-    "InverseLoss",
-    "KeepNorm",
-    "Krum",
-    "LastSeen",
-    "LogSumExp",
-    "NTKBalance",
-    "NashMTL",
-    "Needs",
-    "Normalize",
-    "OfLogLosses",
-    "PCGrad",
-    "Preference",
-    "PrimaryAuxiliary",
-    "PriorLoss",
-    "ReLoBRaLo",
-    "Relative",
-    "Rule",
-    "Smooth",
-    "SoftAdapt",
-    "State",
-    "TokenShare",
-    "UPGrad",
-    "Uncertainty",
-    "Warmup",
-]

@@ -36,6 +36,11 @@ class AlignedMTL(PreferenceRule):
             ("rmse") of the positive eigenvalues.
     """
 
+    name = "aligned_mtl"
+    paper = "Senushkin et al., CVPR 2023"
+    cost = "O(n³), host"
+    degrees = (0, 0)
+
     scale: Scale = "min"
 
     def __post_init__(self) -> None:

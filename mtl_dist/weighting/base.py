@@ -1,11 +1,12 @@
 """The interface of a weighting rule: `Rule`, `Needs`, `State`, `Combinator`.
 
-A rule is a frozen dataclass of hyperparameters with two pure functions, `init` and `update`. It never sees a
-model, a process group or a parameter. Its memory is a `State`, a flat dictionary of tensors whose shapes
-`init` fixes. The state is also what a checkpoint stores.
+A rule is an object of hyperparameters, best a frozen dataclass, with two pure functions, `init` and `update`.
+It never sees a model, a process group or a parameter. Its memory is a `State`, a flat dictionary of tensors
+whose shapes `init` fixes. The state is also what a checkpoint stores.
 
 A new rule needs this module, `mtl_dist.weighting.helpers`, `mtl_dist.weighting.checks` and, for problems in
-the Gram matrix, `mtl_dist.solvers`. All of them are public.
+the Gram matrix, `mtl_dist.solvers`. All of them are public. `docs/writing.md` is the guide, and
+`mtl_dist.testing.check_rule` checks a new rule.
 
 Terms in this package:
 
@@ -18,14 +19,15 @@ Terms in this package:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from mtl_dist.canonical import ByValue
 from mtl_dist.stats import TaskStats
 
 State = dict[str, Tensor]
@@ -39,8 +41,8 @@ class Needs(IntEnum):
     GRAM = 2
 
 
-class Rule(ABC):
-    """A weighting rule.
+class Rule(ByValue, ABC):
+    """A weighting rule. Its class and its attributes are its identity: ranks and checkpoints compare them.
 
     Attributes:
         needs: the statistics that `update` reads.
@@ -48,12 +50,34 @@ class Rule(ABC):
             `ValueError` on every rank for a loss <= 0, with the task, the value and the rule.
         observes: whether the rule also learns from losses measured outside the step (see `observe`).
         compares: whether the weights follow from comparing the tasks of one step. False for constant weights.
+        name: name in the command line and in YAML; empty for a rule outside the library.
+        paper: authors, venue, year; a description if there is no paper.
+        cost: time to compute the weights of n tasks from the statistics. "QP" is a quadratic program in n
+            unknowns, solved to its optimality conditions; "host" means float64 on the CPU, for which an
+            accelerator waits once. Times in milliseconds: `benchmarks/results/solvers.md`.
+        degrees: (a, b): if all losses are multiplied by s, the weights are multiplied by `s^a`; if all
+            gradients are, by `s^b`. None: the rule promises nothing, for example because a setting is in
+            units of the losses.
+        breaks: law of `mtl_dist.testing` that the rule does not keep by its nature -> the reason.
     """
 
     needs: ClassVar[Needs] = Needs.LOSSES
     positive_losses: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     compares: ClassVar[bool] = True
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+    degrees: ClassVar[tuple[float, float] | None] = None
+    breaks: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def example(cls, tasks: Sequence[str]) -> Self:
+        """A rule for these tasks, for tests and documentation. What it gives a task follows from its name.
+
+        Override it if the class needs arguments, or if its defaults depend on the order of the tasks.
+        """
+        return cls()
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """State before the first step: tensors of fixed shapes on `device`, constants included.
@@ -71,7 +95,7 @@ class Rule(ABC):
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Weights for this step, and the state for the next step.
 
-        The tests check these requirements for every rule in `RULES`:
+        `mtl_dist.testing.check_rule` checks these requirements:
 
         * `update` does not modify the statistics or the state. The same input gives the same output, bit for
           bit, so all ranks compute the same weights. A random rule uses a generator that is seeded with
@@ -143,6 +167,16 @@ class Combinator(Rule):
     def compares(self) -> bool:  # type: ignore[override]  # as above
         """Whether the inner rule compares tasks."""
         return self.rule.compares
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as above
+        """The degrees of the inner rule."""
+        return self.rule.degrees
+
+    @property
+    def breaks(self) -> Mapping[str, str]:  # type: ignore[override]  # as above
+        """The laws that the inner rule does not keep."""
+        return self.rule.breaks
 
     def observe(self, stats: TaskStats, state: State) -> State:
         """Passes the losses to the inner rule."""

@@ -34,6 +34,10 @@ class CAGrad(Rule):
             `1 + c` (2, the official toy example).
     """
 
+    name = "cagrad"
+    paper = "Liu et al., NeurIPS 2021"
+    cost = "convex program, host"
+    degrees = (0, 0)
     needs = Needs.GRAM
 
     c: float = 0.5

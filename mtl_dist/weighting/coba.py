@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class CoBa(Rule):
         tau: τ.
     """
 
+    name = "coba"
+    paper = "Gong et al., EMNLP 2024"
+    cost = "O(n · window)"
+    degrees = (0, 0)
+
     warmup: int = 100
     window: int = 200
     tau: float = 5.0
@@ -47,6 +53,11 @@ class CoBa(Rule):
         check_count(self, "warmup", self.warmup, low=2)  # a slope needs two points
         check_count(self, "window", self.window, low=2)
         check_positive(self, "tau", self.tau)
+
+    @classmethod
+    def example(cls, tasks: Sequence[str]) -> Self:
+        """A short window, so that few steps show all phases."""
+        return cls(warmup=2, window=4)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """First validation losses, observation counts, and the last N of L̄, s and s_max (newest last)."""

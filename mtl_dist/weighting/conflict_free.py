@@ -30,6 +30,11 @@ class ConFIG(PreferenceRule):
         preference: `w`, the projections on the unit gradients, up to a factor; None is 1.
     """
 
+    name = "conflict_free"
+    paper = "Liu, Chu and Thuerey, ICLR 2025"
+    cost = "O(n³), host"
+    degrees = (0, 0)
+
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = (1ᵀGa / aᵀGa) a`."""
         return self.on_preferred(among_nonzero(_solve), stats, state, mean=False), state

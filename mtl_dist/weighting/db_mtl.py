@@ -23,6 +23,10 @@ class DBMTL(Rule):
     gradients are zero, the weights are 1.
     """
 
+    name = "db_mtl"
+    paper = "Lin et al., arXiv 2308.12029"
+    cost = "O(n)"
+    degrees = (-1, 0)
     needs = Needs.NORMS
     positive_losses = True
 

@@ -25,6 +25,11 @@ class DualProj(PreferenceRule):
         preference: `w`; None is `1/n` over the tasks present.
     """
 
+    name = "dual_proj"
+    paper = "Lopez-Paz and Ranzato, NeurIPS 2017"
+    cost = "QP, host"
+    degrees = (0, 0)
+
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Weights of the projection."""
         return self.on_preferred(project_on_dual_cone, stats, state, mean=True), state

@@ -27,6 +27,11 @@ class DWA(Rule):
         temperature: `T`; a larger value gives more equal weights.
     """
 
+    name = "dwa"
+    paper = "Liu, Johns and Davison, CVPR 2019"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     interval: int = 100
     temperature: float = 2.0
 

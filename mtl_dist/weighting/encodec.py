@@ -30,6 +30,11 @@ class Encodec(Rule):
         decay: decay of the moving average, in [0, 1).
     """
 
+    name = "encodec"
+    paper = "Défossez et al., 2022"
+    cost = "O(n)"
+    degrees = (0, -1)
+
     weights: Mapping[str, float] | Sequence[float] | None = None
     total_norm: float = 1.0
     decay: float = 0.999

@@ -16,6 +16,11 @@ from mtl_dist.weighting.base import Rule, State
 class Equal(Rule):
     """`αᵢ = 1/n`: the mean of the losses. n is the number of tasks present."""
 
+    name = "equal"
+    paper = "baseline"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     compares: ClassVar[bool] = False
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

@@ -31,12 +31,20 @@ class FairGrad(Rule):
         alpha: α > 0; a larger value favours the slowest task more.
     """
 
+    name = "fairgrad"
+    paper = "Ban and Ji, ICML 2024"
+    cost = "O(n³) per iteration, host"
     needs = Needs.GRAM
 
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self, "alpha", self.alpha)
+
+    @property
+    def degrees(self) -> tuple[float, float]:  # type: ignore[override]  # depends on a setting
+        """`(0, -2α/(1 + α))`, from `s²w = w^(-1/α)`."""
+        return (0, -2 * self.alpha / (1 + self.alpha))
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`(Gw)ᵢ = wᵢ^(-1/α)`."""

@@ -43,6 +43,10 @@ class FAMO(Rule):
         feedback: where the losses after the step come from.
     """
 
+    name = "famo"
+    paper = "Liu et al., NeurIPS 2023"
+    cost = "O(n)"
+
     lr: float = 0.025
     weight_decay: float = 1e-3
     min_losses: Mapping[str, float] | Sequence[float] | None = None
@@ -66,6 +70,11 @@ class FAMO(Rule):
     @property
     def _adam(self) -> Adam:
         return Adam(self.lr, weight_decay=self.weight_decay)
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # depends on a setting
+        """(0, 0); None with `min_losses`, which are in units of the losses."""
+        return None if self.min_losses else (0, 0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Logits w, bounds b, state of Adam, `log D` of the last step, and whether there was a last step."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,11 @@ class GeneralizedMean(Rule):
         power: `p`, any number, also inf or -inf.
     """
 
+    name = "generalized_mean"
+    paper = "Su, kexue.fm/archives/8870"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     power: float
 
     positive_losses = True
@@ -33,6 +40,11 @@ class GeneralizedMean(Rule):
     def __post_init__(self) -> None:
         if math.isnan(self.power):
             raise ValueError(f"GeneralizedMean: power must be a number or an infinity, got {self.power}")
+
+    @classmethod
+    def example(cls, tasks: Sequence[str]) -> Self:
+        """The quadratic mean."""
+        return cls(2.0)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = (1/n) Lᵢᵖ⁻¹ M¹⁻ᵖ = softmax(p log L)ᵢ M / Lᵢ`, with n and M over the tasks present."""

@@ -20,6 +20,10 @@ class GeometricMean(Rule):
     multi-task learning I", kexue.fm/archives/8870.
     """
 
+    name = "geometric_mean"
+    paper = "Chennupati et al., CVPRW 2019"
+    cost = "O(n)"
+    degrees = (0, 0)
     positive_losses = True
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

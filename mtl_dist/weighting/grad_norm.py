@@ -37,6 +37,11 @@ class GradNorm(Rule):
         lr: Adam's learning rate.
     """
 
+    name = "grad_norm"
+    paper = "Chen et al., ICML 2018"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     alpha: float = 1.5
     lr: float = 0.025
 

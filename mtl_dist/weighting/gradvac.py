@@ -36,6 +36,11 @@ class GradVac(Rule):
         seed: seed of the random orders, which depend only on the seed and the step.
     """
 
+    name = "gradvac"
+    paper = "Wang et al., ICLR 2021"
+    cost = "O(n³), host"
+    degrees = (0, 0)
+    breaks = {"permutation": "random orders are drawn by position, not by name"}
     needs = Needs.GRAM
 
     beta: float = 0.5

@@ -20,5 +20,9 @@ class IMTLL(LearnedScale):
         start: s before the first step.
     """
 
+    name = "imtl_l"
+    paper = "Liu et al., ICLR 2021"
+    cost = "O(n)"
+
     sign = 1
     factor = 1.0

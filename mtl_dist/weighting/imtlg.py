@@ -28,6 +28,10 @@ class IMTLG(Rule):
     weights.
     """
 
+    name = "imtlg"
+    paper = "Liu et al., ICLR 2021"
+    cost = "O(n³), host"
+    degrees = (0, 0)
     needs = Needs.GRAM
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

@@ -28,6 +28,10 @@ class InitialLoss(Rule):
         losses: the initial losses, by task name or in task order; None measures them.
     """
 
+    name = "initial_loss"
+    paper = "Su, kexue.fm/archives/8870"
+    cost = "O(n)"
+
     steps: int = 10
     losses: Mapping[str, float] | Sequence[float] | None = None
 
@@ -40,6 +44,11 @@ class InitialLoss(Rule):
         check_count(self, "steps", self.steps)
         if self.losses is not None:
             check_positive(self, "losses", self.losses)
+
+    @property
+    def degrees(self) -> tuple[float, float]:  # type: ignore[override]  # depends on a setting
+        """(-1, 0), or (0, 0) where the initial losses are given."""
+        return (-1, 0) if self.losses is None else (0, 0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Sum and number of the first losses of each task."""

@@ -25,6 +25,10 @@ class InverseGradNorm(Rule):
     are 1.
     """
 
+    name = "inverse_grad_norm"
+    paper = "Su, kexue.fm/archives/8870"
+    cost = "O(n)"
+    degrees = (0, -1)
     needs = Needs.NORMS
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

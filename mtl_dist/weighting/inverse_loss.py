@@ -19,6 +19,10 @@ class InverseLoss(Rule):
     al., ICML 2022.
     """
 
+    name = "inverse_loss"
+    paper = "Su, kexue.fm/archives/8870"
+    cost = "O(n)"
+    degrees = (-1, 0)
     positive_losses = True
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

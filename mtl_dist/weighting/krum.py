@@ -28,6 +28,11 @@ class Krum(Rule):
         num_selected: m; if fewer tasks are present, all of them are selected.
     """
 
+    name = "krum"
+    paper = "Blanchard et al., NeurIPS 2017"
+    cost = "O(n² log n), host"
+    degrees = (0, 0)
+    breaks = {"permutation": "of tasks with equal scores the first is taken"}
     needs = Needs.GRAM
 
     num_byzantine: int = 0

@@ -23,6 +23,10 @@ class LogSumExp(Rule):
         temperature: `T > 0`, in units of the losses; T → 0 is the maximum, T → ∞ equal weights.
     """
 
+    name = "log_sum_exp"
+    paper = "textbook smooth maximum"
+    cost = "O(n)"
+
     temperature: float = 1.0
 
     def __post_init__(self) -> None:

@@ -37,6 +37,9 @@ class MGDA(Rule):
             zero gradient, `‖gᵢ‖` is replaced by the mean norm of the other tasks.
     """
 
+    name = "mgda"
+    paper = "Sener and Koltun, NeurIPS 2018"
+    cost = "QP, host"
     needs = Needs.GRAM
 
     normalization: Normalization = "none"
@@ -48,6 +51,11 @@ class MGDA(Rule):
     def positive_losses(self) -> bool:  # type: ignore[override]  # depends on a setting
         """Whether the rule divides gradients by losses."""
         return self.normalization in ("loss", "loss+")
+
+    @property
+    def degrees(self) -> tuple[float, float]:  # type: ignore[override]  # depends on a setting
+        """That of `1/sᵢ`."""
+        return (-1 if "loss" in self.normalization else 0, -1 if self.normalization in ("l2", "loss+") else 0)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """Minimum-norm weights. Without a normalisation they sum to 1 over the tasks present."""

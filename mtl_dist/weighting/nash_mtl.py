@@ -33,6 +33,10 @@ class NashMTL(Rule):
         max_norm: largest norm of the update, >= 0; 0 for no clipping.
     """
 
+    name = "nash_mtl"
+    paper = "Navon et al., ICML 2022"
+    cost = "O(n³) per iteration, host"
+    degrees = (0, -1)
     needs = Needs.GRAM
 
     max_norm: float = 1.0

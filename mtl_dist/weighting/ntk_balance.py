@@ -29,6 +29,11 @@ class NTKBalance(Rule):
         power: 2 uses κ, 1 uses √κ; any positive number is allowed.
     """
 
+    name = "ntk_balance"
+    paper = "Wang, Yu and Perdikaris, J. Comput. Phys. 2022"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     power: float = 2.0
 
     needs = Needs.NORMS

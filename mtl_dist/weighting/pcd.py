@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ class PCD(Rule):
         beta: decay of the moving average, in [0, 1).
     """
 
+    name = "pcd"
+    paper = "Priority-Constrained Descent, TMLR 2026"
+    cost = "QP, host"
+    degrees = (0, 0)
     needs = Needs.GRAM
 
     primary: str | None = None
@@ -44,6 +49,11 @@ class PCD(Rule):
     def __post_init__(self) -> None:
         check_fraction(self, "tau", self.tau)
         check_fraction(self, "beta", self.beta, one=False)
+
+    @classmethod
+    def example(cls, tasks: Sequence[str]) -> Self:
+        """The first name is that of the primary task."""
+        return cls(min(tasks))
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Moving averages, their bias corrections, and an indicator of the primary task."""

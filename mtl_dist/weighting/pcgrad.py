@@ -29,6 +29,11 @@ class PCGrad(Rule):
         seed: seed of the random orders, which depend only on the seed and the step.
     """
 
+    name = "pcgrad"
+    paper = "Yu et al., NeurIPS 2020"
+    cost = "O(n³), host"
+    degrees = (0, 0)
+    breaks = {"permutation": "random orders are drawn by position, not by name"}
     needs = Needs.GRAM
 
     seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class PrimaryAuxiliary(Rule):
         auxiliary: names of the auxiliary tasks; None is all other tasks.
     """
 
+    name = "primary_auxiliary"
+    paper = "Su, kexue.fm/archives/8907"
+    cost = "QP, host"
+    degrees = (0, 0)
     needs = Needs.GRAM
 
     primary: str | Sequence[str]
@@ -54,6 +59,11 @@ class PrimaryAuxiliary(Rule):
     @property
     def _primary(self) -> tuple[str, ...]:
         return (self.primary,) if isinstance(self.primary, str) else tuple(self.primary)
+
+    @classmethod
+    def example(cls, tasks: Sequence[str]) -> Self:
+        """The first name is that of the primary task."""
+        return cls(min(tasks))
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Indicator of the primary tasks."""

@@ -30,6 +30,12 @@ class ReLoBRaLo(Rule):
         seed: seed of the random numbers.
     """
 
+    name = "relobralo"
+    paper = "Bischof and Kraus, 2021"
+    cost = "O(n)"
+    degrees = (0, 0)
+    breaks = {"no_host_wait": "its coin is tossed, and looked at, on the host: no device takes part"}
+
     alpha: float = 0.95
     beta: float = 0.99
     tau: float = 1.0

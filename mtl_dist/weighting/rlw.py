@@ -24,6 +24,15 @@ class RLW(Rule):
         seed: seed of the random numbers.
     """
 
+    name = "rlw"
+    paper = "Lin et al., TMLR 2022"
+    cost = "O(n)"
+    degrees = (0, 0)
+    breaks = {
+        "permutation": "draws go by position, not by task",
+        "absent": "draws go by position, not by task",
+    }
+
     seed: int = 0
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

@@ -31,6 +31,10 @@ class SoftAdapt(Rule):
         rate: "ratio", or "difference" as in the paper.
     """
 
+    name = "soft_adapt"
+    paper = "Heydari, Thompson and Mehmood, 2019"
+    cost = "O(n)"
+
     beta: float = 1.0
     rate: Rate = "ratio"
 
@@ -42,6 +46,11 @@ class SoftAdapt(Rule):
     def __post_init__(self) -> None:
         check_positive(self, "beta", self.beta)
         check_choice(self, "rate", self.rate, get_args(Rate))
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # depends on a setting
+        """(0, 0); None for differences, which are in units of the losses."""
+        return None if self.rate == "difference" else (0, 0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """The losses of the last step, and whether there was a last step."""

@@ -27,6 +27,10 @@ class STCH(Rule):
         reference: the ideal point z, by task name or in task order; None is 0.
     """
 
+    name = "stch"
+    paper = "Lin et al., ICML 2024"
+    cost = "O(n)"
+
     mu: float = 1.0
     weights: Mapping[str, float] | Sequence[float] | None = None
     reference: Mapping[str, float] | Sequence[float] | None = None

@@ -21,6 +21,11 @@ class TokenShare(Rule):
     (`Engine.counts`).
     """
 
+    name = "token_share"
+    paper = "baseline"
+    cost = "O(n)"
+    degrees = (0, 0)
+
     compares: ClassVar[bool] = False
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

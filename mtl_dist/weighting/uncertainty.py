@@ -22,5 +22,9 @@ class Uncertainty(LearnedScale):
         start: s before the first step.
     """
 
+    name = "uncertainty"
+    paper = "Kendall, Gal and Cipolla, CVPR 2018"
+    cost = "O(n)"
+
     sign = -1
     factor = 0.5

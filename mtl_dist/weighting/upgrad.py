@@ -30,6 +30,11 @@ class UPGrad(PreferenceRule):
         preference: `w`; None is `1/n` over the tasks present.
     """
 
+    name = "upgrad"
+    paper = "Quinton and Rey, arXiv 2406.16232"
+    cost = "n QPs, host"
+    degrees = (0, 0)
+
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """The sum of the weights of all projections."""
         return self.on_preferred(_sum_of_projections, stats, state, mean=True), state

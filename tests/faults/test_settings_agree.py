@@ -10,12 +10,15 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from mtl_dist import Balancer, Engine, ParameterProbe
-from mtl_dist.balancer.identity import canonical, state_digest
+from mtl_dist.balancer.identity import state_digest
+from mtl_dist.canonical import canonical
+from mtl_dist.checkpoint import load, save
 from mtl_dist.stats import LocalStats
 from mtl_dist.sync import Call, Identity, Kind, Synchronizer
 from mtl_dist.sync.agreement import compare_calls, compare_identities
@@ -23,7 +26,7 @@ from mtl_dist.sync.layout import Layout
 from mtl_dist.sync.meeting import Arrival, Board
 from mtl_dist.sync.summed import Summed
 from mtl_dist.tracking import RunInfo, RunLog
-from mtl_dist.weighting import Equal, Fixed, Smooth
+from mtl_dist.weighting import Equal, Fixed, Rule, Smooth
 
 CALLS = [
     Call(Kind.TRAINING, 7),
@@ -78,6 +81,95 @@ def test_settings_have_one_order() -> None:
 def test_settings_have_no_addresses() -> None:
     assert canonical(ParameterProbe(parameters=list)) == canonical(ParameterProbe(parameters=list))
     assert "0x" not in canonical([object(), lambda: None])
+
+
+class Largest(Rule):
+    """As a stranger writes it: no dataclass."""
+
+    def __init__(self, power: float = 1.0, scales: dict | None = None) -> None:
+        self.scales = scales
+        self.power = power
+
+    def update(self, stats, state):
+        return (stats.losses**self.power) * stats.present, state
+
+
+class Slotted:
+    __slots__ = ("low",)
+
+    def __init__(self, low: float) -> None:
+        self.low = low
+
+
+class Plain:
+    def __init__(self, low: float) -> None:
+        self.low = low
+
+
+def test_a_rule_that_is_no_dataclass_is_its_class_and_its_settings() -> None:
+    assert repr(Largest(2.0)) == "Largest(power=2.0, scales=None)"
+    assert Largest(2.0) == Largest(2.0) != Largest(3.0)
+    assert len({Largest(2.0), Largest(2.0), Largest(3.0)}) == 2
+    assert canonical(Largest(scales={"a": 1, "b": 2})) == canonical(Largest(scales={"b": 2, "a": 1}))
+    assert "Largest(power=2.0" in repr(Smooth(Largest(2.0), 0.5))
+
+
+@pytest.mark.parametrize(
+    "kind", [Slotted, Plain, lambda low: torch.full((3,), low), lambda low: partial(max, low)]
+)
+def test_settings_of_any_kind_are_told_apart_by_their_values(kind) -> None:
+    assert canonical(Largest(kind(1.0))) == canonical(Largest(kind(1.0))) != canonical(Largest(kind(2.0)))
+
+
+def test_arrays_are_told_apart_by_all_their_values() -> None:
+    array = np.zeros(5000)
+    before = canonical(array)
+    array[2500] = 1  # where its repr has dots
+    assert canonical(array) != before
+
+
+def test_a_checkpoint_of_such_a_rule_loads(tmp_path) -> None:
+    balancer = Balancer(["a", "b"], Largest(2.0))
+    save(balancer, tmp_path)
+    load(Balancer(["a", "b"], Largest(2.0)), tmp_path)
+    with pytest.raises(ValueError, match=r"belongs to rule 'Largest\(power=2.0.*has 'Largest\(power=3.0"):
+        load(Balancer(["a", "b"], Largest(3.0)), tmp_path)
+
+
+def test_a_checkpoint_loads_where_a_mapping_has_another_order() -> None:
+    state = Balancer(["a", "b"], Fixed({"a": 1.0, "b": 2.0})).state_dict()
+    Balancer(["a", "b"], Fixed({"b": 2.0, "a": 1.0})).load_state_dict(state)
+
+
+def test_what_only_an_address_tells_apart_is_refused() -> None:
+    with pytest.raises(ValueError, match="weighting: Largest has the setting <object object at 0x"):
+        Balancer(["a", "b"], Largest(object()))
+    with pytest.raises(ValueError, match="weighting: Smooth has the setting"):
+        Balancer(["a", "b"], Smooth(Largest(object()), 0.5))
+    with pytest.raises(ValueError, match=r"weighting is the class Equal: give an object, such as Equal\(\)"):
+        Balancer(["a", "b"], Equal)
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(ValueError, match="a setting of Largest holds itself"):
+        Balancer(["a", "b"], Largest(loop))
+
+
+class Remembers(Largest):
+    def update(self, stats, state):
+        self.seen = stats.losses
+        return super().update(stats, state)
+
+
+class Collects(Largest):
+    def update(self, stats, state):
+        self.scales.append(1)
+        return super().update(stats, state)
+
+
+@pytest.mark.parametrize("rule", [Remembers(), Collects(1.0, [])], ids=repr)
+def test_a_rule_that_changes_itself_is_refused(rule) -> None:
+    with pytest.raises(ValueError, match=r"changed the attributes of the rule.*belongs into its state"):
+        Balancer(["a", "b"], Smooth(rule, 0.5))
 
 
 def test_every_state_has_a_digest_of_24_bits() -> None:

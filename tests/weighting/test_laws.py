@@ -1,47 +1,72 @@
-"""Every law on every rule and every case. What the laws are is in `laws.py`, on what in `subjects.py`."""
+"""Every law of `mtl_dist.testing` on every rule and every case. On what: `subjects.py`."""
 
 from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
 
 import pytest
 import torch
 
-from mtl_dist.weighting import COMBINATORS, RULES
-from tests.weighting.cases import zoo
-from tests.weighting.laws import EXEMPT, LAWS
-from tests.weighting.subjects import EXAMPLES, SUBJECTS, VARIANTS, WRAPPERS
+from mtl_dist import weighting
+from mtl_dist.testing import LAWS, broken_on, zoo
+from mtl_dist.testing.laws import has_degrees
+from mtl_dist.weighting import COMBINATORS, RULES, Rule
+from tests.weighting.subjects import EXEMPT, SINGLE, SUBJECTS, VARIANTS, WRAPPERS, breaks, build, subject
 
 CASES = zoo()
 SMALL = [case for case in CASES if case.n <= 3]
+TWO = ("task0", "task1")
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_law(name: str, law: str):
-    exempt = EXEMPT.get((law, name))
-    broken = {}
     # a combinator treats tasks one by one: the large cases are for the rules themselves
-    for case in SMALL if "/" in name else CASES:
-        try:
-            LAWS[law](name, case)
-        except AssertionError as error:
-            broken[case.name] = error
-        except Exception as error:
-            raise RuntimeError(f"{name} on {case.name}: {error}") from error
-    if exempt is None:
+    broken = broken_on(law, subject(name), SMALL if "/" in name else CASES)
+    reason = breaks(name).get(law)
+    if reason is None:
         assert not broken, "\n".join(f"{name} on {case}: {error}" for case, error in broken.items())
-    elif exempt.cases is None:
-        assert broken, f"{name} keeps the law after all; remove its exemption ({exempt.reason})"
     else:
-        assert set(broken) == set(exempt.cases), f"exempt on {exempt.cases} only ({exempt.reason})"
+        assert broken, f"{name} keeps the law after all; remove its exemption ({reason})"
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if build(name, TWO).degrees is None])
+def test_a_rule_without_degrees_has_none(name: str):
+    """It is not its inner rule's either."""
+    inner = name.partition("/")[2]
+    degrees = (build(inner, TWO).degrees if inner else None) or (0, 0)
+    broken = []
+    for case in SMALL:
+        try:
+            has_degrees(subject(name), case, degrees)
+        except AssertionError as error:
+            broken.append(str(error))
+    assert broken, f"{name} has the degrees {degrees} after all"
+    assert all("should give degree" in text for text in broken)
 
 
 def test_tables_name_only_what_exists():
     for law, name in EXEMPT:
         assert law in LAWS
         assert name in SUBJECTS
-    assert set(EXAMPLES) <= set(RULES)
+    assert set(SINGLE) <= set(SUBJECTS)
     assert {name.partition("(")[0] for name in VARIANTS} <= set(RULES)
-    assert set(WRAPPERS) <= set(COMBINATORS)
+    assert set(WRAPPERS) == set(COMBINATORS)
+    assert {law for name in SUBJECTS for law in breaks(name)} <= set(LAWS)
+
+
+def test_every_rule_of_the_package_is_in_the_list():
+    """A new rule is a file, and an import in mtl_dist/weighting/__init__.py."""
+    modules = pkgutil.walk_packages(weighting.__path__, "mtl_dist.weighting.")
+    classes = {
+        cls
+        for module in modules
+        for cls in vars(import_module(module.name)).values()
+        if isinstance(cls, type) and issubclass(cls, Rule) and cls.name
+    }
+    assert classes == {*RULES.values(), *COMBINATORS.values()}
+    assert all(getattr(weighting, cls.__name__) is cls for cls in classes)
 
 
 def test_zoo_covers_what_it_promises():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from mtl_dist.weighting import RULES, Needs, Rule
+from mtl_dist.testing import LAWS, Subject, broken_on, check_rule, zoo
+from mtl_dist.testing.compare import assert_same
+from mtl_dist.weighting import Fixed, Needs, Rule
 from mtl_dist.weighting.helpers import constant
-from tests.weighting import laws
-from tests.weighting.cases import zoo
+
+ROOT = Path(__file__).parents[2]
 
 
 class Bad(Rule):
@@ -64,6 +70,8 @@ class Positional(Bad):
 
 
 class AbsoluteEps(Bad):
+    degrees = (-1, 0)
+
     def weights(self, stats, count):
         return 1 / (stats.losses + 1e-8)
 
@@ -138,7 +146,14 @@ class IndexesByMask(Bad):
         return count * stats.losses[stats.present].sum()
 
 
+class ChangesItself(Bad):
+    def weights(self, stats, count):
+        self.seen = stats.step
+        return count
+
+
 BREAKS = [
+    ("value", ChangesItself),
     ("finite", Infinite),
     ("finite", WrongShape),
     ("pure", Impure),
@@ -162,57 +177,68 @@ BREAKS = [
 ]
 
 
-@pytest.fixture
-def enrolled(monkeypatch):
-    def enrol(rule):
-        monkeypatch.setitem(RULES, "bad", rule)
-        monkeypatch.setitem(laws.DEGREES, "bad", (-1, 0))
-        monkeypatch.setitem(laws.SINGLE, "bad", lambda loss, norm: 1.0)
-
-    return enrol
-
-
 @pytest.mark.parametrize(("law", "rule"), BREAKS, ids=[f"{law}-{rule.__name__}" for law, rule in BREAKS])
-def test_a_law_catches_the_rule_that_breaks_it(law, rule, enrolled):
-    enrolled(rule)
-    broken = 0
-    for case in zoo():
-        try:
-            laws.LAWS[law]("bad", case)
-        except AssertionError:
-            broken += 1
-    assert broken
+def test_a_law_catches_the_rule_that_breaks_it(law, rule):
+    assert broken_on(law, Subject.of(rule(), one), zoo())
+    with pytest.raises(
+        AssertionError, match=rf"{rule.__name__}\(.*breaks \d+ of its laws:\n{law}, on the case"
+    ):
+        check_rule(rule(), laws=[law], single=one)
+
+
+def one(loss, norm):
+    return 1.0
 
 
 def test_every_law_is_seen_to_fail():
-    assert {law for law, _ in BREAKS} == set(laws.LAWS)
+    assert {law for law, _ in BREAKS} == set(LAWS)
 
 
-def test_a_good_rule_passes_where_the_bad_ones_fail(enrolled, monkeypatch):
-    class Good(Bad):
-        def weights(self, stats, count):
-            return torch.where(stats.present, count, torch.zeros_like(count))
+class Good(Bad):
+    degrees = (0, 0)
 
-    enrolled(Good)
-    monkeypatch.setitem(laws.DEGREES, "bad", (0, 0))
-    for law in laws.LAWS.values():
-        for case in zoo():
-            law("bad", case)
+    def weights(self, stats, count):
+        return torch.where(stats.present, count, torch.zeros_like(count))
 
 
-def test_a_rule_without_example_is_told_where_to_add_one(monkeypatch):
-    @dataclass(frozen=True)
-    class Demanding(Bad):
-        knob: float
+def test_a_good_rule_passes_where_the_bad_ones_fail():
+    check_rule(Good(), single=one)
+    check_rule(lambda tasks: Good(), single=one)
 
-    monkeypatch.setitem(RULES, "demanding", Demanding)
-    with pytest.raises(AssertionError, match=r"demanding: .*knob.*EXAMPLES in tests/weighting/subjects\.py"):
-        laws.build("demanding", ("task0",))
+
+def test_a_rule_may_break_a_law_by_its_nature_but_must_break_it():
+    check_rule(Positional(), laws=["permutation"], breaks={"permutation": "it goes by position"})
+    with pytest.raises(AssertionError, match=r"permutation: it keeps this law after all.*\(it goes by"):
+        check_rule(Good(), laws=["permutation"], breaks={"permutation": "it goes by position"})
+    with pytest.raises(ValueError, match="no law 'permutations'; the laws are value, finite, "):
+        check_rule(Good(), laws=["permutations"])
+
+
+def test_an_error_in_the_rule_is_no_broken_law():
+    class Raises(Bad):
+        breaks: ClassVar = {"finite": "it raises"}
+
+        def update(self, stats, state):
+            raise KeyError("depth")
+
+    with pytest.raises(RuntimeError, match="raised KeyError in the law finite, on the case 'random n=1'"):
+        check_rule(Raises(), laws=["finite"])
+    with pytest.raises(RuntimeError, match="give check_rule a function from task names"):
+        check_rule(Fixed({"depth": 1.0}))
+
+
+def test_without_assertions_it_refuses():
+    call = (
+        "from mtl_dist.testing import check_rule; from mtl_dist.weighting import Equal; check_rule(Equal())"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "check_rule checks nothing under python -O" in done.stderr
 
 
 def test_weights_that_differ_only_along_dependent_gradients_are_the_same_update():
     case = next(case for case in zoo() if case.name == "duplicates n=3")
     stats, first, last = case.stats(), torch.tensor([1.0, 0, 0]).double(), torch.tensor([0, 0, 1.0]).double()
-    laws.assert_same(first, last, stats, "duplicates")
+    assert_same(first, last, stats, "duplicates")
     with pytest.raises(AssertionError):
-        laws.assert_same(first, last, replace(stats, gram=torch.eye(3).double()), "independent")
+        assert_same(first, last, replace(stats, gram=torch.eye(3).double()), "independent")

@@ -21,12 +21,21 @@ class Clamp(Combinator):
         high: upper bound; inf for no bound.
     """
 
+    name = "clamp"
+    paper = "combinator"
+    cost = "O(n) + inner rule"
+
     low: float = 0.0
     high: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:  # rejects NaN too
             raise ValueError(f"Clamp: low must be <= high, got low={self.low}, high={self.high}")
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """Those of the inner rule if they are 0: the bounds are in units of the weights."""
+        return (0, 0) if self.rule.degrees == (0, 0) else None
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """The weights of the inner rule, clipped to the bounds."""

@@ -26,6 +26,10 @@ class Every(Combinator):
         interval: `k`, in steps; 1 is the inner rule itself.
     """
 
+    name = "every"
+    paper = "combinator"
+    cost = "inner rule, every k-th step"
+
     interval: int
 
     def __post_init__(self) -> None:

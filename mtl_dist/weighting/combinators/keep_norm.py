@@ -32,6 +32,10 @@ class KeepNorm(Combinator):
             over all "tokens" (or samples), `pᵢ = Cᵢ / Σⱼ Cⱼ`, as language models are trained.
     """
 
+    name = "keep_norm"
+    paper = "combinator"
+    cost = "O(n²) + inner rule"
+
     like: Plain = "sum"
 
     def __post_init__(self) -> None:
@@ -41,6 +45,11 @@ class KeepNorm(Combinator):
     def needs(self) -> Needs:  # type: ignore[override]  # an instance's answer
         """The whole Gram matrix, for the lengths of the two updates."""
         return Needs.GRAM
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """(0, 0): the scale of the inner weights has no influence."""
+        return None if self.rule.degrees is None else (0, 0)
 
     def needs_at(self, step: int) -> Needs:
         """The whole Gram matrix at every step."""

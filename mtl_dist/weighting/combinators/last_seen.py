@@ -35,6 +35,10 @@ class LastSeen(Combinator):
         rule: the inner rule.
     """
 
+    name = "last_seen"
+    paper = "combinator"
+    cost = "O(n²) + inner rule"
+
     @property
     def compares(self) -> bool:  # type: ignore[override]  # an instance's answer
         """Not the tasks of one step only."""

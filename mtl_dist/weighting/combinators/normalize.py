@@ -24,11 +24,20 @@ class Normalize(Combinator):
         total: new sum of `|αᵢ|`; None is the number of tasks present, so that the mean of `|αᵢ|` is 1.
     """
 
+    name = "normalize"
+    paper = "combinator"
+    cost = "O(n) + inner rule"
+
     total: float | None = None
 
     def __post_init__(self) -> None:
         if self.total is not None:
             check_positive(self, "total", self.total)
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """(0, 0): the scale of the inner weights has no influence."""
+        return None if self.rule.degrees is None else (0, 0)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """The weights of the inner rule, rescaled."""

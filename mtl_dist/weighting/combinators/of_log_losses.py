@@ -26,7 +26,18 @@ class OfLogLosses(Combinator):
         rule: the inner rule.
     """
 
+    name = "of_log_losses"
+    paper = "official code of FAMO"
+    cost = "O(n²) + inner rule"
     positive_losses = True  # for every inner rule
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """`(a - b - 1, b)` for `(a, b)` of the inner rule: `gᵢ/Lᵢ` has degree -1 in the losses."""
+        if self.rule.degrees is None:
+            return None
+        a, b = self.rule.degrees
+        return a - b - 1, b
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = aᵢ/Lᵢ`."""

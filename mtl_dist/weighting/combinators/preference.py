@@ -27,6 +27,10 @@ class Preference(Combinator):
         weights: the preferences `pᵢ >= 0`, by task name or in task order.
     """
 
+    name = "preference"
+    paper = "combinator"
+    cost = "O(n) + inner rule"
+
     weights: Mapping[str, float] | Sequence[float]
 
     def __post_init__(self) -> None:

@@ -30,7 +30,16 @@ class Relative(Combinator):
         to: name of the reference task.
     """
 
+    name = "relative"
+    paper = "combinator"
+    cost = "O(n) + inner rule"
+
     to: str
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """(0, 0): the scale of the inner weights has no influence."""
+        return None if self.rule.degrees is None else (0, 0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Which task is the reference, the latest divisor, and the state of the inner rule."""

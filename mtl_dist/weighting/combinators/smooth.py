@@ -25,6 +25,10 @@ class Smooth(Combinator):
         decay: `d` in [0, 1); 0 is the inner rule itself, 0.99 averages over about 100 steps.
     """
 
+    name = "smooth"
+    paper = "combinator"
+    cost = "O(n) + inner rule"
+
     decay: float = 0.9
 
     def __post_init__(self) -> None:

@@ -25,10 +25,19 @@ class Warmup(Combinator):
         steps: number of warm-up steps; 0 is the inner rule itself.
     """
 
+    name = "warmup"
+    paper = "combinator"
+    cost = "inner rule, after the warm-up"
+
     steps: int
 
     def __post_init__(self) -> None:
         check_count(self, "steps", self.steps, low=0)
+
+    @property
+    def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
+        """Those of the inner rule if they are 0, as those of the equal weights are."""
+        return (0, 0) if self.rule.degrees == (0, 0) else None
 
     def needs_at(self, step: int) -> Needs:
         """Only losses during the warm-up, then what the inner rule reads."""

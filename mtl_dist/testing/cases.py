@@ -34,10 +34,12 @@ class Case:
 
     @property
     def n(self) -> int:
+        """Number of tasks."""
         return len(self.losses)
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """`task` with the number of each."""
         return tuple(f"task{i}" for i in self.ids)
 
     def only(self, order: Sequence[int]) -> Case:
@@ -47,6 +49,7 @@ class Case:
         return Case(self.name, self.losses[index], self.gram[index][:, index], ids)
 
     def stats(self, step: int = 0, *, with_gram: bool = True) -> TaskStats:
+        """Statistics of a step in which all tasks are present, with four samples each."""
         return TaskStats(
             losses=self.losses.clone(),
             present=torch.ones(self.n, dtype=torch.bool),
@@ -57,6 +60,7 @@ class Case:
 
 
 def from_gradients(name: str, gradients: Tensor, losses: Tensor) -> Case:
+    """The case of gradients `[n, p]` and losses `[n]`."""
     gram = gradients @ gradients.T
     return Case(name, losses.double(), (gram + gram.T) / 2)
 
