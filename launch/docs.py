@@ -137,8 +137,13 @@ def write_text_pages() -> None:
                 text = re.sub(r"^```python no-run$", "```python", text, flags=re.MULTILINE)
                 target.write_text(on_site(text, file, page_of(file), waiting), encoding="utf-8")
             else:
-                name, language = file.relative_to(ROOT), {".py": "python", ".yaml": "yaml"}.get(file.suffix, "text")
-                target.write_text(f"# {name}\n\n````{language}\n{file.read_text('utf-8')}````\n", encoding="utf-8")
+                name, language = (
+                    file.relative_to(ROOT),
+                    {".py": "python", ".yaml": "yaml"}.get(file.suffix, "text"),
+                )
+                target.write_text(
+                    f"# {name}\n\n````{language}\n{file.read_text('utf-8')}````\n", encoding="utf-8"
+                )
 
 
 def rule_page(name: str, cls: type[Rule]) -> str:
@@ -193,7 +198,9 @@ def write_rule_pages() -> list[tuple[str, str]]:
     index = BUILD / "pages" / "rules.md"
     text = index.read_text("utf-8")
     for name, cls in {**RULES, **COMBINATORS}.items():
-        text = text.replace(f"| `{cls.__name__}` | `{name}` |", f"| [`{cls.__name__}`](rules/{name}.md) | `{name}` |")
+        text = text.replace(
+            f"| `{cls.__name__}` | `{name}` |", f"| [`{cls.__name__}`](rules/{name}.md) | `{name}` |"
+        )
     index.write_text(text, encoding="utf-8")
     return entries
 
@@ -230,7 +237,9 @@ def main() -> None:
     write_text_pages()
     shutil.copytree(DOCS / "site", BUILD / "pages" / "site", ignore=shutil.ignore_patterns("*.yml"))
     settings = configuration(write_rule_pages(), write_api_pages())
-    (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    (BUILD / "mkdocs.yml").write_text(
+        yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
