@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from engines import LEARNING_RATE
 from lab import Lab
 from problems import Linear, Shape
 from tables import RESULTS, facts, left_out_lines, median_and_error
@@ -139,7 +140,7 @@ def make_step(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
     if name in WEIGHTED:
         net.balancer = (BALANCED | MORE)[name].balancer(net.tasks)
     model = DistributedDataParallel(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
         optimizer.zero_grad()
