@@ -112,7 +112,8 @@ class Balancer(BalancerMembers):
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        self._client = ClientLosses.checked(self.tasks, ignore, base)
+        client = ClientLosses.checked(self.tasks, ignore, base)
+        self._client = client if client.ignore or client.base is not None else None
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         self.weighting = _spaced(weighting, self.probe)
@@ -195,7 +196,8 @@ class Balancer(BalancerMembers):
                 parameters=parameters,
             )
             return total
-        features, heads, counts = self._client.read(features, heads, counts, task_ids)
+        if self._client is not None:
+            features, heads, counts = self._client.read(features, heads, counts, task_ids)
         if not (self.training and torch.is_grad_enabled()):
             read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
             return self._evaluated(features, read, layer)
@@ -282,7 +284,8 @@ class Balancer(BalancerMembers):
         """
         if not self.weighting.observes:
             raise ValueError(f"{self.weighting!r} takes no losses from outside the step: do not call observe")
-        losses, _, counts = self._client.read(losses, None, counts, None)
+        if self._client is not None:
+            losses, _, counts = self._client.read(losses, None, counts, None)
         self._connect()
         step = self._new_step(measure=False, kind=Kind.OBSERVE)
         try:

@@ -143,7 +143,7 @@ def test_a_run_log_refuses_names_before_anything_is_trained(name: str, tmp_path)
 
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_trainer_refuses_names_where_it_would_log_them(strategy: str, monkeypatch) -> None:
-    transformers = importlib.import_module("mtl_dist.integrations.transformers")
+    transformers = importlib.import_module("mtl_dist.integrations._trainer")
     reached = []
     monkeypatch.setattr(transformers, "_check", lambda trainer: None)
     monkeypatch.setattr(transformers.accelerate, "attach", lambda *a, **k: reached.append("attach"))
