@@ -55,8 +55,6 @@ class ClientLosses:
 
         What has the wrong type stays as it is: the balancer refuses it in words.
         """
-        if not self.ignore and self.base is None:
-            return features, heads, counts
         if isinstance(counts, Mapping):
             counts = {task: count for task, count in counts.items() if task not in self.ignore}
         if task_ids is not None:

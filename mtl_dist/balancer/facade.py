@@ -120,7 +120,8 @@ class Balancer(BalancerCalls):
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        self._client = ClientLosses.checked(self.tasks, ignore, base) if ignore or base is not None else None
+        client = ClientLosses.checked(self.tasks, ignore, base)
+        self._client = client if client.ignore or client.base is not None else None
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
         checked_component(self.probe, "probe")

@@ -139,7 +139,7 @@ def _collect_evaluations(trainer: Trainer, callback: BalancerCallback) -> None:
 
 def base_model(model: Any) -> Any:
     """The model of `transformers` inside PEFT's."""
-    return model.getbase_model() if hasattr(model, "getbase_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def evaluates_as_before(trainer: Trainer, accepts_loss_kwargs: bool) -> None:

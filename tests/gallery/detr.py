@@ -18,7 +18,7 @@ from tests.gallery.run import SAVED, flat
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 PLAIN, RULE = Fixed([1.0, 1.0, 1.0]), KeepNorm(InverseGradNorm())
-LINES = 3
+LINES = 2
 
 
 def config() -> DetrConfig:

@@ -15,7 +15,7 @@ from tests.gallery.loop import generator, train_loop
 from tests.gallery.run import STEPS
 
 PLAIN, RULE = Fixed([1.0, 1.0]), MGDA()
-LINES = 3
+LINES = 2
 TASKS = ("click", "buy")
 
 

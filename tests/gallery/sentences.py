@@ -22,7 +22,7 @@ from mtl_dist import Balancer, Rule
 from mtl_dist.integrations.sentence_transformers import attach
 from mtl_dist.weighting import InverseGradNorm, LastSeen, Relative, TokenShare
 from tests.gallery.causal_lm import arguments
-from tests.gallery.run import flat
+from tests.gallery.run import RANK, flat
 
 PLAIN, RULE = TokenShare(), Relative(LastSeen(InverseGradNorm()), to="sts")
 LINES = 2
@@ -60,7 +60,7 @@ def pairs(seed: int, rows: int, binary: bool) -> Dataset:
 
 def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = encoder(folder.with_suffix(".model"))
+    model = encoder(folder.with_suffix(f".model-{RANK}"))  # ranks must not write into one folder
     plain = arguments(folder, steps)
     names = ("max_steps", "save_steps", "logging_steps", "optim", "report_to", "use_cpu", "disable_tqdm")
     names += ("lr_scheduler_type", "max_grad_norm", "per_device_train_batch_size", "data_seed", "ddp_backend")

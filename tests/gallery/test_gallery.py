@@ -32,17 +32,8 @@ CLIENTS = {
     "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
 }
 # those that take longer, or need the extra `clients`
-LONG = {
-    "detr",
-    "diffusion",
-    "graphs",
-    "lightning_net",
-    "multi_token",
-    "sentences",
-    "sft_lora",
-    "sft_padding_free",
-    "vqgan",
-}
+LONG = {"detr", "diffusion", "graphs", "lightning_net", "multi_token", "sentences"}
+LONG |= {"sft_lora", "sft_padding_free", "vqgan"}
 
 # DETR divides by numbers of its own rank, and sentences of two data sets make no joined batch
 APART = {"detr", "sentences"}

@@ -391,3 +391,42 @@ def test_under_zero(tmp_path: Path, stage: int) -> None:
     for way in ("own", "head", "logits"):
         assert found[1][way] == pytest.approx(found[0][way], rel=1e-6)
     assert found[0]["head"] != pytest.approx(found[0]["plain"], rel=1e-4)
+
+
+class Wrapped(nn.Module):
+    """Holds a model as PEFT does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def get_base_model(self) -> nn.Module:
+        return self.inner
+
+    def forward(self, **batch: Any) -> Any:
+        return self.inner(**batch)
+
+
+def test_a_model_inside_another_is_balanced_at_the_inner_one(tmp_path: Path) -> None:
+    plain, own = llama(), Wrapped(llama())
+    train(plain, tmp_path)
+    train(
+        own, tmp_path, Balancer(DOMAINS, TokenShare(), probe=SharedLayerProbe()), remove_unused_columns=False
+    )
+    assert off(flat(plain), flat(own)) <= 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("probe", [None, SharedLayerProbe()], ids=repr)
+def test_lora_on_the_output_head(tmp_path: Path, probe: Any) -> None:
+    peft = pytest.importorskip("peft", reason='pip install "mtl-dist[clients]"')
+
+    def adapted() -> nn.Module:
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        return peft.get_peft_model(llama(), settings)
+
+    plain, own = adapted(), adapted()
+    train(plain, tmp_path)
+    train(own, tmp_path, Balancer(DOMAINS, TokenShare(), probe=probe))
+    assert off(flat(plain), flat(own)) <= 1e-6
