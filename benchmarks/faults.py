@@ -255,15 +255,15 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {engine} | {kind} | {len(kills)} | {good} | {lost} | {times} |")
     runs = results["runs"]
     same, total = sum(run["equal"] for run in runs), sum(len(run["kills"]) for run in runs)
-    stuck = sum(one["stuck"] for run in runs for one in run["kills"])
+    stuck = [one["after"] for run in runs for one in run["kills"] if one["stuck"]]
     system = f"Python {platform.python_version()}, {platform.machine()}, {results['date']}"
     intro = (
         f"{total} kills at random moments in {len(runs)} runs of {STEPS} steps, a checkpoint every {EVERY}, "
         f"on {MACHINES} machines with {RANKS} ranks each (`benchmarks/faults.py`). {same} of {len(runs)} "
         "runs ended bitwise equal to an undisturbed one: every row, every file of the last checkpoint. "
-        f"{stuck} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does: torch's "
-        "rendezvous waits where a rank is killed before all have met. Steps lost are those beyond the last "
-        f"checkpoint that was due. {system}."
+        f"{len(stuck)} times the other ranks had to be ended after {LEAVE:.0f} s, as a launcher does; these "
+        f"kills came within {max(stuck, default=0):.1f} s of a start, where torch's rendezvous waits for all "
+        f"ranks. Steps lost are those beyond the last checkpoint that was due. {system}."
     )
     return "\n".join([intro, "", *lines, ""])
 

@@ -50,6 +50,7 @@ class Lab:
         # the kernel may take a while to remove the cables of an earlier one
         self._token = f"{os.getpid() % 100000}{chr(97 + next(_NUMBER) % 26)}"
         self._debian = debian
+        self._started: list[subprocess.Popen[bytes]] = []
         self.names = [f"node{place}" for place in range(number)]
 
     def __enter__(self) -> Self:
@@ -91,6 +92,8 @@ class Lab:
             subprocess.run(["ip", "netns", "del", self._space(place)], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / self._space(place), ignore_errors=True)
         subprocess.run(["ip", "link", "del", self._switch], capture_output=True)
+        for process in self._started:
+            process.wait(20)
 
     def address(self, place: int) -> str:
         return f"10.77.0.{place + 1}"
@@ -116,7 +119,7 @@ class Lab:
     ) -> subprocess.Popen[bytes]:
         """Starts a command on a machine, with all of its environment; `log` gets what it prints."""
         with log.open("ab") as stream:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 self.command(place, *command, **others),
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -124,6 +127,8 @@ class Lab:
                 stderr=stream,
                 start_new_session=True,
             )
+        self._started.append(started)
+        return started
 
     def processes(self, place: int) -> list[int]:
         """All processes on a machine."""

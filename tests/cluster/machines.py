@@ -57,7 +57,7 @@ def wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
     return [process.wait(max(0.1, limit - time.monotonic())) for process in processes]
 
 
-def wait_for_row(folder: Path, step: int, seconds: float = 120) -> None:
+def wait_for_row(folder: Path, step: int, seconds: float = 240) -> None:
     """Returns when the run in `folder` has done `step`."""
     limit = time.monotonic() + seconds
     while last_step(folder) < step:
