@@ -58,7 +58,9 @@ def signature(function: object) -> str:
     """With annotations as they are written; defaults that are no literals are `...`."""
     given = inspect.signature(function)  # type: ignore[arg-type]
     shown = [
-        each if isinstance(each.default, (type, type(None), str, int, float, tuple)) else each.replace(default=...)
+        each
+        if isinstance(each.default, (type, type(None), str, int, float, tuple))
+        else each.replace(default=...)
         for each in given.parameters.values()
     ]
     text = str(given.replace(parameters=shown)).replace("Ellipsis", "...")
