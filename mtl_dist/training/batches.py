@@ -64,7 +64,7 @@ class StepBatches(Sampler[list[int]]):
 
 
 def train_loader(data: BatchData, sampler: StepBatches, num_workers: int = 0) -> DataLoader[Batch]:
-    """A loader of what `sampler` yields. `Accelerator.prepare` with `split_batches=True` splits it over ranks."""
+    """Loads what `sampler` yields. `Accelerator.prepare` splits it over ranks (`split_batches=True`)."""
     dataset: Any = (
         data  # torch's annotation asks for `__getitem__`; its fetcher uses `__getitems__` if it exists
     )

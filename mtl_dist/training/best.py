@@ -35,8 +35,8 @@ def best_step(folder: Path) -> int | None:
 def note_checkpoint(folder: Path, step: int, metric: str, mode: Mode, row: Mapping[str, float]) -> None:
     """Notes the value of a new checkpoint in `best.json`, and which one is the best.
 
-    The main process calls it. Values of checkpoints that are no longer there are forgotten, and those of steps that a resumed run trains
-    again are replaced.
+    The main process calls it. Values of checkpoints that are no longer there are forgotten, and those of
+    steps that a resumed run trains again are replaced.
 
     Args:
         folder: output folder of the run.
