@@ -3,8 +3,8 @@
     python launch/docs.py                  # then: mkdocs build --strict -f build/docs/mkdocs.yml
     bash launch/docs.sh                    # both
 
-The pages of docs/ are for GitHub too. So their links to files of the repository become links to pages here, which
-show these files. What a page of a rule says stands in the class of the rule.
+The pages of docs/ are for GitHub too. So their links to files of the repository become links to pages here,
+which show these files. What a page of a rule says stands in the class of the rule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from launch.docs_plot import weights_plot  # noqa: E402  # the root is on the pa
 from mtl_dist.weighting import COMBINATORS, RULES, Combinator, Needs, Rule  # noqa: E402
 
 DOCS, BUILD = ROOT / "docs", ROOT / "build" / "docs"
-TOP = {"README.md": "start.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+TOP = {
+    "README.md": "index.md",
+    "docs/README.md": "pages.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 TOP |= {"SECURITY.md": "security.md"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 API = {
@@ -50,15 +55,16 @@ API = {
     "Training": ["mtl_dist.train"],
 }
 BLIND = {
-    Needs.LOSSES: "It reads losses only. It sees neither how long the gradients of the tasks are, nor whether they "
+    Needs.LOSSES: "It reads losses only. It sees neither how long the gradients of the tasks are, "
+    "nor whether they conflict.",
+    Needs.NORMS: "It reads how long the gradients are, not where they point. It cannot see whether tasks "
     "conflict.",
-    Needs.NORMS: "It reads how long the gradients are, not where they point. It cannot see whether tasks conflict.",
-    Needs.GRAM: "It sees all inner products of the gradients, where they are measured. With a probe at the features "
-    "and one task in each sample, these products are 0 between different tasks, so it sees no conflicts there "
-    "([which probe](../probes.md)).",
+    Needs.GRAM: "It sees all inner products of the gradients, where they are measured. With a probe at the "
+    "features and one task in each sample, these products are 0 between different tasks, so it sees no "
+    "conflicts there ([which probe](../probes.md)).",
 }
 NAV = [
-    ("Start here", "start.md"),
+    ("Start here", "index.md"),
     ("Use it", "usage.md"),
     ("Real trainers", "gallery.md"),
     ("Rules", "rules.md"),
@@ -113,7 +119,7 @@ def on_site(text: str, source: Path, page: str, needed: set[Path]) -> str:
             raise FileNotFoundError(f"{source.relative_to(ROOT)}: the link {target} leads nowhere")
         if file.is_dir():
             inside = file / "README.md"
-            file = inside if inside.exists() else sorted(file.glob("*.py"))[0]
+            file = inside if inside.exists() else min(file.glob("*.py"))
         needed.add(file)
         return os.path.relpath(page_of(file), Path(page).parent) + anchor
 
@@ -152,14 +158,13 @@ def rule_page(name: str, cls: type[Rule]) -> str:
     is_combinator = issubclass(cls, Combinator)
     needs = "what its inner rule reads" if is_combinator else cls.needs.name.lower()
     facts = {
-        "formula": lines,
         "name in YAML and on the command line": f"`{name}`",
         "from": cls.paper,
         "cost of the weights": cls.cost,
         "reads": needs,
     }
-    text = f"# {cls.__name__}\n\n| | |\n|---|---|\n"
-    text += "".join(f"| {key} | {value.replace('|', '&#124;')} |\n" for key, value in facts.items())
+    text = f"# {cls.__name__}\n\n{lines}\n\n| fact | value |\n|---|---|\n"
+    text += "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     if not is_combinator:
         text += f"\n## What it is blind to\n\n{' '.join(blind_to(cls))}\n"
         text += "\n## Its weights on the toy\n\n" + weights_plot(cls.example(("L1", "L2")), cls.__name__)
@@ -212,7 +217,8 @@ def write_api_pages() -> list[tuple[str, str]]:
     entries = []
     for title, modules in API.items():
         path = f"api/{title.lower().replace(' ', '_')}.md"
-        body = "".join(f"\n::: {module}\n" for module in modules)
+        shown = "    options:\n      inherited_members: true\n"
+        body = "".join(f"\n::: {module}\n{shown}" for module in modules)
         (BUILD / "pages" / path).write_text(f"# {title}\n{body}", encoding="utf-8")
         entries.append((title, path))
     return entries

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the site into build/site, from docs/ and the docstrings. Every warning is an error. Open build/site/start.html.
+# Builds the site into build/site, from docs/ and the docstrings. Every warning is an error.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
@@ -16,5 +16,5 @@ setup docs
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$VENV/bin/python" launch/docs.py
-NO_MKDOCS_2_WARNING=true "$VENV/bin/python" -m mkdocs build --strict --quiet -f build/docs/mkdocs.yml
-printf 'wrote %s\n' "$ROOT/build/site/start.html"
+NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -m mkdocs build --strict -f build/docs/mkdocs.yml
+printf 'wrote %s; to read it: python -m http.server -d build/site\n' "$ROOT/build/site/index.html"

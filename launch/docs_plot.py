@@ -53,10 +53,11 @@ def weights_plot(rule: Rule, title: str) -> str:
         f'<text x="{PAD - 4}" y="{PAD + 4}" text-anchor="end">1</text>'
         f'<text x="{PAD - 4}" y="{zero + 4:.1f}" text-anchor="end">0</text>'
         f'<text x="{WIDTH - PAD}" y="{HEIGHT - 8}" text-anchor="end">step {STEPS}</text>'
-        f'<text class="toy-0" x="{PAD + 8}" y="14">L1</text><text class="toy-1" x="{PAD + 36}" y="14">L2</text>'
+        f'<text class="toy-0" x="{PAD + 8}" y="14">L1</text>'
+        f'<text class="toy-1" x="{PAD + 36}" y="14">L2</text>'
         f"{line(0)}{line(1)}</svg>"
     )
     return (
-        f"{svg}\n\n`αᵢ / Σ|αⱼ|` of the two objectives of the [toy problem](../results.md), whose scales differ by a "
-        f"factor of 10, while the rule descends from {START} with Adam.\n"
+        f"{svg}\n\n`αᵢ / Σ|αⱼ|` of the two objectives of the [toy problem](../results.md), whose scales "
+        f"differ by a factor of 10, while the rule descends from {START} with Adam.\n"
     )

@@ -18,14 +18,16 @@ from mtl_dist.integrations.stop import EXIT_STATUS, SIGNALS, SaveOnSignal
 from mtl_dist.tracking import Row, RunLog
 from mtl_dist.tracking.files import METRICS, SUMMARY
 from mtl_dist.tracking.report import write_report
+from mtl_dist.training.best import note_checkpoint
 from mtl_dist.training.checkpoints import checkpoints_of, save_checkpoint, space_needed
-from mtl_dist.training.debug import findings_text, forward_backward, make_deterministic, step_table
+from mtl_dist.training.debug import findings_text, make_deterministic, step_table
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
 from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row, launch_notes
 from mtl_dist.training.settings import Settings, load_settings
 from mtl_dist.training.setup import Run, build_run, claim_output, make_accelerator
+from mtl_dist.training.step import train_batch
 from mtl_dist.training.storage import check_storage, storage_in_words, tree_size
 from mtl_dist.training.summary import summarise, table, write_json
 from mtl_dist.training.together import RunError
@@ -143,16 +145,18 @@ def _loop(run: Run, start: Start, log: RunLog, stop: SaveOnSignal) -> Row | None
     with tqdm(
         total=settings.steps, initial=done, disable=hidden or settings.check, unit="step", dynamic_ncols=True
     ) as progress:
-        for step, batch in enumerate(run.loader, start=done + 1):
-            forward_backward(run, batch)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            report = run.balancer.report
+        for batch in run.loader:
+            report = train_batch(run, batch, step)
             log.add(report)
+            if not accelerator.sync_gradients:
+                continue  # the optimizer step comes with a later micro-batch
+            step += 1
             if settings.check and not hidden and report is not None:
                 progress.write(step_table(report, step))
             clock.tick()
-            evaluated = _due(settings.eval_every, step) or step == settings.steps
+            saved = _due(settings.checkpoint_every, step)
+            judged = saved and settings.best_metric is not None
+            evaluated = _due(settings.eval_every, step) or step == settings.steps or judged
             extra = {"perf/step_ms": clock.lap()} if evaluated or log.is_due(step) else {}
             if evaluated:
                 with clock.stopped():
@@ -162,9 +166,12 @@ def _loop(run: Run, start: Start, log: RunLog, stop: SaveOnSignal) -> Row | None
             progress.set_postfix_str(postfix(log.last_row, run.recipe.tasks), refresh=False)
             progress.update()
             stopped = stop.requested() and step < settings.steps
-            if _due(settings.checkpoint_every, step) or (stopped and settings.checkpoint_every):
+            if saved or (stopped and settings.checkpoint_every):
                 with clock.stopped(), storage_in_words(settings.output_dir):
                     log.flush()
+                    if settings.best_metric is not None and not hidden:
+                        folder, mode = settings.output_dir, settings.best_mode
+                        note_checkpoint(folder, step, settings.best_metric, mode, extra)
                     save_checkpoint(accelerator, settings, step)
             if stopped:
                 break

@@ -129,7 +129,7 @@ def test_probes_by_name():
     ("override", "message"),
     [
         ("lerning_rate=3", "'lerning_rate' (= 3) is not a setting; did you mean 'learning_rate'?"),
-        ("zzzz=3", "'zzzz' (= 3) is not a setting; choose one of batch_size"),
+        ("zzzz=3", "'zzzz' (= 3) is not a setting; choose one of accumulation, batch_size"),
         ("steps=-1", "steps: Input should be greater than 0; got -1"),
         ("steps=many", "steps: Input should be a valid integer"),
         ("on_nonfinite=ignore", "on_nonfinite: Input should be 'raise', 'skip' or 'hold'; got 'ignore'"),

@@ -16,7 +16,10 @@ from mtl_dist import COMBINATORS, RULES
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
 }
 RULES_PAGE = ROOT / "docs" / "rules.md"
 TEXT = "\n".join(PAGES.values())
@@ -86,6 +89,10 @@ def test_example_runs(tmp_path: Path, num_processes: int) -> None:
     assert done.stdout.count("parity") == 1, "printed once, by the main process"
 
 
+def test_the_front_page_is_short() -> None:
+    assert len(README.encode()) <= 10_000
+
+
 def test_example_is_short() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     body = example[example.index("accelerator = ") :]
@@ -127,11 +134,16 @@ def test_links_lead_somewhere(name: str, target: str) -> None:
         assert anchor in anchors(page.read_text(encoding="utf-8")), target
 
 
+def test_the_chinese_page_has_the_same_example() -> None:
+    blocks = [re.sub(r"  # .*", "", program(PAGES[name])[0]) for name in ("README.md", "docs/zh/README.md")]
+    assert blocks[0] == blocks[1]
+
+
 def test_every_page_is_in_both_indexes() -> None:
     for name in PAGES:
         if name.startswith("docs/") and name != "docs/README.md":
             assert f"({name})" in README, name
-            assert f"({Path(name).name})" in PAGES["docs/README.md"], name
+            assert f"({name.removeprefix('docs/')})" in PAGES["docs/README.md"], name
 
 
 def test_the_checks_can_fail() -> None:

@@ -158,6 +158,7 @@ def start(
     num_processes: int | None = None,
     data: DataLoaderConfiguration | None = None,
     timeout: timedelta | None = None,
+    precision: str | None = None,
 ) -> Accelerator:
     """An Accelerator with the engine and the number of processes that were asked for, also on a CPU.
 
@@ -166,6 +167,7 @@ def start(
         data: how batches are divided over the ranks.
         timeout: how long ranks wait for each other. None: torch's default, 10 minutes with NCCL and 30 with
             Gloo.
+        precision: "no", "bf16" or "fp16" (mixed precision). None: what the launcher says.
 
     Raises:
         RuntimeError: the launch fell back silently (`check_launch`).
@@ -183,7 +185,10 @@ def start(
     if _flag("ACCELERATE_USE_DEEPSPEED") and os.environ.get("LOCAL_RANK", "0") == "0":
         warn_of_stale_locks()
     accelerator = Accelerator(
-        cpu=not has_device and not has_engine, dataloader_config=data, kwargs_handlers=handlers
+        cpu=not has_device and not has_engine,
+        mixed_precision=precision,
+        dataloader_config=data,
+        kwargs_handlers=handlers,
     )
     expected = {} if num_processes is None else {EXPECTED_PROCESSES: str(num_processes)}
     check_launch(accelerator, {**os.environ, **expected})

@@ -7,5 +7,6 @@ RUN = "run.json"  # the settings that a resumed run must not change
 SUMMARY = "summary.json"  # written when the run has finished
 REPORT = "report.html"  # written when the run has finished, or by `mtl-dist report`
 TRACKING = "tracking.json"  # the run's name in each tracker; every checkpoint has a copy
+BEST = "best.json"  # which checkpoint is the best, if `best_metric` names a column
 CHECKPOINTS = "checkpoints"  # a folder: one `step_<step>` per checkpoint
 CHECKPOINT_PATTERN = "step_????????"  # finished checkpoints only: an unfinished one has another name

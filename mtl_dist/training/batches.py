@@ -23,6 +23,7 @@ class StepBatches(Sampler[list[int]]):
         seed: seed of the run.
         first_step: number of optimizer steps already done.
         last_step: number of optimizer steps of the whole run.
+        parts: number of micro-batches that each global batch is cut into.
 
     Raises:
         ValueError: the data set is smaller than one batch.
@@ -30,25 +31,29 @@ class StepBatches(Sampler[list[int]]):
 
     drop_last = True  # Accelerate reads it: all batches are full
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: int = 1
+    ) -> None:
         if num_samples < batch_size:
             raise ValueError(f"batch_size is {batch_size}, but there are only {num_samples} training samples")
-        self.batch_size = batch_size
+        self.batch_size = batch_size // parts  # of what the loader yields
+        self._size, self._parts = batch_size, parts
         self._num_samples = num_samples
         self._seed = seed
         self._steps = range(first_step, last_step)
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._steps) * self._parts
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self._num_samples // self.batch_size
+        per_epoch = self._num_samples // self._size
         order: list[int] = []
         for step in self._steps:
             epoch, batch = divmod(step, per_epoch)
             if not order or batch == 0:
                 order = self._permutation(epoch)
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            for start in range(batch * self._size, (batch + 1) * self._size, self.batch_size):
+                yield order[start : start + self.batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
         # hash the seed first: with seed + epoch alone, seed s + 1 would repeat the epochs of seed s
@@ -58,8 +63,8 @@ class StepBatches(Sampler[list[int]]):
         return order
 
 
-def train_loader(data: BatchData, sampler: StepBatches) -> DataLoader[Batch]:
-    """A loader of global batches. `Accelerator.prepare` with `split_batches=True` splits them over ranks."""
+def train_loader(data: BatchData, sampler: StepBatches, num_workers: int = 0) -> DataLoader[Batch]:
+    """Loads what `sampler` yields. `Accelerator.prepare` splits it over ranks (`split_batches=True`)."""
     dataset: Any = (
         data  # torch's annotation asks for `__getitem__`; its fetcher uses `__getitems__` if it exists
     )
@@ -67,7 +72,9 @@ def train_loader(data: BatchData, sampler: StepBatches) -> DataLoader[Batch]:
     # its iterators draw a seed. From torch's global generator, a resumed run would draw one more than the
     # first
     own = torch.Generator()
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=own)
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, generator=own
+    )
 
 
 def eval_batches(data: BatchData, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:

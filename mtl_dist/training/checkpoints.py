@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from mtl_dist.durable import flush, flush_tree, move
 from mtl_dist.tracking.files import CHECKPOINT_PATTERN, CHECKPOINTS, METRICS, TRACKING
+from mtl_dist.training.best import best_step
 from mtl_dist.training.engine import engine_name
 from mtl_dist.training.manifest import MANIFEST, Manifest, digest
 from mtl_dist.training.settings import Settings, run_identity
@@ -44,7 +45,8 @@ def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> 
                     remove_checkpoint(final)
                 move(unfinished, final)
                 for old in checkpoints_of(settings)[: -settings.keep_last] if settings.keep_last else ():
-                    remove_checkpoint(old)
+                    if old.name != f"step_{best_step(settings.output_dir) or 0:08d}":
+                        remove_checkpoint(old)
     except Exception:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk stays full otherwise
         raise
@@ -63,7 +65,8 @@ def space_needed(settings: Settings, done: int, size: int) -> int:
     every = settings.checkpoint_every
     planned = settings.steps // every - done // every if every else 0
     if settings.keep_last is not None:  # the oldest is removed when the newest is there
-        planned = min(planned, max(1, settings.keep_last + 1 - len(checkpoints_of(settings))))
+        kept = settings.keep_last + (settings.best_metric is not None)
+        planned = min(planned, max(1, kept + 1 - len(checkpoints_of(settings))))
     return planned * size
 
 

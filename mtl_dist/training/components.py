@@ -64,13 +64,13 @@ def build(spec: Spec, kind: Kind[T], path: str, nested: Mapping[type, Nested]) -
         raise ValueError(f"{path}: give a name, or a mapping with name and fields; got {spec!r}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
-    cls = _class(name, kind, f"{path}.name")
-    parameters, hints = _parameters(cls, f"{path}.name")
+    cls = component_class(name, kind, f"{path}.name")
+    parameters, hints = parameters_of(cls, f"{path}.name")
     arguments = {}
     for key, value in fields.items():
         if key not in parameters:
             raise ValueError(f"{path}.{key}: {name!r} has no such field{hint(key, parameters)}")
-        arguments[key] = _value(value, hints.get(key, Any), f"{path}.{key}", nested)
+        arguments[key] = component_value(value, hints.get(key, Any), f"{path}.{key}", nested)
     required = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
     if required:
         raise ValueError(f"{path}: {name!r} needs {', '.join(required)}; got {spec!r}")
@@ -120,7 +120,8 @@ def load(name: str, path: str) -> Any:
     return found
 
 
-def _class(name: Any, kind: Kind[T], path: str) -> type[T]:
+def component_class(name: Any, kind: Kind[T], path: str) -> type[T]:
+    """The class of a kind that a name or an import path names. Raises the errors of `build`."""
     if isinstance(name, str) and name in kind.registry:
         return kind.registry[name]
     if not isinstance(name, str) or ":" not in name:
@@ -140,8 +141,8 @@ def _class(name: Any, kind: Kind[T], path: str) -> type[T]:
     return own  # type: ignore[no-any-return]  # a T, because it is derived from the base
 
 
-def _parameters(cls: type, path: str) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
-    """The arguments of a class, and their types."""
+def parameters_of(cls: type, path: str) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
+    """The arguments of a class, and their types. Raises `ValueError` for annotations that cannot be read."""
     try:
         hints = get_type_hints(cls if is_dataclass(cls) else inspect.getattr_static(cls, "__init__"))
     except NameError as error:
@@ -162,9 +163,11 @@ def hint(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(names)}"
 
 
-def _value(value: Any, annotation: Any, path: str, nested: Mapping[type, Nested]) -> Any:
+def component_value(
+    value: Any, annotation: Any, path: str, nested: Mapping[type, Nested] | None = None
+) -> Any:
     """`value` with the type `annotation`: builds a nested component, and lets pydantic convert the rest."""
-    for base, build_nested in nested.items():
+    for base, build_nested in (nested or {}).items():
         if isinstance(annotation, type) and issubclass(annotation, base):
             return build_nested(value, path)
     try:

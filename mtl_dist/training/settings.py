@@ -28,7 +28,9 @@ from mtl_dist.canonical import canonical
 from mtl_dist.probes import FeatureProbe, FeatureTap, ParameterProbe, Probe, SharedLayerProbe
 from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
+from mtl_dist.training.best import Mode, check_metric
 from mtl_dist.training.components import Component, Kind, Spec, build, hint, search_beside
+from mtl_dist.training.optimizer import Schedule, check_optimizer
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
 PROBES: dict[str, type[Probe]] = {
@@ -97,13 +99,22 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    accumulation: int = Field(1, gt=0)
+    optimizer: Spec = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    schedule: Schedule = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    num_workers: int = Field(0, ge=0)
     trackers: list[Spec] = ["jsonl"]
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0)
     keep_last: int | None = Field(None, gt=0)
+    best_metric: str | None = None
+    best_mode: Mode = "min"
     num_processes: int | None = Field(None, gt=0)
     timeout_minutes: float | None = Field(None, gt=0)
     output_dir: Path
@@ -122,6 +133,23 @@ class Settings(BaseModel):
             )
         build_balancer(self)
         build_trackers(self)
+        check_optimizer(self.optimizer, self.learning_rate, self.weight_decay)
+        if self.accumulation > 1 and self.virtual_ranks > 1:
+            raise ValueError(
+                f"accumulation={self.accumulation} and virtual_ranks={self.virtual_ranks}: give one of them; "
+                "virtual ranks need no accumulation"
+            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} counts the samples of an optimizer step and must be divisible "
+                f"by accumulation={self.accumulation}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}")
+        if self.best_metric is not None:
+            check_metric(self.best_metric, self.recipe.object)
+            if not self.checkpoint_every:
+                raise ValueError("best_metric chooses among checkpoints: set checkpoint_every")
         return self
 
 
@@ -169,8 +197,10 @@ def run_identity(settings: Settings) -> dict[str, Any]:
         "recipe": canonical(settings.recipe.object),
         "weighting": canonical(settings.weighting.object),
         "probe": canonical(settings.probe.object),
+        "optimizer": canonical(settings.optimizer),
         "seed": settings.seed,
         "batch_size": settings.batch_size,
+        "accumulation": settings.accumulation,
     }
 
 

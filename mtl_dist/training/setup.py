@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
 from torch import nn
@@ -17,10 +16,11 @@ from torch.utils.data import DataLoader
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations.accelerate import attach, start
 from mtl_dist.recipes import Batch, BatchData, Recipe
-from mtl_dist.tracking.files import CHECKPOINTS, METRICS, REPORT, RUN, SUMMARY, TRACKING
+from mtl_dist.tracking.files import BEST, CHECKPOINTS, METRICS, REPORT, RUN, SUMMARY, TRACKING
 from mtl_dist.training.batches import StepBatches, train_loader
 from mtl_dist.training.checkpoints import move_aside, remove_unfinished, space_needed
 from mtl_dist.training.engine import take_inputs_as_parameters
+from mtl_dist.training.optimizer import build_optimizer
 from mtl_dist.training.resume import Start
 from mtl_dist.training.settings import Settings, build_balancer, run_identity
 from mtl_dist.training.storage import check_shared, check_storage, explain_storage
@@ -75,11 +75,14 @@ def build_run(settings: Settings, accelerator: Accelerator, done: int) -> Run:
     model = recipe.model(balancer)
     _check_space(settings, accelerator, model, done)
     take_inputs_as_parameters(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    optimizer = build_optimizer(
+        settings.optimizer, model.parameters(), settings.learning_rate, settings.weight_decay
     )
-    sampler = StepBatches(len(train_data), settings.batch_size, settings.seed, done, settings.steps)
-    model, prepared, loader = accelerator.prepare(model, optimizer, train_loader(train_data, sampler))
+    sampler = StepBatches(
+        len(train_data), settings.batch_size, settings.seed, done, settings.steps, settings.accumulation
+    )
+    loader = train_loader(train_data, sampler, settings.num_workers)
+    model, prepared, loader = accelerator.prepare(model, optimizer, loader)
     attach(balancer, accelerator)
     if done and isinstance(model, DistributedDataParallel):
         first = StepBatches(len(train_data), settings.batch_size, settings.seed, 0, 1)
@@ -120,11 +123,15 @@ def make_accelerator(settings: Settings) -> Accelerator:
     """
     minutes = settings.timeout_minutes
     timeout = None if minutes is None else timedelta(minutes=minutes)
-    accelerator = start(settings.num_processes, DataLoaderConfiguration(split_batches=True), timeout)
+    loading = DataLoaderConfiguration(split_batches=True)
+    accelerator = start(settings.num_processes, loading, timeout, settings.precision)
     started, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    if settings.batch_size % started:
+    micro_batch = settings.batch_size // settings.accumulation
+    if micro_batch % started:
+        parts = f", and its {settings.accumulation} micro-batches" if settings.accumulation > 1 else ""
         raise ValueError(
-            f"batch_size={settings.batch_size} is global and must be divisible by the {started} processes"
+            f"batch_size={settings.batch_size} is global{parts} and must be divisible by the {started} "
+            "processes"
         )
     if settings.virtual_ranks > 1 and started > 1:
         raise ValueError(
@@ -135,15 +142,24 @@ def make_accelerator(settings: Settings) -> Accelerator:
         raise ValueError(
             f"batch_size={settings.batch_size} must be divisible by virtual_ranks={settings.virtual_ranks}"
         )
-    if accumulation != 1:
+    if accumulation not in (1, settings.accumulation):
         raise ValueError(
-            f"the launcher asks for {accumulation} gradient accumulation steps, but in this program every "
-            "batch is an optimizer step; set them to 1 and choose batch_size instead"
+            f"the launcher asks for {accumulation} gradient accumulation steps, but this run has "
+            f"accumulation={settings.accumulation}; set those of the launcher to 1"
+        )
+    accelerator.gradient_accumulation_steps = settings.accumulation
+    if settings.precision not in (None, accelerator.mixed_precision):
+        raise ValueError(
+            f"precision={settings.precision}, but the launcher's configuration of the engine says "
+            f"{accelerator.mixed_precision}: set it there, or leave out precision"
         )
     if accelerator.state.deepspeed_plugin is not None:
         # Accelerate takes it from the loader's batch_size; a loader with a batch sampler has none
         engine = accelerator.state.deepspeed_plugin.deepspeed_config
-        engine["train_micro_batch_size_per_gpu"] = settings.batch_size // started
+        engine["train_micro_batch_size_per_gpu"] = micro_batch // started
+        engine["gradient_accumulation_steps"] = settings.accumulation
+        if settings.clip_norm is not None:  # DeepSpeed clips inside its optimizer step
+            engine["gradient_clipping"] = settings.clip_norm
     return accelerator
 
 
@@ -178,7 +194,7 @@ def _claim(settings: Settings, start: Start) -> None:
             move_aside(checkpoint)
     else:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        for name in (METRICS, TRACKING):
+        for name in (METRICS, TRACKING, BEST):
             (folder / name).unlink(missing_ok=True)
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
@@ -187,10 +203,11 @@ def _claim(settings: Settings, start: Start) -> None:
 
 
 def _check_space(settings: Settings, accelerator: Accelerator, model: nn.Module, done: int) -> None:
-    """Raises unless the checkpoints of the run fit, by what its model and AdamW have at least."""
+    """Raises unless the checkpoints of the run fit, by what its model and Adam have at least."""
     parameters = list(model.parameters())
     size = sum(parameter.nbytes for parameter in parameters)
-    size += sum(8 * parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if settings.optimizer in ("adamw", "adam"):
+        size += sum(8 * parameter.numel() for parameter in parameters if parameter.requires_grad)
     problem = None
     if accelerator.is_main_process:
         try:
