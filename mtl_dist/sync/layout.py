@@ -161,6 +161,16 @@ class Layout:
         )
         return torch.cat([*parts, failure, notice, codes, codes * codes])
 
+    def alone(
+        self,
+        local: LocalStats,
+        call: Call,
+        faulty: Tensor | None = None,
+        failed: Tensor | None = None,
+    ) -> tuple[LocalStats, Faults]:
+        """What `unpack` gives where there is one rank."""
+        return self.unpack(self.pack(local, 0, call, faulty, failed))
+
     def unpack(self, buffer: Tensor) -> tuple[LocalStats, Faults]:
         """Statistics and faults of one buffer, or of the sum of the buffers of all ranks."""
         n = self._num_tasks

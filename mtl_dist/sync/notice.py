@@ -14,7 +14,7 @@ class Notice:
 
     Attributes:
         raised: whether this rank raises it. A signal handler may set it.
-        listening: whether this rank wants to hear; otherwise nothing is copied.
+        listening: whether this rank wants to hear; otherwise `hear` and `settle` are not called.
         heard: whether a rank had raised it, as far as this rank's host knows. The same on every rank.
     """
 
@@ -26,8 +26,6 @@ class Notice:
 
     def hear(self, total: Tensor) -> None:
         """Takes the sum over ranks of what they sent, `[1]`."""
-        if not self.listening:
-            return
         if total.device.type == "cpu":
             self.heard = self.heard or bool(total > 0)
             return

@@ -118,7 +118,8 @@ class Synchronizer:
             ValueError: on every rank, where ranks differ; the message shows what each of them has.
             RuntimeError: the job or the group has ended, a rank does not come, or a join context is active.
         """
-        self.notice.settle()
+        if self.notice.listening:
+            self.notice.settle()
         first, self.started = not self.started, True
         collectives = self._collectives
         if collectives is not None and self._world is None:  # virtual ranks
@@ -193,12 +194,15 @@ class Synchronizer:
             call: where this rank is; ranks that are elsewhere show in the faults (`Faults.strangers`).
         """
         call = call._replace(news=self.news, notice=self.notice.raised)
-        buffer = self._layout.pack(local, self.rank, call, faulty, failed)
-        if self._collectives is not None:
+        if self._collectives is None:
+            total, faults = self._layout.alone(local, call, faulty, failed)
+        else:
+            buffer = self._layout.pack(local, self.rank, call, faulty, failed)
             with self.stopwatch.running(buffer.device):
                 self._collectives.all_reduce(buffer)
-        total, faults = self._layout.unpack(buffer)
-        self.notice.hear(faults.notice)
+            total, faults = self._layout.unpack(buffer)
+        if self.notice.listening:
+            self.notice.hear(faults.notice)
         return total, faults
 
     def explain_strangers(self, call: Call, state: Callable[[], str]) -> Exception | None:
