@@ -100,6 +100,21 @@ def parameters(tmp_path_factory):
     return of
 
 
+@pytest.mark.long
+def test_accumulation_schedule_and_clipping_are_the_same_under_all_engines(trained, parameters):
+    steps = ("steps=4", "checkpoint_every=4", "accumulation=2", "schedule=cosine", "warmup_steps=1")
+    settings = (*steps, "clip_norm=0.3", "learning_rate=1e-2")
+    folders = [trained(name, *settings) for name in QUICK]
+    expected = statistics(folders[0])
+    first, *others = parameters(*(folder / "checkpoints/step_00000004" for folder in folders))
+    plain = trained("ddp", *settings[:-2], "clip_norm=null", "learning_rate=1e-2")
+    (unclipped,) = parameters(plain / "checkpoints/step_00000004")
+    assert relative(unclipped, first) > 1e-3, "clipping does something"
+    for name, folder, other in zip(QUICK[1:], folders[1:], others, strict=True):
+        assert relative(statistics(folder), expected) < 1e-3, name
+        assert relative(other, first) < 1e-3, name
+
+
 def recorded(folder):
     return json.loads((folder / "summary.json").read_text())["engine"]
 

@@ -258,7 +258,7 @@ def test_a_save_that_fails_leaves_no_half_of_it(tmp_path):
 
     saved = save_checkpoint(Alone(), settings(tmp_path), 20)
     with pytest.raises(
-        RunError, match=r"has no space left \(.* free, and a checkpoint needs \d+ bytes\): delete"
+        RunError, match=r"has no space left \(.* free, and a checkpoint needs [\d.]+ kB\): delete"
     ):
         save_checkpoint(Full(), settings(tmp_path), 40)
     assert list((tmp_path / "checkpoints").iterdir()) == [saved]
