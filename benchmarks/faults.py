@@ -278,7 +278,7 @@ def main() -> None:
     if arguments.serve:
         serve()
         return
-    from lab import Lab, why_not
+    from namespaces import Lab, why_not
 
     if (reason := why_not()) is not None:
         raise SystemExit(f"no machines here: {reason}")

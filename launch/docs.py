@@ -70,6 +70,7 @@ NAV = [
     ("Rules", "rules.md"),
     ("Probes", "probes.md"),
     ("Engines", "engines.md"),
+    ("Clusters", "clusters.md"),
     ("Recipes", "recipes.md"),
     ("Watch", "watching.md"),
     ("Debug", "debugging.md"),

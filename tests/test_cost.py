@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from counting import READS, Operators, beyond
+from operator_calls import READS, Operators, beyond
 from subjects import build
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab import ROOT, Lab
+from namespaces import ROOT, Lab
 from program import CONFIG, environment
 
 from mtl_dist.tracking import read_rows

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import why_not
 from machines import SETTINGS, course
+from namespaces import why_not
 from program import CONFIG, environment, run, train
 from safetensors.torch import save_file
 

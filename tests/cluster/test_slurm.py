@@ -15,8 +15,8 @@ import time
 
 import pytest
 import test_launch
-from lab import why_not
 from machines import SETTINGS, course, last_step, wait_for_row
+from namespaces import why_not
 from program import ROOT, environment, train
 
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(tool) is None]

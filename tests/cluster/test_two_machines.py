@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import Lab, why_not
 from machines import SETTINGS, course, last_step, torchrun, wait, wait_for_row
+from namespaces import Lab, why_not
 from program import train
 
 REASON = why_not()

@@ -10,6 +10,7 @@ import signal
 import sys
 
 import torch
+import torch.distributed as dist
 from problem import TASKS, Net, global_batch, shard
 from ranks import start, stop
 from torch.nn.parallel import DistributedDataParallel
@@ -39,9 +40,12 @@ def main() -> None:
                 asked.append(step)
                 break
     name = request.signal
-    # in one piece: the ranks share the file
-    sys.stdout.write(f"{rank} {asked[0] if asked else None} {name} {request.exit_status}\n")
-    sys.stdout.flush()
+    said: list[str] = [""] * world_size
+    line = f"{rank} {asked[0] if asked else None} {name} {request.exit_status}"
+    dist.all_gather_object(said, line)  # the ranks share a file, in which their lines may mix
+    if rank == 0:
+        sys.stdout.write("\n".join(said) + "\n")
+        sys.stdout.flush()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "the handlers stay"
     stop()
 
