@@ -257,6 +257,14 @@ def test_heads_that_share_a_result_are_refused() -> None:
     assert joint.report.stats.gram[0, 1] > 0
 
 
+def test_a_head_that_changes_the_features_is_refused_in_a_step_without_a_measurement_too() -> None:
+    z = torch.ones(3, requires_grad=True) * 1
+    heads = {"a": lambda z: z.relu_().sum(), "b": lambda z: z.square().sum()}
+    balancer = Balancer(["a", "b"], InverseLoss(), lag=1)
+    with pytest.raises(ValueError, match="changed the features in place"):
+        balancer(z, heads)
+
+
 # ---- calls and backwards that do not come in turns --------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -174,11 +175,14 @@ class BalancerCalls(BalancerMembers):
 
     # ---- made by `Balancer` ----
 
+    @abstractmethod
     def _connect(self) -> None:
-        raise NotImplementedError
+        """Meets the other ranks where they were not met."""
 
+    @abstractmethod
     def _new_call(self, kind: Kind) -> Call:
-        raise NotImplementedError
+        """The next call of this kind."""
 
+    @abstractmethod
     def _new_step(self, kind: Kind) -> Step:
-        raise NotImplementedError
+        """A step for the next call of this kind."""

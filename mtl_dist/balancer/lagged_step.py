@@ -208,9 +208,6 @@ class Underway:
     def __init__(self) -> None:
         self._steps: deque[LaggedStep] = deque()
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
     def __reduce__(self) -> tuple[type[Underway], tuple[()]]:
         """Statistics on their way belong to this process."""
         return Underway, ()

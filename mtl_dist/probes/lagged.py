@@ -22,7 +22,7 @@ from mtl_dist.losses import (
 from mtl_dist.probes.base import LaggedStep
 from mtl_dist.probes.guards import protect
 from mtl_dist.probes.passage import Rows, branch, rooted
-from mtl_dist.probes.pipeline import look
+from mtl_dist.probes.pipeline import look, losses_at
 
 # From gradients at the features to this rank's part of the Gram, and the tasks in which it saw a NaN.
 ToGram = Callable[[FeatureGradients], tuple[Tensor, Tensor | None]]
@@ -54,7 +54,7 @@ def lagged(
     """
     shared = split(features, detach=False)
     if weighs_heads and not step.measure:
-        plain = heads.at(shared.rebuild(), shared.leaves[0].device)
+        plain, _ = losses_at(shared, heads, step)
         total = plain.total(step.coefficients(plain))
         step.send(plain.stats())
         return total if total.requires_grad else anchored(total, shared.leaves)
