@@ -78,10 +78,8 @@ class LaggedStep(Step):
         """`[n]`, `s_i`, and `[n]`, `c_i / s_i`."""
         counts = losses.counts
         if self.counts is not None:
-            self.reduced = True
             return self._shares_of(counts, self.counts.to(counts))
         if self.world_size == 1 or self.equal_counts:
-            self.reduced = True
             return None, counts
         own = LocalStats(torch.zeros_like(counts), counts, None, losses.stats().known)
         if self.expected is None:
@@ -120,6 +118,7 @@ class LaggedStep(Step):
         """Sends the statistics, if they were not sent yet."""
         if self._finish is None and self._packed is not None:
             local, faulty = self._packed
+            self.reduced = True
             finish = self.synchronizer.start_reduce(
                 local, faulty, self._failed, self._call, with_gram=local.gram is not None
             )
