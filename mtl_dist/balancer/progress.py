@@ -233,17 +233,22 @@ class RuleProgress:
     def _update(self, stats: TaskStats, bad: Tensor, dtype: torch.dtype) -> Tensor:
         outside = self._outside_domain(stats)
         bad = bad if outside is None else bad | outside
-        weights, state = self.rule.update(stats.guarded(bad), self.state)
+        is_sound = bad.device.type == HOST and not bad
+        weights, state = self.rule.update(stats if is_sound else stats.guarded(bad), self.state)
         unusable = ~(weights.abs().amax() <= torch.finfo(dtype).max)  # as NaN is
         if outside is not None or self._strict:
             flags = [flag for flag in (outside, unusable if self._strict else None) if flag is not None]
             refused = flags[0] if len(flags) == 1 else flags[0] | flags[1]
             if refused.device.type != HOST or refused:
                 self._errors.watch(refused, self._explanation(stats))
-        bad = bad | unusable
         held = self.weights
-        self.weights = torch.where(bad, held, torch.where(stats.present, weights, held))
-        self.state = _chosen(bad, state, self.state)
+        if is_sound and not unusable:  # the host knows, and nothing needs to be masked
+            self.weights = torch.where(stats.present, weights, held)
+            self.state = {key: state[key] for key in self.state}
+        else:
+            bad = bad | unusable
+            self.weights = torch.where(bad | ~stats.present, held, weights)
+            self.state = _chosen(bad, state, self.state)
         used = self.weights if self.window is None and not self.lag else held
         time = self._stopwatch.take() if self._stopwatch.laps else Elapsed()
         self.report = StepReport(self.tasks, stats, used * stats.present, bad, time)

@@ -68,31 +68,38 @@ def depends_on(
             the whole trunk, in Python.
     """
     marks = {edge_of(t): key for key, tensors in starts.items() for t in tensors if t.requires_grad}
-    if not parameters and not _reads_older(outputs, marks, trunk):
-        trunk = ()
+    if not parameters:
+        # autograd counts its nodes: one that was made after the trunk's outputs is none of the trunk's
+        made = [tensor.grad_fn._sequence_nr() for tensor in trunk if tensor.grad_fn is not None]
+        newer = [_keys_behind(output, marks, max(made, default=-1)) for output in outputs]
+        found = [keys for keys in newer if keys is not None]
+        if len(found) == len(newer):
+            return found
     inside = {node for tensor in trunk for node in nodes(tensor)}
     return [_marks_behind(output, marks, inside) for output in outputs]
 
 
-def _reads_older(outputs: Sequence[Tensor | None], marks: Mapping[Edge, T], trunk: Sequence[Tensor]) -> bool:
-    """Whether a graph holds a node that was made before the trunk's outputs: autograd counts its nodes."""
-    made = [tensor.grad_fn._sequence_nr() for tensor in trunk if tensor.grad_fn is not None]
-    if not made:
-        return False
-    ends = {node for node, _ in marks}
-    return any(
-        node._sequence_nr() <= max(made)
-        for output in outputs
-        if output is not None and output.grad_fn is not None
-        for node in nodes(output, ends)
-    )
+def _keys_behind(output: Tensor | None, marks: Mapping[Edge, T], newest: int) -> set[T | Past] | None:
+    """The keys of the marks behind `output`; None: it has a node as old as `newest`, or older."""
+    found: set[T | Past] = set()
+    pending = _start(output)
+    seen: set[Node] = set()
+    while pending:
+        edge = pending.pop()
+        node = edge[0]
+        if edge in marks:
+            found.add(marks[edge])
+        elif node is not None and node not in seen:
+            if node._sequence_nr() <= newest:
+                return None
+            seen.add(node)
+            pending += node.next_functions
+    return found
 
 
 def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T], inside: set[Node]) -> set[T | Past]:
     found: set[T | Past] = set()
-    pending: list[tuple[Node | None, int]] = []
-    if output is not None and output.requires_grad:
-        pending.append(edge_of(output))
+    pending = _start(output)
     seen: set[Node] = set()
     while pending:
         node, number = pending.pop()
@@ -103,7 +110,11 @@ def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T], inside: set[No
             continue
         seen.add(node)
         if node not in inside or node.name() in _FORMS:
-            pending.extend(node.next_functions)
+            pending += node.next_functions
         else:
             found.add(Past.PARAMETER if hasattr(node, "variable") else Past.INSIDE)
     return found
+
+
+def _start(output: Tensor | None) -> list[tuple[Node | None, int]]:
+    return [edge_of(output)] if output is not None and output.requires_grad else []

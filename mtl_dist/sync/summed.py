@@ -157,7 +157,10 @@ class Summed:
     def bad(self) -> Tensor:
         """Scalar bool: whether a loss or an entry of the Gram is NaN or infinite."""
         n = self._layout.num_tasks
-        whole = self._buffer[: n + n * (n + 1) // 2 if self._with_gram else n].sum()
+        length = n + n * (n + 1) // 2 if self._with_gram else n
+        if self.copy.is_here:
+            return torch.tensor(not _is_finite(sum(self.copy.values()[:length])))
+        whole = self._buffer[:length].sum()
         return (whole - whole) != 0  # infinity minus infinity is NaN
 
     def here(self) -> Summed:
