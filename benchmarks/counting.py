@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -21,7 +20,6 @@ _COPIES = {aten._to_copy.default, aten.copy_.default}
 # on the CPU these read memory: the dispatcher does not see them, nor a TorchFunctionMode those in a backward
 _METHODS = ("tolist", "numpy")
 _COLLECTIVES = {"c10d", "_c10d_functional"}
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
 
 
 @dataclass
@@ -97,33 +95,46 @@ def _blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
 
 
 class PeakMemory:
-    """The peak memory of this process in MB beyond what it has now; of the device where there is one.
+    """Peak memory of the block inside in MB, beyond what there was before; of the device if there is one.
 
-    On the CPU it is resident memory. From the first use on, blocks above 64 kB return to the system when they
-    are freed, so that resident memory follows the used memory.
+        with PeakMemory() as memory:
+            step()
+        memory.megabytes
+
+    On the CPU it is what torch's allocator gave out, from the events of its profiler: the same in every run.
+
+    Attributes:
+        megabytes: known after the block.
     """
 
-    def __init__(self) -> None:
+    megabytes = 0.0
+
+    def __enter__(self) -> Self:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
-            return
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 65536)
-        libc.mallopt(_TRIM_THRESHOLD, 65536)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak to what is used now
-        self._before = _resident("VmRSS")
+        else:
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self._profile.__enter__()
+        return self
 
-    def read(self) -> float:
-        """The peak since this object was made."""
-        now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-        return (now - self._before) / 1e6
+    def __exit__(self, *error: Any) -> None:
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self._profile.__exit__(*error)
+            results = self._profile.profiler.kineto_results
+            sizes = sorted(_allocations(results.experimental_event_tree()))
+            peak = max(itertools.accumulate([size for _, size in sizes], initial=0))
+        self.megabytes = peak / 1e6
 
 
-def _resident(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{key}:\s+(\d+) kB$", status, re.MULTILINE)
-    assert found is not None, f"/proc/self/status has no {key}"
-    return 1024 * int(found[1])
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """When memory was taken or given back (negative), and how many bytes."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)

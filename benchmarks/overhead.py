@@ -10,13 +10,15 @@ ranks, and is appended to benchmarks/results/overhead.md.
 
 Heads are `linear` (classifiers on an MLP, which cost next to nothing), `decoder` (two of them are as much
 work as the convolutional trunk) or `lm` (one language-model head on a transformer; every text has one task).
+`tiny` is an MLP so small that only the host's own time is left: what a step takes of the host where an
+accelerator computes.
 
 In each round every variant takes two steps in a row, in an order that changes from round to round. The
 second one counts, so that it pays for what the first left to be waited for. "time" is the median over rounds
 of time / (time of the plain step in the same round), ± half of its 95 % interval; "ms more" is that of the
 difference. "CPU" is the same ratio for the CPU time of all threads of rank 0. "memory" is the peak of three
-steps beyond what the process had before the network was made, over that of the plain step. Operators (those
-that are no views), host reads and collectives are medians over five more steps (counting.py).
+steps, network and gradients included, as torch's allocator gave it out, over that of the plain step.
+Operators (those that are no views), host reads and collectives are medians over five more steps (counting.py).
 
 The plain step is the same model under the same engine, with a plain sum of its losses. "And the ranks meet"
 is the plain step with one all-reduce of its losses after the heads; its result is not used. This is the
@@ -155,11 +157,11 @@ def counted(step: Step, net: Problem, device: torch.device) -> list[int]:
 
 def peak(make: Callable[[], tuple[Step, Problem]], device: torch.device) -> float:
     """MB at the peak of three steps, network and gradients included."""
-    memory = PeakMemory()
-    step, net = make()
-    for _ in range(3):
-        step(*net.draw(device))
-    return memory.read()
+    with PeakMemory() as memory:
+        step, net = make()
+        for _ in range(3):
+            step(*net.draw(device))
+    return memory.megabytes
 
 
 def _wait(device: torch.device) -> None:
@@ -179,7 +181,8 @@ def launch(heads: str, engine: str, ranks: int, arguments: argparse.Namespace) -
         options += [f"--{name}", str(getattr(arguments, name))]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launcher if engine != "plain" else []), __file__, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    quiet = {"KINETO_LOG_LEVEL": "5"}  # of the profiler that measures memory
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
