@@ -18,7 +18,8 @@ second one counts, so that it pays for what the first left to be waited for. "ti
 of time / (time of the plain step in the same round), ± half of its 95 % interval; "ms more" is that of the
 difference. "CPU" is the same ratio for the CPU time of all threads of rank 0. "memory" is the peak of three
 steps, network and gradients included, as torch's allocator gave it out, over that of the plain step.
-Operators (those that are no views), host reads and collectives are medians over five more steps (counting.py).
+Operators (those that are no views), host reads and collectives are medians over five more steps
+(counting.py).
 
 The plain step is the same model under the same engine, with a plain sum of its losses. "And the ranks meet"
 is the plain step with one all-reduce of its losses after the heads; its result is not used. This is the
