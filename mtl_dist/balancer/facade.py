@@ -348,7 +348,6 @@ class Balancer(BalancerCalls):
                 "measured, balancer(losses, parameters=net.parameters())"
             )
         losses = heads.at(given, self._device_of(given))
-        losses = heads.at(given, self._device_of(given))
         if parameters is not None and step.measure:
             probe = probe_at_parameters(self.probe, self._probe_given, self.window)
             reduced = probe.of_losses(losses, parameters, step)
