@@ -61,6 +61,7 @@ RECIPE = MultiDigits()
 BATCH = 128
 HIGHER_IS_BETTER = {"accuracy": True, "psnr": True, "mae": False}
 ALONE = "alone: "  # prefix of the name of a baseline
+RANDOM = "random weights "  # prefix of a draw of fixed weights
 OBSERVE_EVERY = 5  # a rule that learns from held-out losses gets them every this many steps
 
 
@@ -146,9 +147,12 @@ def priors(seed: int) -> Priors:
 
 
 def make_rule(name: str, seed: int) -> Rule:
-    """The rule with this name in `RULES`, or the baseline of a task."""
+    """The rule with this name in `RULES`, the baseline of a task, or a draw of fixed weights."""
     if name.startswith(ALONE):
         return Fixed({task: float(task == name.removeprefix(ALONE)) for task in RECIPE.tasks})
+    if name.startswith(RANDOM):
+        drawn = random.Random(int(name.removeprefix(RANDOM)))
+        return Fixed({task: 10 ** drawn.uniform(-3, 0) for task in RECIPE.tasks})
     return CHOICES[name].make(priors(seed)) if name in CHOICES else RULES[name]()
 
 
