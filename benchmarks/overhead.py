@@ -57,6 +57,13 @@ from variants import ALL, BARE, LOGGING, PLAIN, VARIANTS, left_out, make_step
 
 COLUMNS = ("time", "CPU", "ms more", "memory", "operators", "reads", "collectives")
 Cell = dict[str, Any]
+_ENVIRONMENT = {
+    # glibc keeps what is freed, as accelerators do: else some steps pay thousands of page faults, others none
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "KINETO_LOG_LEVEL": "5",  # of the profiler that measures memory
+}
 
 
 # ---- the measuring processes ---------------------------------------------------------------------
@@ -182,8 +189,7 @@ def launch(heads: str, engine: str, ranks: int, arguments: argparse.Namespace) -
         options += [f"--{name}", str(getattr(arguments, name))]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launcher if engine != "plain" else []), __file__, *options]
-    quiet = {"KINETO_LOG_LEVEL": "5"}  # of the profiler that measures memory
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(arguments.threads)}
+    environment = {**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
