@@ -30,7 +30,7 @@ from mtl_dist import RULES
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATE = 3e-3
-STEPS = {"multi_digits": 200, "text_mixture": 300}
+STEPS = {"multi_digits": 200, "text_mixture": 150}
 SIGN = {"multi_digits": "Δm %", "text_mixture": "bits per byte"}
 Values = dict[str, float | None]  # by "data/rule/lag/seed"; None: the training ended with an error
 

@@ -16,7 +16,7 @@ from mtl_dist import Balancer, Engine, FeatureProbe, FeatureTap, ParameterProbe,
 from mtl_dist.balancer import PeerFailed
 from mtl_dist.probes import Probe
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import MGDA, Every, Fixed, GradNorm, InverseGradNorm, InverseLoss
+from mtl_dist.weighting import MGDA, Equal, Every, Fixed, GradNorm, InverseGradNorm, InverseLoss, PriorLoss
 
 TASKS = ("task0", "task1", "task2")
 STEPS = 6
@@ -109,13 +109,22 @@ def assert_same_rows(got: list[dict[str, Any]], expected: list[dict[str, Any]], 
 # ---- what it means ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", [Fixed([3.0, 1.0, 0.5]), Equal(), PriorLoss([3.0, 1.0, 0.5])], ids=repr)
+def test_weights_that_follow_from_no_batch_are_the_same_with_a_lag(rule: Rule) -> None:
+    """From the first step on."""
+    nets = Net(rule), Net(rule, lag=1)
+    rows = [[row["loss"] for row in train(net)] for net in nets]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-9)
+    torch.testing.assert_close(*map(parameters, nets), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_rule_uses_the_statistics_of_the_step_before(name: str) -> None:
     """Its weights are those that the rule gives for the reported statistics, one step later."""
     rule = build(name, TASKS)
     net = Net(rule, lag=1)
+    state, weights = rule.init(TASKS, torch.device("cpu")), net.balancer.state_dict()["weights"].clone()
     rows = train(net)
-    state, weights = rule.init(TASKS, torch.device("cpu")), torch.full((3,), 1 / 3, dtype=torch.float64)
     before = copy.deepcopy(net.balancer)
     assert before.step == STEPS
     replayed = Net(rule, lag=1)

@@ -73,10 +73,11 @@ class Balancer(BalancerCalls):
             are always held; losses are never scaled, so they follow the policy.
         window: how weights and gradient accumulation work together. None: each micro-batch is a step of the
             rule, with its own weights. k: the weights hold for windows of k micro-batches. The weights of a
-            window follow from the statistics of the whole window before it (uniform in the first window), so
-            k micro-batches of equal counts train like one batch that is k times as large.
+            window follow from the statistics of the whole window before it, so k micro-batches of equal
+            counts train like one batch that is k times as large. The first window has the weights that the
+            rule gives to any batch (`Fixed`), else uniform ones.
         lag: 0: the weights of a step follow from its own statistics. 1: from those of the step before (the
-            first step has uniform weights). Then the weights are known before the heads run and reach heads
+            first step as the first window). Then the weights are known before the heads run and reach heads
             and trunk alike, gradients are measured as they pass in the one backward, the all-reduce runs
             beside the backward, and the rule is solved at the next call: a step costs what a plain step
             costs. Errors about values come one step later. A weight of zero would hide the gradient of its

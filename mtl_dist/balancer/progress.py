@@ -16,7 +16,7 @@ from mtl_dist.balancer.uses import Uses
 from mtl_dist.engines import EngineView
 from mtl_dist.stats import HOST, Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Stopwatch
-from mtl_dist.weighting import Rule, State
+from mtl_dist.weighting import Needs, Rule, State
 
 
 class _Point(NamedTuple):
@@ -51,7 +51,8 @@ class RuleProgress:
 
     Attributes:
         state: of the rule.
-        weights: `[n]`, each task's weight at the last step it was present in; uniform before the first.
+        weights: `[n]`, each task's weight at the last step it was present in. Before the first: those that
+            the rule gives whatever the batch is (`Fixed`), else uniform.
         step: number of updates of the rule so far.
         report: of the last update; None before the first.
     """
@@ -81,8 +82,8 @@ class RuleProgress:
         self._positive_losses = rule.positive_losses
         cpu = torch.device("cpu")
         with cpu:  # wherever the model is built, such as on the meta device
-            uniform = torch.full((len(tasks),), 1 / len(tasks), dtype=stats_dtype(cpu))
-            self.restart(rule.init(tasks, cpu), uniform, 0)
+            state = rule.init(tasks, cpu)
+            self.restart(state, _first_weights(rule, state, len(tasks)), 0)
 
     def restart(
         self, state: State, weights: Tensor, step: int, window: Mapping[str, Tensor] | None = None
@@ -261,6 +262,20 @@ class RuleProgress:
     def _outside_domain(self, stats: TaskStats) -> Tensor | None:
         """Scalar bool, whether a loss is not positive; None where the rule does not mind."""
         return (stats.losses <= 0).any() if self._positive_losses else None  # those of absent tasks are 1
+
+
+def _first_weights(rule: Rule, state: State, n: int) -> Tensor:
+    """`[n]` weights before any batch: the rule's own if two unlike batches give the same, else uniform."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = stats_dtype(torch.device("cpu"))
+    found = []
+    for _ in range(2):
+        losses, counts = torch.rand(2, n, generator=generator, dtype=dtype) + 0.5
+        gradients = torch.randn(n, n + 1, generator=generator, dtype=dtype)
+        gram = gradients @ gradients.T if rule.needs_at(0) > Needs.LOSSES else None
+        stats = TaskStats(losses, torch.ones(n, dtype=torch.bool), gram, counts)
+        found.append(rule.update(stats, state)[0])
+    return found[0] if torch.equal(*found) else torch.full((n,), 1 / n, dtype=dtype)
 
 
 def _where_present(total: LocalStats, weights: Tensor) -> Tensor:
