@@ -65,10 +65,10 @@ class OverTokens(torch.nn.Module):
 
 
 def make_balancer(name: str, lag: int = 0) -> torch.nn.Module:
-    """A balancer with the rule of this name, with default arguments, or the baseline."""
+    """A balancer with the rule of this name (with the arguments of its example), or the baseline."""
     if name == TOKENS:
         return OverTokens()
-    rule: Rule = RULES[name]()
+    rule: Rule = RULES[name].example(TASKS)
     probe = SharedLayerProbe() if rule.needs.name != "LOSSES" else None
     return Balancer(TASKS, rule, probe=probe, lag=lag)
 
