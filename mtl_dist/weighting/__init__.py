@@ -25,6 +25,7 @@ other method uses.
 
 from __future__ import annotations
 
+from mtl_dist.weighting.adaptive_weight import AdaptiveWeight as AdaptiveWeight
 from mtl_dist.weighting.aligned_mtl import AlignedMTL as AlignedMTL
 from mtl_dist.weighting.base import Combinator as Combinator
 from mtl_dist.weighting.base import Needs as Needs
@@ -43,6 +44,7 @@ from mtl_dist.weighting.combinators import Relative as Relative
 from mtl_dist.weighting.combinators import Smooth as Smooth
 from mtl_dist.weighting.combinators import Warmup as Warmup
 from mtl_dist.weighting.conflict_free import ConFIG as ConFIG
+from mtl_dist.weighting.cosmos import COSMOS as COSMOS
 from mtl_dist.weighting.db_mtl import DBMTL as DBMTL
 from mtl_dist.weighting.dual_proj import DualProj as DualProj
 from mtl_dist.weighting.dwa import DWA as DWA
@@ -53,20 +55,27 @@ from mtl_dist.weighting.famo import FAMO as FAMO
 from mtl_dist.weighting.fixed import Fixed as Fixed
 from mtl_dist.weighting.generalized_mean import GeneralizedMean as GeneralizedMean
 from mtl_dist.weighting.geometric_mean import GeometricMean as GeometricMean
+from mtl_dist.weighting.go4align import GO4Align as GO4Align
 from mtl_dist.weighting.grad_norm import GradNorm as GradNorm
 from mtl_dist.weighting.gradvac import GradVac as GradVac
+from mtl_dist.weighting.group_dro import GroupDRO as GroupDRO
+from mtl_dist.weighting.imgrad import IMGrad as IMGrad
 from mtl_dist.weighting.imtl_l import IMTLL as IMTLL
 from mtl_dist.weighting.imtlg import IMTLG as IMTLG
 from mtl_dist.weighting.initial_loss import InitialLoss as InitialLoss
 from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm as InverseGradNorm
 from mtl_dist.weighting.inverse_loss import InverseLoss as InverseLoss
+from mtl_dist.weighting.kl_balance import KLBalance as KLBalance
 from mtl_dist.weighting.krum import Krum as Krum
+from mtl_dist.weighting.ldc_mtl import LDCMTL as LDCMTL
 from mtl_dist.weighting.log_sum_exp import LogSumExp as LogSumExp
 from mtl_dist.weighting.mgda import MGDA as MGDA
 from mtl_dist.weighting.nash_mtl import NashMTL as NashMTL
 from mtl_dist.weighting.ntk_balance import NTKBalance as NTKBalance
+from mtl_dist.weighting.pbi import PBI as PBI
 from mtl_dist.weighting.pcd import PCD as PCD
 from mtl_dist.weighting.pcgrad import PCGrad as PCGrad
+from mtl_dist.weighting.pivrg import PIVRG as PIVRG
 from mtl_dist.weighting.primary_auxiliary import PrimaryAuxiliary as PrimaryAuxiliary
 from mtl_dist.weighting.prior_loss import PriorLoss as PriorLoss
 from mtl_dist.weighting.relobralo import ReLoBRaLo as ReLoBRaLo
