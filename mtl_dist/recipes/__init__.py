@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe, TensorData, eval_sums
+from mtl_dist.recipes._base import (
+    Batch,
+    BatchData,
+    Metric,
+    Recipe,
+    SumsMetric,
+    TensorData,
+    eval_rows,
+    eval_sums,
+)
+from mtl_dist.recipes.census import Census
 from mtl_dist.recipes.multi_digits import MultiDigits
+from mtl_dist.recipes.sequence_labelling import SequenceLabelling
 from mtl_dist.recipes.side_tuning import SideTuning
 from mtl_dist.recipes.text_mixture import TextMixture
 
 RECIPES: dict[str, type[Recipe]] = {
+    "census": Census,
     "multi_digits": MultiDigits,
+    "sequence_labelling": SequenceLabelling,
     "side_tuning": SideTuning,
     "text_mixture": TextMixture,
 }
@@ -17,11 +30,15 @@ __all__ = [
     "RECIPES",
     "Batch",
     "BatchData",
+    "Census",
     "Metric",
     "MultiDigits",
     "Recipe",
+    "SequenceLabelling",
     "SideTuning",
+    "SumsMetric",
     "TensorData",
     "TextMixture",
+    "eval_rows",
     "eval_sums",
 ]

@@ -130,6 +130,9 @@ class TextMixture(Recipe):
     attention_heads: int = 4
 
     metrics: ClassVar = {domain: Metric("bits_per_byte", bits) for domain in DOMAINS}
+    packages: ClassVar = dict.fromkeys(
+        ("transformers", "sklearn"), 'pip install "mtl-dist[transformers,recipes]"'
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation", "length", "width", "layers", "attention_heads"):

@@ -26,7 +26,8 @@ def evaluate(
         batch_size: number of samples of a validation batch, over all ranks.
     """
     dtype = stats_dtype(accelerator.device)
-    total = torch.zeros(len(recipe.tasks), 3, dtype=dtype, device=accelerator.device)
+    width = 2 + max(metric.width for metric in recipe.metrics.values())
+    total = torch.zeros(len(recipe.tasks), width, dtype=dtype, device=accelerator.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -38,10 +39,12 @@ def evaluate(
 
 
 def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:
-    """Means and metrics from `[n, 3]` sums of loss, metric and samples. Tasks without samples have none."""
+    """Means and metrics from the sums that `Recipe.model` describes. Tasks without samples have none."""
     row: Row = {}
-    for (task, metric), (loss, value, count) in zip(recipe.metrics.items(), sums.tolist(), strict=True):
+    for (task, metric), (loss, value, count, *more) in zip(
+        recipe.metrics.items(), sums.tolist(), strict=True
+    ):
         if count:
             row[f"eval/loss/{task}"] = loss / count
-            row[f"eval/{task}/{metric.name}"] = metric.finish(value / count)
+            row[f"eval/{task}/{metric.name}"] = metric.value([value, *more], count)
     return row
