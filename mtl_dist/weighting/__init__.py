@@ -60,6 +60,7 @@ from mtl_dist.weighting.imtlg import IMTLG as IMTLG
 from mtl_dist.weighting.initial_loss import InitialLoss as InitialLoss
 from mtl_dist.weighting.inverse_grad_norm import InverseGradNorm as InverseGradNorm
 from mtl_dist.weighting.inverse_loss import InverseLoss as InverseLoss
+from mtl_dist.weighting.kl_balance import KLBalance as KLBalance
 from mtl_dist.weighting.krum import Krum as Krum
 from mtl_dist.weighting.log_sum_exp import LogSumExp as LogSumExp
 from mtl_dist.weighting.mgda import MGDA as MGDA

@@ -34,6 +34,7 @@ def per_task(
     name: str,
     *,
     default: float = 1.0,
+    partial: bool = False,
 ) -> Tensor:
     """`[n]` tensor of a hyperparameter that has one value per task.
 
@@ -42,7 +43,8 @@ def per_task(
         tasks: the n task names.
         device: device of the result.
         name: rule and hyperparameter, for error messages.
-        default: value of every task if `values` is None.
+        default: value of every task if `values` is None, and of the tasks that `partial` leaves out.
+        partial: whether a mapping may leave out tasks.
 
     Raises:
         ValueError: names or length do not match the tasks, or a value is not a finite number.
@@ -50,9 +52,11 @@ def per_task(
     if values is None:
         return constant(default, len(tasks), device)
     if isinstance(values, Mapping):
-        if set(values) != set(tasks):
+        if partial and (unknown := sorted(set(values) - set(tasks))):
+            raise ValueError(f"{name} must name tasks of {list(tasks)}, got {unknown}")
+        if not partial and set(values) != set(tasks):
             raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {dict(values)}")
-        values = [values[task] for task in tasks]
+        values = [values.get(task, default) for task in tasks]
     if len(values) != len(tasks):
         raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {list(values)}")
     tensor = torch.tensor([float(value) for value in values], dtype=torch.float64)

@@ -24,6 +24,7 @@ from mtl_dist.weighting import (
     GeneralizedMean,
     InitialLoss,
     KeepNorm,
+    KLBalance,
     LastSeen,
     Normalize,
     NTKBalance,
@@ -53,6 +54,9 @@ VARIANTS: dict[str, Factory] = {
     "encodec(weights)": lambda tasks: Encodec(values(tasks), decay=0.5),
     "famo(feedback=after)": lambda tasks: FAMO(feedback="after"),
     "famo(min_losses)": lambda tasks: FAMO(min_losses={task: -v for task, v in values(tasks).items()}),
+    "kl_balance(one other loss)": lambda tasks: KLBalance(
+        {task: value for task, value in values(tasks).items() if task != "task2"}, warmup=20, start=1
+    ),
     "ntk_balance(power=1)": lambda tasks: NTKBalance(1.0),
     "relobralo(beta=0.5)": lambda tasks: ReLoBRaLo(beta=0.5),
     "soft_adapt(rate=difference)": lambda tasks: SoftAdapt(beta=0.1, rate="difference"),
@@ -128,6 +132,7 @@ SINGLE: dict[str, Callable[[float, float], float]] = {
     "famo(feedback=after)": lambda loss, norm: 1.0,
     "grad_norm": lambda loss, norm: 1.0,
     "imtl_l": lambda loss, norm: 1.0,  # e⁰
+    "kl_balance": lambda loss, norm: 1e-4,  # β₀, at step 0
     "log_sum_exp": lambda loss, norm: 1.0,
     "ntk_balance": lambda loss, norm: 1.0,
     "ntk_balance(power=1)": lambda loss, norm: 1.0,
