@@ -4,8 +4,9 @@
 
 All runs use AdamW with the same number of steps and the same learning rate. For one seed, all rules have the
 same data, order and initial parameters. Nothing was tuned. A task that is trained alone uses the network
-with a shared bottom, with `Fixed` weights: 1 for that task, 0 for the others. `prior_loss` divides by the entropies of the
-base rates. Validation: 20 000 evenly spaced rows of the official test file. Writes `census.{md,json}`.
+with a shared bottom, with `Fixed` weights: 1 for that task, 0 for the others. `prior_loss` divides by the
+entropies of the base rates. Validation: 20 000 evenly spaced rows of the official test file. Writes
+`census.{md,json}`.
 """
 
 from __future__ import annotations

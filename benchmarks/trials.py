@@ -25,7 +25,7 @@ EVAL_BATCH = 500
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trainings of a table have in common. The optimizer is AdamW without weight decay."""
+    """What all trainings of a table have in common. There is no weight decay."""
 
     steps: int
     batch: int
@@ -33,7 +33,12 @@ class Plan:
 
 
 def trained(
-    recipe: Recipe, balancer: nn.Module, data: tuple[BatchData, BatchData], plan: Plan, seed: int
+    recipe: Recipe,
+    balancer: nn.Module,
+    data: tuple[BatchData, BatchData],
+    plan: Plan,
+    seed: int,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> tuple[nn.Module, Row]:
     """Runs one training. Returns the model in eval mode, and its validation row with `cpu_ms`.
 
@@ -44,7 +49,7 @@ def trained(
     torch.manual_seed(seed)
     model = recipe.model(balancer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, plan.learning_rate, weight_decay=0.0)
+    optimizer = optimizer_class(parameters, plan.learning_rate, weight_decay=0.0)
     times = []
     for indices in StepBatches(len(samples), plan.batch, seed, 0, plan.steps):
         batch = samples.__getitems__(indices)

@@ -13,6 +13,7 @@ from mtl_dist.recipes._base import (
     eval_sums,
 )
 from mtl_dist.recipes.census import Census
+from mtl_dist.recipes.hierarchical_vae import DigitsVAE
 from mtl_dist.recipes.multi_digits import MultiDigits
 from mtl_dist.recipes.sequence_labelling import SequenceLabelling
 from mtl_dist.recipes.side_tuning import SideTuning
@@ -20,6 +21,7 @@ from mtl_dist.recipes.text_mixture import TextMixture
 
 RECIPES: dict[str, type[Recipe]] = {
     "census": Census,
+    "hierarchical_vae": DigitsVAE,
     "multi_digits": MultiDigits,
     "sequence_labelling": SequenceLabelling,
     "side_tuning": SideTuning,
@@ -31,6 +33,7 @@ __all__ = [
     "Batch",
     "BatchData",
     "Census",
+    "DigitsVAE",
     "Metric",
     "MultiDigits",
     "Recipe",

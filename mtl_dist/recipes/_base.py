@@ -104,7 +104,6 @@ class Metric:
 
     name: str
     finish: Callable[[float], float] = float
-    width: ClassVar[int] = 1
 
     def value(self, sums: Sequence[float], count: float) -> float:
         """The metric, from its sum and the number of samples."""
@@ -117,17 +116,16 @@ class SumsMetric:
 
     Attributes:
         name: last part of the key `eval/<task>/<name>`.
-        finish: the function from the sums over all samples to the metric.
-        width: number of these sums.
+        finish: the function from the sums over all samples to the metric. If another task has more sums,
+            zeros follow.
     """
 
     name: str
     finish: Callable[[Sequence[float]], float]
-    width: int
 
     def value(self, sums: Sequence[float], count: float) -> float:
         """The metric, from its sums. It does not need the number of samples."""
-        return self.finish(sums[: self.width])
+        return self.finish(sums)
 
 
 class Recipe(ByValue, ABC):

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn import functional
 
 from mtl_dist.recipes import BatchData, Recipe
 from mtl_dist.stats import stats_dtype
@@ -25,17 +26,18 @@ def evaluate(
         accelerator: accelerator of the run.
         batch_size: number of samples of a validation batch, over all ranks.
     """
-    dtype = stats_dtype(accelerator.device)
-    width = 2 + max(metric.width for metric in recipe.metrics.values())
-    total = torch.zeros(len(recipe.tasks), width, dtype=dtype, device=accelerator.device)
+    total = torch.zeros(
+        len(recipe.tasks), 3, dtype=stats_dtype(accelerator.device), device=accelerator.device
+    )
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for batch in eval_batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
-            total += model(**send_to_device(batch, accelerator.device))
+            sums = model(**send_to_device(batch, accelerator.device))
+            total = sums + functional.pad(total, (0, sums.shape[1] - total.shape[1]))
     model.train(was_training)
-    sums: torch.Tensor = accelerator.reduce(total, reduction="sum")
-    return eval_row(sums, recipe)
+    summed: torch.Tensor = accelerator.reduce(total, reduction="sum")
+    return eval_row(summed, recipe)
 
 
 def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:

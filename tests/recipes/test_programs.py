@@ -15,6 +15,7 @@ from mtl_dist.training.manifest import read_manifest
 # recipe -> settings of a short run. SGD, because the first steps of Adam take the sign of rounding errors
 SHORT = {
     "census": ("recipe.num_train=96", "batch_size=16", "weighting=mgda"),
+    "hierarchical_vae": ("recipe.num_train=96", "batch_size=16", "recipe.channels=8", "learning_rate=1e-5"),
     "sequence_labelling": ("recipe.num_train=96", "batch_size=16", "recipe.width=16"),
 }
 STEPS = ("steps=4", "checkpoint_every=2", "eval_every=0", "optimizer=sgd", "recipe.num_validation=33")

