@@ -2,10 +2,10 @@
 
     nice python -m benchmarks.hierarchical_vae                        # 3 seeds, one core: 8 minutes
 
-`bound` has all weights 1 from the start: the negative ELBO. `warm-up` multiplies the KL terms by a β that rises
-to 1 over the first 30 % of the steps. `kl_balance` balances them as well during the warm-up. These three end
-with the same loss. `inverse_loss` and `uncertainty` keep other weights to the
-end: they train the model for something else than the bound. All runs use Adamax with one learning rate.
+`bound` has all weights 1 from the start: the negative ELBO. `warm-up` multiplies the KL terms by a β that
+rises to 1 over the first 30 % of the steps. `kl_balance` balances them as well during the warm-up. These
+three end with the same loss. `inverse_loss` and `uncertainty` keep other weights to the end: they train the
+model for something else than the bound. All runs use Adamax with one learning rate.
 
 Values are of validation images with weights 1: the negative ELBO and its part for the pixels in bits per
 dimension, the KL terms in nats per image, and the units (latents) that carry more than 0.01 nats. Writes
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             store.get(f"{rule} {seed}", lambda r=rule, s=seed: run(r, s))
     head = (
         f"Values of {RECIPE.num_validation} held-out digits with weights 1, lower is better; mean ± standard "
-        f"error of {len(arguments.seeds)} seeds. {PLAN.steps} steps of Adamax at {PLAN.learning_rate:g}, batches "
-        f"of {PLAN.batch}, a warm-up of {WARMUP} steps. kl_0 and kl_1 have 16 units each, kl_2 and kl_3 64. "
-        f"{store.made_with()}"
+        f"error of {len(arguments.seeds)} seeds. {PLAN.steps} steps of Adamax at {PLAN.learning_rate:g}, "
+        f"batches of {PLAN.batch}, a warm-up of {WARMUP} steps. kl_0 and kl_1 have 16 units each, kl_2 and "
+        f"kl_3 have 64. {store.made_with()}"
     )
     text = f"{head}\n\n{table(store, arguments.seeds)}\n"
     (arguments.out / "hierarchical_vae.md").write_text(text)

@@ -15,6 +15,7 @@ from mtl_dist.recipes._base import (
 from mtl_dist.recipes.census import Census
 from mtl_dist.recipes.hierarchical_vae import DigitsVAE
 from mtl_dist.recipes.multi_digits import MultiDigits
+from mtl_dist.recipes.multi_fashion import MultiFashion
 from mtl_dist.recipes.sequence_labelling import SequenceLabelling
 from mtl_dist.recipes.side_tuning import SideTuning
 from mtl_dist.recipes.text_mixture import TextMixture
@@ -23,6 +24,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "census": Census,
     "hierarchical_vae": DigitsVAE,
     "multi_digits": MultiDigits,
+    "multi_fashion": MultiFashion,
     "sequence_labelling": SequenceLabelling,
     "side_tuning": SideTuning,
     "text_mixture": TextMixture,
@@ -36,6 +38,7 @@ __all__ = [
     "DigitsVAE",
     "Metric",
     "MultiDigits",
+    "MultiFashion",
     "Recipe",
     "SequenceLabelling",
     "SideTuning",

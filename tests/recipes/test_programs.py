@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from program import train
-from standins import configuration
+from standins import archives, configuration
 
 from mtl_dist.tracking import read_rows
 from mtl_dist.train import main
@@ -16,6 +16,7 @@ from mtl_dist.training.manifest import read_manifest
 SHORT = {
     "census": ("recipe.num_train=96", "batch_size=16", "weighting=mgda"),
     "hierarchical_vae": ("recipe.num_train=96", "batch_size=16", "recipe.channels=8", "learning_rate=1e-5"),
+    "multi_fashion": ("recipe.num_train=96", "batch_size=16", "recipe.kind=fashion_and_mnist"),
     "sequence_labelling": ("recipe.num_train=96", "batch_size=16", "recipe.width=16"),
 }
 STEPS = ("steps=4", "checkpoint_every=2", "eval_every=0", "optimizer=sgd", "recipe.num_validation=33")
@@ -28,13 +29,18 @@ def rows(folder: Path) -> list[dict]:
     ]
 
 
+def settings_of(name: str, folder: Path) -> tuple[str, ...]:
+    """The settings of the short run; the archives of `multi_fashion` are found by a setting."""
+    return SHORT[name] + ((f"recipe.folder={archives(folder)}",) if name == "multi_fashion" else ())
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
-    config = configuration(name, tmp_path)
+    config, own = configuration(name, tmp_path), settings_of(name, tmp_path)
     found = []
     for num_processes in (1, 2):
         folder = tmp_path / str(num_processes)
-        train(folder, num_processes, *SHORT[name], *STEPS, config=config)
+        train(folder, num_processes, *own, *STEPS, config=config)
         found.append(rows(folder))
     for one, two in zip(*found, strict=True):
         assert one.keys() == two.keys()
@@ -50,12 +56,13 @@ def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SHORT)
 def test_a_resume_is_bitwise_and_reports_are_written(tmp_path: Path, name: str) -> None:
     config, whole, resumed = configuration(name, tmp_path), tmp_path / "whole", tmp_path / "resumed"
+    own = settings_of(name, tmp_path)
     trackers = "trackers=[{name: wandb, mode: offline}]"
-    train(whole, 2, *SHORT[name], *STEPS, "optimizer=adamw", trackers, config=config)
+    train(whole, 2, *own, *STEPS, "optimizer=adamw", trackers, config=config)
     assert "<html" in (whole / "report.html").read_text()[:200]
     assert list((whole / "wandb").glob("offline-run-*"))
     source = f"resume_from={whole / 'checkpoints' / 'step_00000002'}"
-    train(resumed, 2, *SHORT[name], *STEPS, "optimizer=adamw", source, config=config)
+    train(resumed, 2, *own, *STEPS, "optimizer=adamw", source, config=config)
     assert rows(resumed) == rows(whole)[2:]
     ends = [dict(read_manifest(f / "checkpoints" / "step_00000004").files) for f in (whole, resumed)]
     ends[0].pop("tracking.json")  # the id of the W&B run
