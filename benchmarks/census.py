@@ -29,10 +29,7 @@ from mtl_dist.weighting import Fixed, PriorLoss, Rule
 
 PLAN = Plan(steps=780, batch=512, learning_rate=3e-3)  # two epochs
 NETWORKS = ("shared_bottom", "mmoe")
-RULES_CHOSEN = (
-    *("equal", "prior_loss", "inverse_loss", "uncertainty", "inverse_grad_norm"),
-    *("mgda", "pcgrad", "nash_mtl"),
-)
+RULES_CHOSEN = ("equal", "prior_loss", "inverse_loss", "uncertainty", "inverse_grad_norm", "mgda")
 TASKS = Census().tasks
 ALONE = "alone: "  # prefix of the name of a baseline
 

@@ -18,6 +18,7 @@ from mtl_dist.recipes.multi_digits import MultiDigits
 from mtl_dist.recipes.multi_fashion import MultiFashion
 from mtl_dist.recipes.sequence_labelling import SequenceLabelling
 from mtl_dist.recipes.side_tuning import SideTuning
+from mtl_dist.recipes.side_tuning_text import SideTuningText
 from mtl_dist.recipes.text_mixture import TextMixture
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -27,6 +28,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "multi_fashion": MultiFashion,
     "sequence_labelling": SequenceLabelling,
     "side_tuning": SideTuning,
+    "side_tuning_text": SideTuningText,
     "text_mixture": TextMixture,
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "Recipe",
     "SequenceLabelling",
     "SideTuning",
+    "SideTuningText",
     "SumsMetric",
     "TensorData",
     "TextMixture",

@@ -161,6 +161,10 @@ class TextMixture(Recipe):
         Raises:
             ImportError: transformers is not installed.
         """
+        return TextMixtureNet(balancer, self.trunk(), self.width)
+
+    def trunk(self) -> nn.Module:
+        """The transformer, without its output head; raises as `model`."""
         try:
             from transformers import LlamaConfig, LlamaModel  # an optional dependency, for this recipe only
         except ImportError as error:
@@ -181,7 +185,8 @@ class TextMixture(Recipe):
             eos_token_id=None,
             pad_token_id=None,
         )
-        return TextMixtureNet(balancer, LlamaModel(config), self.width)
+        trunk: nn.Module = LlamaModel(config)
+        return trunk
 
     def _drawn(self, texts: tuple[Tensor, ...], seed: int) -> ByteWindows:
         """Random sequences. The temperature sets the probabilities of the domains."""
