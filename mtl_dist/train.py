@@ -56,12 +56,12 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Returns:
         0: trained, or nothing left to do. 1: the output folder cannot do what the run needs. 2: a setting is
-            wrong. 75: a signal stopped it, and its last step is saved.
+            wrong, or a package is missing. 75: a signal stopped it, and its last step is saved.
     """
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         _check(settings)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         _print_once(str(error))
         return 2
     if arguments.check:
@@ -75,7 +75,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _check(settings: Settings) -> None:
-    """Raises `ValueError` if it can be seen before the start that the run cannot be."""
+    """Raises `ValueError` or `ImportError` if it can be seen before the start that the run cannot be."""
+    settings.recipe.object.check_installed()
     start = find_start(settings)
     known = checkpoints_of(settings)
     size = tree_size(known[-1]) if known else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
 import torch
@@ -56,21 +57,40 @@ def eval_sums(per_sample: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
     Args:
         per_sample: loss and metric of each sample, `[B]` each, for the n tasks in their order. A task gives
-            shorter tensors if some samples have no label for it.
+            shorter tensors if some samples have no label for it. The metric is `[B, k]` for a `SumsMetric`.
 
     Raises:
         ValueError: loss and metric of a task are not vectors of one length.
     """
     rows = []
     for task, (loss, metric) in enumerate(per_sample):
-        if loss.ndim != 1 or loss.shape != metric.shape:
+        if loss.ndim != 1 or metric.ndim not in (1, 2) or len(loss) != len(metric):
             raise ValueError(
                 f"eval_sums: task {task} needs a loss and a metric for each sample, [B] each; got the shapes "
                 f"{list(loss.shape)} and {list(metric.shape)}"
             )
         dtype = stats_dtype(loss.device)
-        rows.append(torch.stack([v.to(dtype).sum() for v in (loss, metric, torch.ones_like(loss))]))
-    return torch.stack(rows)
+        rows.append((loss.to(dtype).sum(), len(loss), metric.to(dtype).sum(0).reshape(-1)))
+    return eval_rows(rows)
+
+
+def eval_rows(rows: Sequence[tuple[Tensor, Tensor | int, Tensor]]) -> Tensor:
+    """The same from sums: the form of models whose losses are means over something else than samples.
+
+    Args:
+        rows: for the n tasks in their order: sum of the loss, what it is divided by (samples, tokens), and
+            the `[k]` sums of the metric. k is 1 for a `Metric`.
+
+    Returns:
+        `[n, 2 + max k]`: loss, first sum of the metric, count, further sums.
+    """
+    dtype = stats_dtype(rows[0][0].device)
+    width = max(len(sums) for _, _, sums in rows)
+    table = torch.zeros(len(rows), 2 + width, dtype=dtype, device=rows[0][0].device)
+    for row, (loss, count, sums) in zip(table, rows, strict=True):
+        row[0], row[1], row[2] = loss, sums[0], count
+        row[3 : 2 + len(sums)] = sums[1:]
+    return table
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,28 @@ class Metric:
     name: str
     finish: Callable[[float], float] = float
 
+    def value(self, sums: Sequence[float], count: float) -> float:
+        """The metric, from its sum and the number of samples."""
+        return self.finish(sums[0] / count)
+
+
+@dataclass(frozen=True)
+class SumsMetric:
+    """A metric that is a function of several sums, such as F1 or the area under a curve. It adds as exactly.
+
+    Attributes:
+        name: last part of the key `eval/<task>/<name>`.
+        finish: the function from the sums over all samples to the metric. If another task has more sums,
+            zeros follow.
+    """
+
+    name: str
+    finish: Callable[[Sequence[float]], float]
+
+    def value(self, sums: Sequence[float], count: float) -> float:
+        """The metric, from its sums. It does not need the number of samples."""
+        return self.finish(sums)
+
 
 class Recipe(ByValue, ABC):
     """A training, best as a frozen dataclass of its hyperparameters. It depends only on them and on `seed`.
@@ -93,9 +135,21 @@ class Recipe(ByValue, ABC):
 
     Attributes:
         metrics: task -> metric. The keys are the tasks, in the order of every vector.
+        packages: module that data or model need -> the command that installs it.
     """
 
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: ClassVar[Mapping[str, Metric | SumsMetric]]
+    packages: ClassVar[Mapping[str, str]] = {}
+
+    def check_installed(self) -> None:
+        """Looks, without importing anything, whether all that the recipe needs is there.
+
+        Raises:
+            ImportError: it is not. One sentence says what to install.
+        """
+        missing = [install for module, install in self.packages.items() if find_spec(module) is None]
+        if missing:
+            raise ImportError(f"{type(self).__name__} needs more packages: {'; '.join(missing)}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -111,6 +165,6 @@ class Recipe(ByValue, ABC):
         """A model. Its initial parameters come from torch's global random generator.
 
         In training mode, its `forward(**batch)` returns the balancer's scalar. In eval mode it returns
-        `[n, 3]` sums over the samples of this rank, in `stats_dtype`: loss, metric and number of samples of
-        each task (`eval_sums`). A rank may have no samples.
+        sums over the samples of this rank, in `stats_dtype`: loss, metric and number of samples of each task,
+        `[n, 3]`, and further sums (`eval_sums`, `eval_rows`). A rank may have no samples.
         """

@@ -184,6 +184,7 @@ class MultiDigits(Recipe):
         "sum": Metric("mae"),
         "image": Metric("psnr", psnr),
     }
+    packages: ClassVar = {"sklearn": 'pip install "mtl-dist[recipes]"'}
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation", "channels", "features"):

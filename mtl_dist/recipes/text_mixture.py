@@ -130,6 +130,9 @@ class TextMixture(Recipe):
     attention_heads: int = 4
 
     metrics: ClassVar = {domain: Metric("bits_per_byte", bits) for domain in DOMAINS}
+    packages: ClassVar = dict.fromkeys(
+        ("transformers", "sklearn"), 'pip install "mtl-dist[transformers,recipes]"'
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation", "length", "width", "layers", "attention_heads"):
@@ -158,6 +161,10 @@ class TextMixture(Recipe):
         Raises:
             ImportError: transformers is not installed.
         """
+        return TextMixtureNet(balancer, self.trunk(), self.width)
+
+    def trunk(self) -> nn.Module:
+        """The transformer, without its output head; raises as `model`."""
         try:
             from transformers import LlamaConfig, LlamaModel  # an optional dependency, for this recipe only
         except ImportError as error:
@@ -178,7 +185,8 @@ class TextMixture(Recipe):
             eos_token_id=None,
             pad_token_id=None,
         )
-        return TextMixtureNet(balancer, LlamaModel(config), self.width)
+        trunk: nn.Module = LlamaModel(config)
+        return trunk
 
     def _drawn(self, texts: tuple[Tensor, ...], seed: int) -> ByteWindows:
         """Random sequences. The temperature sets the probabilities of the domains."""

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn import functional
 
 from mtl_dist.recipes import BatchData, Recipe
 from mtl_dist.stats import stats_dtype
@@ -25,23 +26,27 @@ def evaluate(
         accelerator: accelerator of the run.
         batch_size: number of samples of a validation batch, over all ranks.
     """
-    dtype = stats_dtype(accelerator.device)
-    total = torch.zeros(len(recipe.tasks), 3, dtype=dtype, device=accelerator.device)
+    total = torch.zeros(
+        len(recipe.tasks), 3, dtype=stats_dtype(accelerator.device), device=accelerator.device
+    )
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for batch in eval_batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
-            total += model(**send_to_device(batch, accelerator.device))
+            sums = model(**send_to_device(batch, accelerator.device))
+            total = sums + functional.pad(total, (0, sums.shape[1] - total.shape[1]))
     model.train(was_training)
-    sums: torch.Tensor = accelerator.reduce(total, reduction="sum")
-    return eval_row(sums, recipe)
+    summed: torch.Tensor = accelerator.reduce(total, reduction="sum")
+    return eval_row(summed, recipe)
 
 
 def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:
-    """Means and metrics from `[n, 3]` sums of loss, metric and samples. Tasks without samples have none."""
+    """Means and metrics from the sums that `Recipe.model` describes. Tasks without samples have none."""
     row: Row = {}
-    for (task, metric), (loss, value, count) in zip(recipe.metrics.items(), sums.tolist(), strict=True):
+    for (task, metric), (loss, value, count, *more) in zip(
+        recipe.metrics.items(), sums.tolist(), strict=True
+    ):
         if count:
             row[f"eval/loss/{task}"] = loss / count
-            row[f"eval/{task}/{metric.name}"] = metric.finish(value / count)
+            row[f"eval/{task}/{metric.name}"] = metric.value([value, *more], count)
     return row

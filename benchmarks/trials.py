@@ -1,0 +1,109 @@
+"""Trainings of recipes for tables. Results are kept in a JSON file: an interrupted benchmark goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.tables import facts
+from mtl_dist.recipes import BatchData, Recipe
+from mtl_dist.tracking import Row
+from mtl_dist.training.batches import StepBatches
+from mtl_dist.training.evaluate import eval_row
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trainings of a table have in common. There is no weight decay."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+def trained(
+    recipe: Recipe,
+    balancer: nn.Module,
+    data: tuple[BatchData, BatchData],
+    plan: Plan,
+    seed: int,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> tuple[nn.Module, Row]:
+    """Runs one training. Returns the model in eval mode, and its validation row with `cpu_ms`.
+
+    `cpu_ms` is the median processor time of a step on one core, in milliseconds: on a machine that others use
+    too, it says more than a clock.
+    """
+    samples, validation = data
+    torch.manual_seed(seed)
+    model = recipe.model(balancer)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_class(parameters, plan.learning_rate, weight_decay=0.0)
+    times = []
+    for indices in StepBatches(len(samples), plan.batch, seed, 0, plan.steps):
+        batch = samples.__getitems__(indices)
+        before = time.process_time()
+        model(**batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(1e3 * (time.process_time() - before))
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            range(start, min(start + EVAL_BATCH, len(validation)))
+            for start in range(0, len(validation), EVAL_BATCH)
+        ]
+        sums = sum(
+            (model(**validation.__getitems__(part)) for part in parts[1:]),
+            model(**validation.__getitems__(parts[0])),
+        )
+    return model, {**eval_row(sums, recipe), "cpu_ms": statistics.median(times)}
+
+
+class Store:
+    """Results by name, in a JSON file beside what they were made with. Others than those are thrown away."""
+
+    def __init__(self, path: Path, plan: Plan, setting: Mapping[str, Any]) -> None:
+        self.path = path
+        self.setting = {**asdict(plan), **setting}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        self.results: dict[str, Any] = before["results"] if before.get("setting") == self.setting else {}
+        self.facts: dict[str, Any] = before.get("facts", facts()) if self.results else facts()
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of this name; made and written if there is none yet."""
+        if name not in self.results:
+            start = time.perf_counter()
+            self.results[name] = make()
+            print(name, self.results[name], f"{time.perf_counter() - start:.0f} s", flush=True)
+            whole = {"setting": self.setting, "facts": self.facts, "results": self.results}
+            self.path.write_text(json.dumps(whole, indent=1) + "\n")
+        return self.results[name]
+
+    def made_with(self) -> str:
+        """Date and machine, in one sentence."""
+        f = self.facts
+        return f"{f['date']}, {f['processor']} (one core), Python {f['python']}, torch {f['torch']}."
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard error."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
