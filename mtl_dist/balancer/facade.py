@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from mtl_dist.balancer.uses import Uses
 from mtl_dist.balancer.window_guard import WindowGuard
 from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch, Watches
-from mtl_dist.engines import EngineView, will_run_again
+from mtl_dist.engines import EngineView, is_rehearsal, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, read_heads, unchanged
 from mtl_dist.probes import FeatureProbe, Probe, without_graph
 from mtl_dist.sync import Call, Identity, Kind, Synchronizer
@@ -212,8 +212,10 @@ class Balancer(BalancerCalls):
             return total
         if self._client is not None:
             features, heads, counts = self._client.read(features, heads, counts, task_ids)
-        if not (self.training and torch.is_grad_enabled()):
-            read = read_heads(heads, counts, task_ids, mask, self.tasks, self._errors.watch)
+        rehearsed = is_rehearsal()
+        if rehearsed or not (self.training and torch.is_grad_enabled()):
+            refuse = _ignored if rehearsed else self._errors.watch
+            read = read_heads(heads, counts, task_ids, mask, self.tasks, refuse)
             return self._evaluated(features, read, layer)
         return self._trained(features, heads, counts, layer, task_ids, mask, parameters)
 
@@ -392,6 +394,10 @@ class Balancer(BalancerCalls):
             "loss scale": self._engine.facts.scaled is not None,
         }
         return identity(settings, self._progress)
+
+
+def _ignored(flag: Tensor, explain: Callable[[], Exception]) -> None:
+    """Refuses nothing: the values mean nothing."""
 
 
 def _spaced(rule: Rule, probe: Probe) -> Rule:

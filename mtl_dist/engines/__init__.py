@@ -6,6 +6,7 @@ from mtl_dist.engines.deepspeed import deepspeed_facts, deepspeed_loss_scaler
 from mtl_dist.engines.facts import Engine
 from mtl_dist.engines.fsdp2 import UNIT_NODE, is_sharded
 from mtl_dist.engines.graph import Edge, Past, accumulators, depends_on, edge_of, nodes
+from mtl_dist.engines.pipeline import is_rehearsal
 from mtl_dist.engines.recompute import will_run_again
 from mtl_dist.engines.replay import SavedBuffers, buffers_kept, remember_buffers, replayed, restore_buffers
 from mtl_dist.engines.storage import is_there, kept
@@ -29,6 +30,7 @@ __all__ = [
     "find_partitioned",
     "in_graph",
     "is_partitioned",
+    "is_rehearsal",
     "is_sharded",
     "is_there",
     "kept",

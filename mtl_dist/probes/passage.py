@@ -93,7 +93,7 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, anchor: Tensor, value: Tensor, passage: Passage) -> Tensor:
         ctx.passage = passage
-        return value.view_as(value)
+        return value.clone()  # FSDP2 warns of modules that return a view
 
     @staticmethod
     @once_differentiable
