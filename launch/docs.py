@@ -73,6 +73,7 @@ NAV = [
     ("Clusters", "clusters.md"),
     ("Recipes", "recipes.md"),
     ("Watch", "watching.md"),
+    ("Groups of tasks", "groups.md"),
     ("Debug", "debugging.md"),
     ("What is refused", "refusals.md"),
     ("Write your own", "writing.md"),

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from mtl_dist import doctor, train
-from mtl_dist.commands import dashboard, report, rules
+from mtl_dist.commands import dashboard, groups, report, rules
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 RunCommand = Callable[[argparse.Namespace], int]
@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, RunCommand]] = {
     "train": ("train a recipe", train.add_arguments, train.run_command),
     "dashboard": ("create a W&B workspace for the metrics", dashboard.add_arguments, dashboard.run_command),
     "doctor": ("check whether a launch trains correctly", doctor.add_arguments, doctor.run_command),
+    "groups": ("find groups of tasks in what runs have recorded", groups.add_arguments, groups.run_command),
     "report": ("write one HTML file for one or several runs", report.add_arguments, report.run_command),
     "rules": ("list the weighting rules", rules.add_arguments, rules.run_command),
 }

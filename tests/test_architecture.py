@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"durable", "stats", "balancer"},
     "testing": {"canonical", "stats", "weighting"},
     "priors": {"sync"},
-    "tracking": {"durable", "stats"},
+    "grouping": set(),
+    "tracking": {"durable", "grouping", "stats"},
     "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
     "recipes": {"canonical", "stats"},
     "training": {
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {"integrations", "tracking", "training"},
     "doctor": {"stats", "weighting", "sync", "balancer", "virtual", "integrations", "training"},
-    "commands": {"tracking", "weighting"},
+    "commands": {"grouping", "tracking", "weighting"},
     "cli": {"commands", "doctor", "train"},
     "__init__": {"stats", "weighting", "engines", "probes", "checks", "balancer"},
 }

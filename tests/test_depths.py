@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mtl_dist import Balancer
+from mtl_dist.probes import FeatureTap, Probe
 from mtl_dist.stats import TaskStats
 from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import MGDA, InverseGradNorm, Rule
@@ -100,7 +101,7 @@ def dot(weights: Tensor, losses: list[Tensor]) -> Tensor:
     return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
 
 
-def backward(net: Net, ranks: int) -> None:
+def backward(net: Net, ranks: int = 1) -> None:
     if ranks == 1:
         net(*batch()).backward()
         return
@@ -150,3 +151,53 @@ def test_a_balancer_inside_a_head_makes_one_task_of_its_tasks(
     for part in ("lower", "above", "early"):
         assert_gradients(getattr(net, part), dot(outer, both), getattr(oracle, part))
     assert set(net.at_high.report.weights) == set(TASKS)
+
+
+def gradients_of(net: Net) -> list[Tensor]:
+    return [p.grad for p in (*net.lower.parameters(), *net.above.upper.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_low", "probe"),
+    [(Levels, TASKS, None), (Nested, ("early", "late"), None), (Nested, ("early", "late"), FeatureTap())],
+    ids=["levels", "nested", "nested under a tap"],
+)
+def test_with_a_lag_both_depths_use_the_weights_of_the_step_before(
+    kind: type[Net], of_low: tuple[str, ...], probe: Probe | None
+) -> None:
+    """With the same batch in every step, these are the weights of the step itself."""
+    plain, lagged = (
+        kind(Balancer(of_low, MGDA(), probe=probe, lag=lag), Balancer(TASKS, InverseGradNorm(), lag=lag))
+        for lag in (0, 1)
+    )
+    backward(plain)
+    for _ in range(3):
+        lagged.zero_grad()
+        backward(lagged)
+    for got, want in zip(gradients_of(lagged), gradients_of(plain), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+
+
+def test_a_tap_inside_a_probe_is_refused() -> None:
+    class Tapped(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            late = {t: lambda high, t=t: self.above.losses(high, y)[t] for t in TASKS}
+            heads = {"early": lambda z: self.early(z).square().mean()}
+            return self.at_low(
+                self.lower(x), heads | {"late": lambda z: self.at_high(self.above.upper(z), late)}
+            )
+
+    tap = Balancer(TASKS, MGDA(), probe=FeatureTap())
+    with pytest.raises(RuntimeError, match="FeatureTap: a second backward through the same step"):
+        backward(Tapped(Balancer(["early", "late"], MGDA()), tap))
+    # under a tap its weights reach the upper level, and those of the outer one the lower level
+    net = Tapped(*(Balancer(tasks, MGDA(), probe=FeatureTap()) for tasks in (["early", "late"], TASKS)))
+    backward(net)
+    oracle, (x, y) = Net(), batch()
+    low = oracle.lower(x)
+    high = oracle.above.upper(low)
+    losses = [*oracle.above.losses(high, y).values()]
+    inner = dot(weights_of(MGDA(), losses, high), losses)
+    both = [oracle.early(low).square().mean(), inner]
+    assert_gradients(net.above.upper, inner, oracle.above.upper)
+    assert_gradients(net.lower, dot(weights_of(MGDA(), both, low), both), oracle.lower)

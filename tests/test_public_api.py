@@ -20,6 +20,7 @@ MODULES = [
     "mtl_dist.weighting.base",
     "mtl_dist.weighting.checks",
     "mtl_dist.weighting.helpers",
+    "mtl_dist.grouping",
     "mtl_dist.solvers",
     "mtl_dist.testing",
     "mtl_dist.probes",

@@ -35,6 +35,7 @@ from mtl_dist.weighting.cagrad import CAGrad as CAGrad
 from mtl_dist.weighting.coba import CoBa as CoBa
 from mtl_dist.weighting.combinators import Clamp as Clamp
 from mtl_dist.weighting.combinators import Every as Every
+from mtl_dist.weighting.combinators import Grouped as Grouped
 from mtl_dist.weighting.combinators import KeepNorm as KeepNorm
 from mtl_dist.weighting.combinators import LastSeen as LastSeen
 from mtl_dist.weighting.combinators import Normalize as Normalize

@@ -29,6 +29,7 @@ from mtl_dist.weighting import (
     GeneralizedMean,
     GO4Align,
     GroupDRO,
+    Grouped,
     InitialLoss,
     KeepNorm,
     KLBalance,
@@ -53,6 +54,12 @@ Wrapper = Callable[[Rule, Sequence[str]], Combinator]
 def values(tasks: Sequence[str]) -> dict[str, float]:
     """One positive number per task, which depends only on the name."""
     return {task: 0.5 + 1.7 * (int(task.removeprefix("task")) % 5) for task in tasks}
+
+
+def parity(tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Two groups of tasks, or one."""
+    halves = [[task for task in tasks if int(task.removeprefix("task")) % 2 == rest] for rest in (0, 1)]
+    return {f"group{rest}": half for rest, half in enumerate(halves) if half}
 
 
 # further settings that are another formula; the name begins with the rule's
@@ -96,6 +103,7 @@ VARIANTS: dict[str, Factory] = {
 WRAPPERS: dict[str, Wrapper] = {
     "clamp": lambda rule, tasks: Clamp(rule, 0.1, 2.0),
     "every": lambda rule, tasks: Every(rule, 3),
+    "grouped": lambda rule, tasks: Grouped(rule, MGDA(), parity(tasks)),
     "keep_norm": lambda rule, tasks: KeepNorm(rule),
     "last_seen": lambda rule, tasks: LastSeen(rule),
     "normalize": lambda rule, tasks: Normalize(rule),
@@ -214,6 +222,7 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
     SINGLE |= {
         f"clamp/{_inner}": lambda loss, norm, f=_of_inner: min(max(f(loss, norm), 0.1), 2.0),
         f"every/{_inner}": _of_inner,
+        f"grouped/{_inner}": _of_inner,
         f"keep_norm/{_inner}": lambda loss, norm: 1.0,
         f"normalize/{_inner}": lambda loss, norm: 1.0,
         f"of_log_losses/{_inner}": lambda loss, norm, f=_of_inner: f(loss, norm / loss) / loss,
@@ -226,6 +235,7 @@ for _inner in ("inverse_loss", "inverse_grad_norm", "mgda", "initial_loss"):
 
 # (law, subject) -> reason, for what depends on the inner rule of a combinator; all else is in Rule.breaks
 EXEMPT: dict[tuple[str, str], str] = {
+    ("homogeneous", "grouped/inverse_grad_norm"): "a group whose gradients are all zero has no scale",
     ("absent", "last_seen/initial_loss"): "absent tasks take part with their latest statistics",
 }
 

@@ -12,8 +12,11 @@ from mtl_dist.stats import TaskStats
 from mtl_dist.weighting import (
     MGDA,
     Clamp,
+    CoBa,
     Equal,
     Every,
+    Fixed,
+    Grouped,
     InverseGradNorm,
     InverseLoss,
     KeepNorm,
@@ -228,5 +231,93 @@ def test_combinators_read_what_their_rule_reads():
     ],
 )
 def test_bad_values_are_refused_by_name_and_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Grouped
+
+VECTORS = torch.tensor([[3.0, 1, 0], [-1, 2, 0.5], [0.5, -1, 2]], dtype=torch.float64)
+GROUPS = {"two": ["normal", "depth"], "one": ["segment"]}
+
+
+def test_grouped_is_one_rule_inside_the_groups_and_one_between():
+    step = stats([2.0, 3.0, 5.0], gram=VECTORS @ VECTORS.T)
+    weights, _ = run(Grouped(MGDA(), MGDA(), GROUPS), [step])
+    pair = VECTORS[[2, 0]]
+    (inside,), _ = run_on(MGDA(), ["normal", "depth"], pair)
+    groups = torch.stack([inside @ pair, VECTORS[1]])
+    (between,), _ = run_on(MGDA(), ["two", "one"], groups)
+    expected = torch.stack([between[0] * inside[1], between[1], between[0] * inside[0]])
+    torch.testing.assert_close(torch.tensor(weights[0], dtype=torch.float64), expected, rtol=1e-9, atol=0)
+    # the loss of a group is that of its weighted tasks
+    fixed = Fixed({"depth": 1.0, "segment": 2.0, "normal": 3.0})
+    weights, _ = run(Grouped(fixed, InverseLoss(), GROUPS), [step])
+    assert weights[0] == pytest.approx([1 / 17, 2 / 6, 3 / 17])
+
+
+def run_on(rule, tasks, vectors):
+    """As `run`, for one step with these gradients."""
+    ones = torch.ones(len(tasks), dtype=torch.float64)
+    step = TaskStats(ones, ones > 0, vectors @ vectors.T, ones)
+    weights, state = rule.update(step, rule.init(tasks, CPU))
+    return [weights], state
+
+
+def test_grouped_without_a_group_is_the_rule_of_the_others():
+    step = stats([2.0, 3.0, 5.0], present=(True, False, True))
+    weights, _ = run(Grouped(InverseLoss(), Equal(), GROUPS), [step])
+    assert weights[0][0] == 0.5
+    assert weights[0][2] == 0.2
+
+
+def test_groups_of_all_or_of_single_tasks_are_the_rule_itself():
+    step = stats([2.0, 3.0, 5.0], gram=VECTORS @ VECTORS.T)
+    alone = {task: [task] for task in TASKS}
+    (expected,), _ = run(MGDA(), [step])
+    for rule in (Grouped(MGDA(), Equal(), {"all": TASKS}), Grouped(Equal(), MGDA(), alone)):
+        (weights,), _ = run(rule, [step])
+        assert weights == pytest.approx(expected, rel=1e-9)
+
+
+def test_grouped_reads_what_its_rules_read():
+    assert Grouped(InverseLoss(), Equal(), GROUPS).needs is Needs.LOSSES
+    assert Grouped(InverseGradNorm(), Equal(), GROUPS).needs is Needs.NORMS
+    assert Grouped(Equal(), InverseGradNorm(), GROUPS).needs is Needs.GRAM
+    warm = Grouped(InverseLoss(), Warmup(MGDA(), 3), GROUPS)
+    assert [warm.needs_at(step) for step in (2, 3)] == [Needs.LOSSES, Needs.GRAM]
+    assert Grouped(InverseLoss(), Equal(), GROUPS).positive_losses
+    assert Grouped(Equal(), InverseLoss(), GROUPS).positive_losses
+    assert not Grouped(Equal(), Equal(), GROUPS).compares
+
+
+def test_a_group_with_a_loss_below_zero_is_not_divided_by():
+    """The rule inside may give negative weights: the balancer refuses what follows from NaN."""
+    weights, _ = run(Grouped(Signed(), InverseLoss(), {"all": TASKS}), [stats([1.0, 1.0, 1.0])])
+    assert all(math.isnan(weight) for weight in weights[0])
+
+
+@dataclass(frozen=True)
+class Signed(Rule):
+    """Weights of both signs."""
+
+    def update(self, stats, state):
+        return torch.tensor([1.0, -3.0, 1.0], dtype=torch.float64), state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grouped(Equal(), Equal(), {}), "every group must have tasks of its own, got {}"),
+        (lambda: Grouped(Equal(), Equal(), {"a": []}), "every group must have tasks of its own"),
+        (
+            lambda: Grouped(Equal(), Equal(), {"a": ["x"], "b": ["x"]}),
+            "every group must have tasks of its own",
+        ),
+        (lambda: Grouped(Equal(), CoBa(), GROUPS), "between must learn from the step alone"),
+        (lambda: run(Grouped(Equal(), Equal(), {"a": ["depth"]}), []), "groups must have each of the tasks"),
+    ],
+)
+def test_wrong_groups_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

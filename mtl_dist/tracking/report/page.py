@@ -11,6 +11,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from mtl_dist.tracking.report.groups import groups_section
 from mtl_dist.tracking.report.panels import Panel, cosine_keys, make_panels, tasks_of, with_shares
 from mtl_dist.tracking.report.read import RunData
 from mtl_dist.tracking.report.tables import final_table, runs_table, settings_table
@@ -49,6 +50,7 @@ def render(runs: Sequence[RunData]) -> str:
         "meta": escape(f"{_count(len(tasks), 'task')} · {_steps(runs)} · made by mtl_dist"),
         "runs": runs_table(runs, tasks),
         "notes": notes,
+        "groups": groups_section(runs),
         "final": final_table(runs, tasks) if tasks else "<p>No run has values of tasks.</p>",
         "best": " The lowest validation loss of a task is bold." if len(runs) > 1 else "",
         "settings": settings_table(runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtl_dist.weighting.combinators.clamp import Clamp
 from mtl_dist.weighting.combinators.every import Every
+from mtl_dist.weighting.combinators.grouped import Grouped
 from mtl_dist.weighting.combinators.keep_norm import KeepNorm
 from mtl_dist.weighting.combinators.last_seen import LastSeen
 from mtl_dist.weighting.combinators.normalize import Normalize
@@ -16,6 +17,7 @@ from mtl_dist.weighting.combinators.warmup import Warmup
 __all__ = [
     "Clamp",
     "Every",
+    "Grouped",
     "KeepNorm",
     "LastSeen",
     "Normalize",

@@ -1,0 +1,117 @@
+"""How the gradients of tasks agree over a run: mean cosines, conflicts, inter-task affinity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from mtl_dist.grouping.map_equation import Array, Groups
+
+Links = Literal["cosine", "affinity"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over pairs of tasks, NaN if there is no pair.
+
+    Attributes:
+        pairs: number of pairs whose cosine was measured.
+        cosine: mean of their mean cosines.
+        conflict: mean fraction of the steps in which the cosine is negative.
+    """
+
+    pairs: int
+    cosine: float
+    conflict: float
+
+
+@dataclass(frozen=True)
+class Affinities:
+    """Pairs of tasks, averaged over the steps in which both have a gradient.
+
+    Attributes:
+        tasks: names of the n tasks.
+        cosines: `[n, n]`, mean cosine of the gradients; NaN for pairs never measured, 1 on the diagonal.
+        conflicts: `[n, n]`, fraction of the steps with a negative cosine; NaN as above, 0 on the diagonal.
+        affinity: `[n, n]`, mean of `Gᵢⱼ / Lⱼ`, by which part the loss of task j falls per unit of learning
+            rate in a small step along the gradient of task i alone; NaN where not measured, or `Lⱼ <= 0`.
+            Fifty et al., NeurIPS 2021 (TAG), measure `Zᵢⱼ = 1 - Lⱼ(θ - η gᵢ) / Lⱼ(θ)`, which is η times this
+            to first order. It depends on the units of the losses; cosines do not.
+        steps: number of steps with a measured pair.
+    """
+
+    tasks: tuple[str, ...]
+    cosines: Array
+    conflicts: Array
+    affinity: Array
+    steps: int
+
+    @classmethod
+    def measure(
+        cls, tasks: Sequence[str], cosines: npt.ArrayLike, norms: npt.ArrayLike, losses: npt.ArrayLike
+    ) -> Affinities:
+        """From what S steps recorded; NaN is a value that a step did not have.
+
+        Args:
+            tasks: n names.
+            cosines: `[S, n, n]`, cosines of the gradients; the diagonal is not read.
+            norms: `[S, n]`, lengths of the gradients.
+            losses: `[S, n]`.
+        """
+        cosine, norm, loss = (np.array(a, dtype=np.float64) for a in (cosines, norms, losses))
+        diagonal = np.arange(len(tasks))
+        cosine[:, diagonal, diagonal] = np.nan
+        measured = np.isfinite(cosine)
+        mean, conflict = _mean(cosine), _mean(np.where(measured, (cosine < 0) * 1.0, np.nan))
+        mean[diagonal, diagonal], conflict[diagonal, diagonal] = 1.0, 0.0
+        cosine[:, diagonal, diagonal] = 1.0
+        gram = cosine * norm[:, :, None] * norm[:, None, :]
+        falls = _mean(gram / np.where(loss > 0, loss, np.nan)[:, None, :])
+        return cls(tuple(tasks), mean, conflict, falls, int(measured.any((1, 2)).sum()))
+
+    def links(self, kind: Links = "cosine") -> Array:
+        """`[n, n]` link weights for `find_groups`: the positive part of the cosine or of the affinity.
+
+        The affinity is averaged over both directions. Pairs that were never measured have no link.
+
+        Raises:
+            ValueError: another kind, or no pair was measured.
+        """
+        if kind not in get_args(Links):
+            raise ValueError(f"links must be 'cosine' or 'affinity', got {kind!r}")
+        matrix = self.cosines if kind == "cosine" else (self.affinity + self.affinity.T) / 2
+        if not np.isfinite(matrix[np.triu_indices(len(matrix), 1)]).any():
+            raise ValueError(
+                "no cosine of two tasks was recorded: train with a rule that reads gradients, such as "
+                "inverse_grad_norm, in steps that have several tasks"
+            )
+        links: Array = np.where(np.isfinite(matrix), np.maximum(matrix, 0), 0)
+        np.fill_diagonal(links, 0.0)
+        return links
+
+    def agreement(self, groups: Groups, *, inside: bool) -> Agreement:
+        """Over the pairs of tasks in the same group (`inside`), or in different groups."""
+        group = {task: number for number, members in enumerate(groups) for task in members}
+        pairs = [
+            (i, j)
+            for i, j in combinations(range(len(self.tasks)), 2)
+            if (group[i] == group[j]) is inside and np.isfinite(self.cosines[i, j])
+        ]
+        if not pairs:
+            return Agreement(0, np.nan, np.nan)
+        a, b = np.transpose(pairs)
+        return Agreement(len(pairs), float(self.cosines[a, b].mean()), float(self.conflicts[a, b].mean()))
+
+
+def _mean(values: Array) -> Array:
+    """Mean over the steps that have a value; NaN if none has."""
+    there = np.isfinite(values)
+    count = there.sum(0)
+    total = np.where(there, values, 0.0).sum(0)
+    mean: Array = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean

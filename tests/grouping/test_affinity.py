@@ -1,0 +1,115 @@
+"""Affinities against explicit steps of gradient descent, and the command and the report over made runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mtl_dist import Balancer, cli
+from mtl_dist.grouping import Affinities, find_groups
+from mtl_dist.tracking import JsonlWriter, step_row
+from mtl_dist.tracking.report import write_report
+from mtl_dist.weighting import InverseGradNorm, InverseLoss
+from tests.tracking.made_runs import write_run
+
+TASKS = ("left", "right", "near", "far")
+TARGETS = torch.tensor([[1.0, 0, 0], [1, 0.5, 0], [-1, 0, 0.2], [-1, -0.2, 0.2]], dtype=torch.float64)
+
+
+def test_affinity_is_the_fall_of_a_loss_after_a_small_step_of_another():
+    """Fifty et al.: `Z_ij = 1 - L_j(θ - η ∇L_i) / L_j(θ)`."""
+    theta = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+
+    def losses(theta):
+        return ((theta - TARGETS) ** 2).sum(1) * torch.tensor([1.0, 3.0, 1.0, 0.5])
+
+    jacobian = torch.func.jacrev(losses)(theta)
+    norms = jacobian.norm(dim=1)
+    cosines = jacobian @ jacobian.T / torch.outer(norms, norms)
+    parts = (part[None].numpy() for part in (cosines, norms, losses(theta)))
+    found = Affinities.measure(TASKS, *parts)
+    rate = 1e-7
+    for i, row in enumerate(jacobian):
+        z = 1 - losses(theta - rate * row) / losses(theta)
+        np.testing.assert_allclose(found.affinity[i], z / rate, rtol=1e-5)
+    np.testing.assert_allclose(found.cosines, cosines, rtol=1e-12)
+    groups, _ = find_groups(found.links())
+    assert groups == ((0, 1), (2, 3))
+    assert find_groups(found.links("affinity"))[0] == groups
+    inside, between = (found.agreement(groups, inside=inside) for inside in (True, False))
+    assert (inside.pairs, inside.conflict) == (2, 0.0)
+    assert (between.pairs, between.conflict) == (4, 1.0)
+    assert between.cosine == pytest.approx(float(cosines[:2, 2:].mean()))
+
+
+def test_means_are_over_the_steps_that_have_a_pair():
+    nan = np.nan
+    cosines = np.array([[[1, 0.4], [0.4, 1]], [[1, nan], [nan, 1]], [[1, -0.2], [-0.2, 1]]])
+    found = Affinities.measure("ab", cosines, [[2.0, 1.0]] * 3, [[4.0, 1.0], [4.0, nan], [4.0, -1.0]])
+    assert found.steps == 2
+    assert found.cosines[0, 1] == pytest.approx(0.1)
+    assert found.conflicts[0, 1] == 0.5
+    assert found.affinity[0, 1] == pytest.approx(0.4 * 2)  # one loss of b is not positive
+    assert found.affinity[1, 0] == pytest.approx((0.4 - 0.2) / 2 * 2 / 4)
+    with pytest.raises(ValueError, match="links must be 'cosine' or 'affinity', got 'both'"):
+        found.links("both")
+
+
+def train(folder, rule, steps=20):
+    """A run with two groups of tasks that pull one vector to opposite sides."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    trunk, balancer = nn.Linear(3, 3).double(), Balancer(TASKS, rule)
+    optimizer = torch.optim.SGD(trunk.parameters(), lr=1e-3)
+    with JsonlWriter(folder / "metrics.jsonl") as writer:
+        for step in range(steps):
+            heads = {
+                task: lambda z, target=target: (z - target).square().mean()
+                for task, target in zip(TASKS, TARGETS, strict=True)
+            }
+            optimizer.zero_grad()
+            balancer(trunk(torch.randn(8, 3, dtype=torch.float64)), heads).backward()
+            optimizer.step()
+            writer.write(step_row(balancer.report, step + 1))
+    return folder
+
+
+def test_command_finds_the_groups_of_runs(tmp_path, capsys):
+    runs = [str(train(tmp_path / name, InverseGradNorm())) for name in ("a", "b")]
+    assert cli.main(["groups", *runs]) == 0
+    text = capsys.readouterr().out
+    assert "4 tasks, 40 steps" in text
+    assert "group 1: left, right\ngroup 2: near, far\n" in text
+    assert cli.main(["groups", runs[0], "--links", "affinity", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["groups"] == [["left", "right"], ["near", "far"]]
+    assert record["inside"]["cosine"] > 0 > record["between"]["cosine"]
+    assert record["codelength"] < min(record["codelength_of_one_group"], record["codelength_of_single_tasks"])
+    assert np.shape(record["affinity"]) == (4, 4)
+
+
+def test_command_says_what_is_missing(tmp_path, capsys):
+    run = train(tmp_path / "losses", InverseLoss(), steps=2)
+    assert cli.main(["groups", str(run)]) == 2
+    assert cli.main(["groups", str(tmp_path / "none")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("mtl-dist groups: no cosine of two tasks was recorded: train with a rule that")
+    assert second.startswith("mtl-dist groups: no run folder")
+
+
+def test_report_draws_the_groups(tmp_path):
+    page = write_report([train(tmp_path / "a", InverseGradNorm())]).read_text("utf-8")
+    assert '<ol class="notes"><li>left, right</li><li>near, far</li></ol>' in page
+    assert page.count("<title>left, right: ") == 1
+    assert page.count('stroke="currentColor"') == 2
+    # nothing to draw, or too much
+    two = write_report([write_run(tmp_path / "two", ("a", "b"), 3)]).read_text("utf-8")
+    assert "Groups of tasks" not in two
+    many = write_report([write_run(tmp_path / "many", [f"t{i}" for i in range(41)], 3)]).read_text("utf-8")
+    assert "No picture: there are more than 40 tasks." in many
+    evil = write_report([write_run(tmp_path / "evil", ("<i>", "b", "c"), 3)]).read_text("utf-8")
+    assert "<i>:" not in evil
