@@ -26,7 +26,7 @@ from mtl_dist.recipes import BatchData, MultiFashion
 from mtl_dist.recipes.multi_fashion import KINDS
 from mtl_dist.weighting import MGDA, STCH, Fixed, InverseGradNorm, Rule
 
-PLAN = Plan(steps=250, batch=128, learning_rate=2e-3)
+PLAN = Plan(steps=200, batch=128, learning_rate=2e-3)
 PREFERENCES = (0.2, 0.5, 0.8)
 MU = 0.1  # of STCH, in nats
 TASKS = MultiFashion().tasks
