@@ -72,6 +72,7 @@ NAV = [
     ("Engines", "engines.md"),
     ("Clusters", "clusters.md"),
     ("Recipes", "recipes.md"),
+    ("Five systems", "systems.md"),
     ("Watch", "watching.md"),
     ("Debug", "debugging.md"),
     ("What is refused", "refusals.md"),
