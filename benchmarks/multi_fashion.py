@@ -4,8 +4,9 @@
     nice python -m benchmarks.multi_fashion                       # 3 seeds, one core: 12 minutes
 
 Two families of rules take a preference r in (0, 1) for the left image: `linear`, fixed weights r and 1 - r,
-and `stch`, the smooth maximum of r L_left and (1 - r) L_right. Beside them stand `mgda`, which takes none, and
-one network per task (fixed weights 1 and 0). All runs use AdamW with one learning rate. Nothing was tuned. Writes `multi_fashion.{md,json,png}`.
+and `stch`, the smooth maximum of r L_left and (1 - r) L_right. Beside them stand `mgda`, which takes none,
+and one network per task (fixed weights 1 and 0). All runs use AdamW with one learning rate. Nothing was
+tuned. Writes `multi_fashion.{md,json,png}`.
 """
 
 from __future__ import annotations
