@@ -31,7 +31,7 @@ from mtl_dist.recipes import BatchData, DigitsVAE
 from mtl_dist.recipes.hierarchical_vae import bits_per_dim
 from mtl_dist.recipes.hierarchical_vae.network import LEVELS, SIDE, TASKS, num_noise
 from mtl_dist.stats import TaskStats
-from mtl_dist.weighting import Fixed, InverseLoss, KLBalance, Rule, State, UncertaintyWeighting
+from mtl_dist.weighting import Fixed, InverseLoss, KLBalance, Rule, State, Uncertainty
 
 PLAN = Plan(steps=600, batch=64, learning_rate=1e-2)
 RECIPE = DigitsVAE()
@@ -55,7 +55,7 @@ RULES_CHOSEN: dict[str, Callable[[], Rule]] = {
     "warm-up": lambda: OnlyWarmup(SCALES, WARMUP),
     "kl_balance": lambda: KLBalance(SCALES, WARMUP),
     "inverse_loss": InverseLoss,
-    "uncertainty": UncertaintyWeighting,
+    "uncertainty": Uncertainty,
 }
 
 

@@ -72,6 +72,7 @@ NAV = [
     ("Engines", "engines.md"),
     ("Clusters", "clusters.md"),
     ("Recipes", "recipes.md"),
+    ("Five systems", "systems.md"),
     ("Watch", "watching.md"),
     ("Groups of tasks", "groups.md"),
     ("Debug", "debugging.md"),

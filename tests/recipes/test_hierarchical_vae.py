@@ -125,3 +125,10 @@ def test_what_is_wrong_is_refused():
         DigitsVAE(channels=0)
     with pytest.raises(ValueError, match="spectral must be at least 0 and finite, got -1"):
         DigitsVAE(spectral=-1)
+
+
+def test_partitioned_weights_are_refused_by_the_spectral_regularisation(data):
+    net = make()
+    net.write.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"needs whole weights.* set recipe.spectral=0"):
+        net.norms(net)

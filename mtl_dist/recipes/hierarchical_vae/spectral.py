@@ -35,7 +35,8 @@ class SpectralNorms(nn.Module):
         total = []
         for index, weight in enumerate(convolutions(model)):
             left = self.get_buffer(f"left_{index}")
-            if len(weight) != len(left):
+            # not a plain tensor (FSDP2), or an empty one (ZeRO-3)
+            if type(weight.data) is not Tensor or len(weight) != len(left):
                 raise ValueError(
                     "HierarchicalVAE: spectral regularisation needs whole weights, but the engine partitions "
                     f"them (shape {list(weight.shape)}); set recipe.spectral=0, or use DDP or ZeRO-2"

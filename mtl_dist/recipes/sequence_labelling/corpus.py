@@ -93,10 +93,10 @@ class Sentences:
         return len(self.offsets) - 1
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The sentences at `indices`, padded with 0 to the longest of them: `[B, T]` for each field."""
+        """The sentences at `indices`, padded with 0 to the longest: `[B, T]` for each field, T >= 1."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         lengths = (self.offsets[1:] - self.offsets[:-1])[index]
-        steps = torch.arange(int(lengths.max()) if len(index) else 0)
+        steps = torch.arange(int(lengths.max()) if len(index) else 1)
         inside = steps < lengths[:, None]
         places = torch.where(inside, self.offsets[index][:, None] + steps, 0)
         return {name: torch.where(inside, field[places], 0) for name, field in self.fields.items()}

@@ -54,11 +54,16 @@ class ChainHead(nn.Module):
 
     def nll(self, z: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """`-log p(y)` of each sentence, `[B]`, from features `[B, T, width]`, labels and mask `[B, T]`."""
-        e = self.emissions(z)
+        e = self._emissions(z)
         if self.kind == "softmax":
             nll = F.cross_entropy(e.transpose(1, 2), labels, reduction="none")
             return torch.where(mask, nll, 0).sum(1)
         return _NLL[self.kind](e, self.transitions, labels, mask)
+
+    def _emissions(self, z: Tensor) -> Tensor:
+        """`[B, T, K]`, at least float32: under autocast too, because a CRF adds up a whole sentence."""
+        e: Tensor = self.emissions(z)
+        return e.to(torch.promote_types(e.dtype, torch.float32))
 
     def count(self, mask: Tensor) -> Tensor:
         """What the loss is divided by: the number of sentences or of tokens, a scalar."""
@@ -70,7 +75,7 @@ class ChainHead(nn.Module):
 
     def decode(self, z: Tensor, mask: Tensor) -> Tensor:
         """The most probable labels, `[B, T]`."""
-        e: Tensor = self.emissions(z)
+        e = self._emissions(z)
         if self.kind == "softmax":
             return e.argmax(-1)
         if self.kind == "crf":
@@ -135,8 +140,6 @@ class SequenceLabellingNet(nn.Module):
         """
         mask = characters != PADDING
         labels = {"words": words, "tags": tags, "names": names}
-        if not self.training and not mask.any():
-            return torch.zeros(len(labels), 5, dtype=stats_dtype(mask.device), device=mask.device)
         z = self.encoder(characters)
         heads: dict[str, ChainHead] = {"words": self.words, "tags": self.tags, "names": self.names}
         if not self.training:
