@@ -376,7 +376,7 @@ class Balancer(BalancerCalls):
             self._collector.add(losses.stats())
         self._underway.arrive()
         self._progress.move_to(losses.counts.device)
-        return losses.total(self._progress.weights.to(losses.counts.device))
+        return losses.total(self._progress.weights_on(losses.counts))
 
     def _identity(self) -> Identity:
         """What ranks compare where they meet."""
