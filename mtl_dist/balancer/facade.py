@@ -56,7 +56,7 @@ class Balancer(BalancerCalls):
     It has no parameters and no buffers. As a submodule it follows `model.train()` and `model.eval()`, and
     adds nothing to `model.state_dict()`; `state_dict` reads its own state, and `load_state_dict` sets it.
     In eval mode or under `torch.no_grad()` it measures nothing, updates nothing, and returns the local total
-    with the current weights.
+    with the current weights. So it does where a pipeline stage rehearses its first step.
 
     Args:
         tasks: names of the n tasks, unique, the same on every rank and in the same order.

@@ -123,7 +123,7 @@ class GivenSampleLosses(Heads):
                 "with task_ids, losses are one floating-point tensor with a loss for every sample; got "
                 + _described(given)
             )
-        refuse_placed("the losses of the samples", given)
+        refuse_placed("the tensor of losses", given)
         ids = _checked_ids(self.task_ids, given)
         mask = _checked_mask(self.mask, given)
         of_loss = ids.reshape(*ids.shape, *[1] * (given.dim() - ids.dim())).expand(given.shape).flatten()

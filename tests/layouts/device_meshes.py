@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mtl_dist import Balancer, FeatureProbe
+from mtl_dist.sync.group import timeout_of
 from mtl_dist.weighting import MGDA, Equal, GradNorm
 
 STEPS = 4
@@ -146,10 +147,14 @@ def uneven(rank: int, _: Path) -> dict[str, Any] | None:
 def nested(rank: int, _: Path) -> dict[str, Any]:
     """A group inside a group, each with its training."""
     odd = rank % 2
-    outer = dist.new_group([odd, odd + 2], use_local_synchronization=True, timeout=TIMEOUT)
+    outer = dist.new_group([odd, odd + 2], use_local_synchronization=True)
     pair = DeviceMesh.from_group(outer, "cpu", mesh_dim_names=("pair",))
-    inner = dist.new_group(dist.get_process_group_ranks(pair.get_group()), use_local_synchronization=True)
-    return train(Net(balancer(inner)), Place((dist.get_rank(inner),), inner))
+    ranks = dist.get_process_group_ranks(pair.get_group())
+    inner = dist.new_group(ranks, use_local_synchronization=True, timeout=TIMEOUT)
+    net = Net(balancer(inner))
+    result = train(net, Place((dist.get_rank(inner),), inner))
+    assert timeout_of(net.balancer._synchronizer._collectives._live_group()) == TIMEOUT
+    return result
 
 
 def permuted(rank: int, _: Path) -> dict[str, Any]:
