@@ -88,8 +88,8 @@ class Net(nn.Module):
         if self.form == "one function":
             return self.balancer(z, lambda z: self.losses(z, y), **layer)
         heads = {task: (lambda z, i=i: self.loss(i, z, y)) for i, task in enumerate(TASKS)}
-        if self.form == "an absent task":
-            heads["task1"] = lambda z: None
+        absent = {"an absent task": TASKS[1:2], "no sample": TASKS}.get(self.form, ())
+        heads |= dict.fromkeys(absent, lambda z: None)
         counts = None
         if self.form in ("counts on the device", "some of both"):
             counts = {task: (mask * (ids == i)).sum() for i, task in enumerate(TASKS)}

@@ -140,6 +140,13 @@ def evaluated(net: Net, total: Tensor, given: Any) -> Tensor:
     return total
 
 
+def noticed(net: Net, total: Tensor, _: Any) -> Tensor:
+    notice = net.balancer.notice
+    assert net.balancer.uses.calls < 3 or notice.heard
+    notice.listening = notice.raised = True
+    return total
+
+
 def reloaded(net: Net, total: Tensor, _: Any) -> Tensor:
     with allowed():
         if net.balancer.uses.calls > 1:  # it forgets the report
@@ -201,9 +208,10 @@ def settings(lag: int) -> Iterator[tuple[str, Case]]:
     yield "parameters=", lambda: compared(given, "losses, parameters")
     yield "base weights", lambda: compared(based, "mixture")
     counted = ("counts on the device", "counts on the host", "some of both")
-    for form in ("mixture, mask", "an absent task", *counted):
+    for form in ("mixture, mask", "an absent task", "no sample", *counted):
         yield form, lambda form=form: compared(grams, form)
     yield "window", lambda: compared(windows, steps=4)
+    yield "a notice", lambda: compared(grams, after=noticed)
     yield "observe", lambda: compared(balancer(FAMO(feedback="after"), lag=lag), after=observed)
     yield "held", lambda: compared(grams, after=again_held)
     yield "evaluation", lambda: compared(grams, after=evaluated)
