@@ -22,7 +22,6 @@ import torch
 from streams import HOST, NAME, Event, Fault, Memory, Stream, current
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 # operators whose result has a size, or is a number, that only the device knows
@@ -111,6 +110,10 @@ class Device(TorchDispatchMode):
         self.faults: list[str] = []
         self._allowed = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and saying so to each operator takes time
+
     def __enter__(self) -> Device:
         DEVICE.append(self)
         return super().__enter__()
@@ -150,7 +153,7 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func.overloadpacket._qualified_op_name.split("::")[-1]
-        given = tree_leaves((args, kwargs))
+        given = [*leaves(args), *leaves(kwargs.values())]
         held = [value for value in given if isinstance(value, Held)]
         place = kwargs.get("device")
         goes_far = place is not None and place.type == NAME
@@ -164,7 +167,7 @@ class Device(TorchDispatchMode):
         if not far and not goes_far:  # what has arrived on the host
             for value in held:
                 value.memory.read(HOST)
-            return func(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
+            return func(*mapped(raw_of, args), **raw_options(kwargs))
         self._check(func, name, given, args)
         return self._ran(func, args, kwargs, far)
 
@@ -180,7 +183,7 @@ class Device(TorchDispatchMode):
         if name in READS or (name == "repeat_interleave" and len(args) == 1):
             self.note(name)
         if name in INDEXED:
-            indices = [value for value in tree_leaves(args[1]) if isinstance(value, Tensor)]
+            indices = [value for value in leaves(args[1]) if isinstance(value, Tensor)]
             if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
                 self.note(f"{name} by a mask")
 
@@ -190,7 +193,7 @@ class Device(TorchDispatchMode):
             value.memory.read(stream)
         place = {"device": torch.device("cpu")} if "device" in kwargs else {}
         with self._generator(func):
-            out = func(*tree_map(raw_of, args), **{**tree_map(raw_of, kwargs), **place})
+            out = func(*mapped(raw_of, args), **{**raw_options(kwargs), **place})
         time = stream.tick()
         written = {id(value.raw) for value in written_by(func, args, kwargs)}
         for value in far:
@@ -205,7 +208,7 @@ class Device(TorchDispatchMode):
                 return known[id(value)]
             return self._new(value, memories.get(value.untyped_storage()._cdata), stream, time)
 
-        return tree_map(wrapped, out)
+        return mapped(wrapped, out)
 
     def _new(self, raw: Tensor, memory: Memory | None, stream: Stream, time: int) -> Far:
         if raw.dtype == torch.float64 and not self.has_double:
@@ -262,6 +265,26 @@ class Device(TorchDispatchMode):
         torch.set_rng_state(of_host)
 
 
+def leaves(values: Any) -> Iterator[Any]:
+    """What is in the arguments of an operator, and in their lists."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same in the place of each leaf."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(function, one) for one in value])
+    return function(value)
+
+
+def raw_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: mapped(raw_of, value) for name, value in kwargs.items()}
+
+
 def raw_of(value: Any) -> Any:
     return value.raw if isinstance(value, Held) else value
 
@@ -271,7 +294,7 @@ def written_by(func: Any, args: Any, kwargs: Any) -> Iterator[Held]:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (one for one in tree_leaves(value) if isinstance(one, Held))
+            yield from (one for one in leaves([value]) if isinstance(one, Held))
 
 
 class Module:

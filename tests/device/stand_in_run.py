@@ -182,17 +182,20 @@ PROBES = {
 
 def rules(lag: int) -> Iterator[tuple[str, Case]]:
     for name in sorted(RULES):
-        yield name, lambda name=name: compared(lambda: Balancer(TASKS, build(name, TASKS), lag=lag))
+        make = lambda name=name: Balancer(TASKS, build(name, TASKS), lag=lag)  # noqa: E731
+        yield name, lambda make=make: compared(make, steps=2)
 
 
 def probes(lag: int) -> Iterator[tuple[str, Case]]:
     for name, probe in PROBES.items():
         make = balancer(InverseGradNorm(), probe=probe, lag=lag)
         yield name, lambda make=make: compared(make)
-        yield f"{name}, dropout", lambda make=make: compared(make, dropout=0.5)
         if not isinstance(probe, FeatureTap):
-            yield f"{name}, one function", lambda make=make: compared(make, "one function")
             yield f"{name}, mixture", lambda make=make: compared(make, "mixture")
+        if isinstance(probe, (FeatureProbe, FeatureTap)):
+            yield f"{name}, dropout", lambda make=make: compared(make, dropout=0.5)
+        if isinstance(probe, (FeatureProbe, ParameterProbe)):
+            yield f"{name}, one function", lambda make=make: compared(make, "one function")
 
 
 def settings(lag: int) -> Iterator[tuple[str, Case]]:

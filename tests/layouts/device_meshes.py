@@ -274,8 +274,8 @@ def alone(name: str) -> dict[str, Any]:
     if name == "experts":
         net.trunk = with_experts(None)
         result = train(net, place)
-        last = list(net.trunk[2].experts.parameters())
-        own = {id(p) for p in last}
+        own = {id(p) for p in net.trunk[2].experts.parameters()}
+        last = [p.detach() for p in net.trunk[2].experts.parameters()]
         return {**result, "parameters": [p.detach() for p in net.parameters() if id(p) not in own] + last}
     return train(net, place)
 

@@ -142,7 +142,7 @@ class ParameterProbe(Probe):
                 raise ValueError(ELSEWHERE.format(engine="FSDP2"))
             reduced = step.reduce(losses.stats())
             check_same_parameters(trunk, step, counts.device)
-            weighing = Weighing.of(counts, reduced.total.counts, step.world_size)
+            weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
             blocks = rows_of_losses(trunk, losses.means(), scale, weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, self._sketch(step))
         gradients = FeatureGradients((), counts, scale=scale)
@@ -154,7 +154,7 @@ class ParameterProbe(Probe):
         counts = measured.losses.counts
         check_same_parameters(trunks[0], step, counts.device)
         sketch = self._sketch(step)
-        weighing = Weighing.of(counts, reduced.total.counts, step.world_size)
+        weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
         with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
             if measured.past:
                 blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, weighing)
