@@ -79,7 +79,7 @@ def trained(
 def compared(
     make: Make,
     form: str = "heads",
-    steps: int = 3,
+    steps: int = 2,
     dropout: float = 0.0,
     after: Any = None,
     has_double: bool = True,
@@ -183,7 +183,7 @@ PROBES = {
 def rules(lag: int) -> Iterator[tuple[str, Case]]:
     for name in sorted(RULES):
         make = lambda name=name: Balancer(TASKS, build(name, TASKS), lag=lag)  # noqa: E731
-        yield name, lambda make=make: compared(make, steps=2)
+        yield name, lambda make=make: compared(make)
 
 
 def probes(lag: int) -> Iterator[tuple[str, Case]]:
@@ -214,7 +214,7 @@ def settings(lag: int) -> Iterator[tuple[str, Case]]:
     for form in ("mixture, mask", "an absent task", "no sample", *counted):
         yield form, lambda form=form: compared(grams, form)
     yield "window", lambda: compared(windows, steps=4)
-    yield "a notice", lambda: compared(grams, after=noticed)
+    yield "a notice", lambda: compared(grams, steps=3, after=noticed)
     yield "observe", lambda: compared(balancer(FAMO(feedback="after"), lag=lag), after=observed)
     yield "held", lambda: compared(grams, after=again_held)
     yield "evaluation", lambda: compared(grams, after=evaluated)
