@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in (".", "cluster", "distributed", "faults", "weighting"):
+for folder in (".", "cluster", "device", "distributed", "faults", "layouts", "weighting"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # the files that take longest, first: a worker that begins one at the end leaves the others without work

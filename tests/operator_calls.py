@@ -1,4 +1,4 @@
-"""What a step costs in numbers without noise: operator calls, and values that the host reads."""
+"""What a step costs in numbers without noise: operator calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# operators whose result the host needs, so that it waits for an accelerator
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 
 
 class Operators(TorchDispatchMode):

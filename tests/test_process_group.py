@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist import Balancer
-from mtl_dist.sync.group import make_group, members, timeout_of
+from mtl_dist.sync.group import _options, make_group, members, timeout_of
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.weighting import Equal
 
 TIMEOUT = datetime.timedelta(seconds=77)
+UNSET = -(2**31)  # by NCCL
 
 
 @pytest.fixture
@@ -57,6 +58,40 @@ def test_where_torch_has_other_insides_its_own_way_is_taken(monkeypatch: pytest.
     assert make_group(dist.group.WORLD, "name") == "group"
     ((ranks, timeout, _), options) = asked[0]
     assert (ranks, timeout, options) == ([0], TIMEOUT, {"use_local_synchronization": True})
+
+
+class NCCLConfig:
+    """Settings of a communicator, as NCCL has them: some that nobody set, and one that is read only."""
+
+    def __init__(self) -> None:
+        self.blocking, self.max_ctas, self.net_name = UNSET, UNSET, None
+
+    @property
+    def unsafe_get_ptr(self) -> int:
+        return id(self)
+
+
+class NCCLOptions:
+    def __init__(self) -> None:
+        self.is_high_priority_stream, self.config = False, NCCLConfig()
+        self._timeout = datetime.timedelta(minutes=10)
+
+
+class ProcessGroupNCCL:
+    def __init__(self) -> None:
+        self.options = NCCLOptions()
+
+
+def test_settings_of_nccl_are_those_of_the_parent() -> None:
+    backend = ProcessGroupNCCL()
+    given = backend.options
+    given.is_high_priority_stream, given._timeout = True, TIMEOUT
+    given.config.max_ctas, given.config.net_name = 4, "IB"
+    own = _options(SimpleNamespace(_get_backend=lambda device: backend))
+    assert own is not given
+    assert (own.is_high_priority_stream, own._timeout) == (True, TIMEOUT)
+    assert vars(own.config) == {"blocking": UNSET, "max_ctas": 4, "net_name": "IB"}
+    assert _options(SimpleNamespace(_get_backend=lambda device: object())) is None
 
 
 def test_a_group_that_cannot_tell_has_torchs_timeout() -> None:

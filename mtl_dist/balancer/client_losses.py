@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -84,9 +85,10 @@ class ClientLosses:
             return losses
         if losses.shape[: task_ids.dim()] != task_ids.shape or task_ids.is_floating_point():
             return losses
-        ids = task_ids.to(losses.device).long()
+        ids = task_ids.to(losses.device, torch.int64, non_blocking=True)
         # ids out of range are refused later, where they count
-        weights = losses.new_tensor(self.base)[ids.clamp(0, len(self.base) - 1)]
+        base = torch.tensor(self.base, dtype=losses.dtype).to(losses.device, non_blocking=True)
+        weights = base[ids.clamp(0, len(self.base) - 1)]
         return losses * weights.reshape(*ids.shape, *[1] * (losses.dim() - ids.dim()))
 
 

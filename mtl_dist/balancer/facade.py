@@ -56,7 +56,7 @@ class Balancer(BalancerCalls):
     It has no parameters and no buffers. As a submodule it follows `model.train()` and `model.eval()`, and
     adds nothing to `model.state_dict()`; `state_dict` reads its own state, and `load_state_dict` sets it.
     In eval mode or under `torch.no_grad()` it measures nothing, updates nothing, and returns the local total
-    with the current weights.
+    with the current weights. So it does where a pipeline stage rehearses its first step.
 
     Args:
         tasks: names of the n tasks, unique, the same on every rank and in the same order.
@@ -376,7 +376,7 @@ class Balancer(BalancerCalls):
             self._collector.add(losses.stats())
         self._underway.arrive()
         self._progress.move_to(losses.counts.device)
-        return losses.total(self._progress.weights.to(losses.counts.device))
+        return losses.total(self._progress.weights_on(losses.counts))
 
     def _identity(self) -> Identity:
         """What ranks compare where they meet."""

@@ -51,8 +51,7 @@ class LaggedStep(Step):
     def weights(self, losses: LocalLosses) -> Tensor:
         """`[n]`, the weights of this step."""
         self._dtype = losses.dtype
-        counts = losses.counts
-        return self.progress.weights.to(counts.device, counts.dtype, non_blocking=True)
+        return self.progress.weights_on(losses.counts)
 
     def visible_weights(self, losses: LocalLosses) -> tuple[Tensor, Tensor, Tensor]:
         """`[n]` each: the weights, weights that hide no gradient, and the ratio of the two."""
@@ -71,7 +70,7 @@ class LaggedStep(Step):
         self._dtype = dtype
         self._finish = reduced.here
         self._start_explicit()
-        weights = self.progress.weights.to(reduced.total.counts.device)
+        weights = self.progress.weights_on(reduced.total.counts)
         return weights.masked_fill(reduced.total.counts <= 0, 0)
 
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
@@ -85,12 +84,13 @@ class LaggedStep(Step):
         if self.expected is None:
             total = self.reduce_now(own, None, self.call(Kind.COUNTS)).total.counts
         else:
-            told = self.expected.local.counts.to(counts.device)
+            told = self.expected.local.counts.to(counts.device, non_blocking=True)
             self.refuse((told != counts).any(), partial(self._explain_expected, own))
             self.reduced = True
             summed = self.expected.finish()
             self.look_at_ranks(summed, self.call(Kind.COUNTS))
-            total = summed.total.counts
+            # told on the host, where the group can sum there
+            total = summed.total.counts.to(counts.device, counts.dtype, non_blocking=True)
         return self._shares_of(counts, total)
 
     def _shares_of(self, counts: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

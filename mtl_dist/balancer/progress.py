@@ -163,9 +163,13 @@ class RuleProgress:
             self._before = _moved(self._before, device)
             self._window = _moved_window(self._window, device)
 
+    def weights_on(self, like: Tensor) -> Tensor:
+        """The weights on another device, in its precision; the host waits for nothing."""
+        return self.weights.to(like.device, like.dtype, non_blocking=True)
+
     def hold(self, total: LocalStats) -> Tensor:
         """`[n]` weights of one call that does not update the rule; 0 for tasks absent on all ranks."""
-        return _where_present(total, self.weights.to(total.counts.device))
+        return _where_present(total, self.weights_on(total.counts))
 
     def decide(
         self,

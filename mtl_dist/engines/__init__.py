@@ -1,4 +1,4 @@
-"""Engines: what one must tell a balancer, and the only room that knows the insides of FSDP2 and DeepSpeed."""
+"""Engines: what one must tell a balancer. The only room that knows insides of FSDP2, DeepSpeed, pipelines."""
 
 from __future__ import annotations
 

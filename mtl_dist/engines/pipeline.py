@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 STAGE = "torch.distributed.pipelining.stage"
-# by torch 2.13; before, a rehearsal ran without gradients
+# since torch 2.12; before, a rehearsal ran without gradients
 REHEARSALS = frozenset({"_forward_metadata_inference", "_backward_metadata_inference"})
 
 

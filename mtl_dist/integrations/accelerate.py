@@ -29,6 +29,7 @@ from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._idle import IdleWatch, call_after
 from mtl_dist.integrations.compiling import warn_of_stale_locks
+from mtl_dist.integrations.deepspeed import sums_gradients
 from mtl_dist.integrations.network import choose_interface
 from mtl_dist.tracking import STEP_KEY
 
@@ -224,26 +225,37 @@ def _loss_scaler(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
 
 
 def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """The ranks that hold different samples; None for all ranks.
+    """The ranks that hold different samples or tokens, over which gradients are averaged; None for all ranks.
 
-    With a device mesh, these are the ranks along its data-parallel axes. Tensor-parallel ranks hold the same
-    samples, so they are not counted twice.
+    With a device mesh, these are the ranks along its data-parallel and context-parallel axes. Tensor-parallel
+    ranks hold the same samples, so they are not counted twice.
 
     Raises:
-        ValueError: the mesh has no data-parallel axis with a known name.
+        ValueError: the mesh has no such axis with a known name, or sequences are split by DeepSpeed.
     """
+    if (size := split_sequences(accelerator, "sp_size")) > 1:
+        raise sums_gradients(size)
     mesh = accelerator.torch_device_mesh
     if mesh is None:
         return None
-    axes = [name for name in (mesh.mesh_dim_names or ()) if name.startswith("dp")]
+    names = mesh.mesh_dim_names or ()
+    axes = [name for name in names if name.startswith("dp") or name == "cp"]
     if not axes:
         raise ValueError(
-            f"no data-parallel axis in the device mesh {mesh.mesh_dim_names}; pass the group yourself: "
+            f"no data-parallel axis in the device mesh {names}; pass the group yourself: "
             "Balancer(..., group=mesh[axis].get_group())"
         )
-    name = axes[0] if len(axes) == 1 else "dp"  # Accelerate flattens dp_replicate and dp_shard into dp
+    # Accelerate flattens dp_replicate and dp_shard into dp, and these with cp into dp_cp
+    name = axes[0] if len(axes) == 1 else "dp_cp" if "cp" in axes else "dp"
     group: dist.ProcessGroup = mesh[name].get_group()
     return group
+
+
+def split_sequences(accelerator: Accelerator, name: str) -> int:
+    """Over how many ranks sequences are split, by Accelerate ("cp_size") or DeepSpeed ("sp_size")."""
+    sizes = getattr(accelerator, "parallelism_config", None)  # both are younger than the oldest Accelerate
+    size: int = getattr(sizes, name, 1)
+    return size
 
 
 def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:

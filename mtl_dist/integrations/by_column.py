@@ -274,6 +274,13 @@ def _check(trainer: Any) -> None:
             "use_liger_kernel=True computes the loss inside a kernel, where no loss of a token is seen: set "
             "it to False"
         )
+    split = {name: accelerate.split_sequences(trainer.accelerator, name) for name in ("cp_size", "sp_size")}
+    if max(split.values()) > 1:
+        raise ValueError(
+            "balance_by_column finds the targets of whole sequences, and context parallelism splits them "
+            f"over ranks, {split}: set both to 1, or call balancer(losses, task_ids=...) in the model, with "
+            "the targets of this rank"
+        )
 
 
 def _check_column(trainer: Trainer, column: str) -> None:

@@ -155,10 +155,15 @@ def data_parallel_group(engine: Any) -> dist.ProcessGroup:
         ValueError: sequence parallelism, under which DeepSpeed sums gradients instead of averaging them.
     """
     if engine.sequence_parallel_size > 1:
-        raise ValueError(
-            f"sequence parallelism (size {engine.sequence_parallel_size}): the engine sums gradients over "
-            "those ranks instead of averaging them, so the weighted total would be too large by that "
-            "factor; use data or tensor parallelism"
-        )
+        raise sums_gradients(engine.sequence_parallel_size)
     group: dist.ProcessGroup = engine.seq_data_parallel_group
     return group
+
+
+def sums_gradients(size: int) -> ValueError:
+    """The error for sequences that DeepSpeed splits over `size` ranks."""
+    return ValueError(
+        f"sequence parallelism (size {size}): the engine sums gradients over those ranks instead of "
+        "averaging them, so the weighted total would be too large by that factor; use data or tensor "
+        "parallelism"
+    )

@@ -112,8 +112,8 @@ def split(features: Any, *, detach: bool, num_branches: int = 0) -> Features:
         num_branches: number of tasks for which each leaf gets a view of its own; 0: none.
 
     Raises:
-        ValueError: no floating-point tensor in `features`, an object whose tensors cannot be seen, or two
-            views of one tensor.
+        ValueError: no floating-point tensor in `features`, an object whose tensors cannot be seen, two views
+            of one tensor, or a DTensor.
     """
     flat, spec = pytree.tree_flatten(features)
     places = _places(flat)
@@ -137,6 +137,7 @@ def _places(flat: Sequence[Any]) -> dict[int, list[int]]:
     for position, leaf in enumerate(flat):
         if isinstance(leaf, Tensor):
             if leaf.is_floating_point() or leaf.is_complex():
+                refuse_placed("a feature", leaf)
                 places.setdefault(id(leaf), []).append(position)
         elif not isinstance(leaf, _PLAIN) and type(leaf).__module__ != "numpy":
             raise ValueError(
@@ -147,6 +148,16 @@ def _places(flat: Sequence[Any]) -> dict[int, list[int]]:
         places = _without_data(places, flat)
         _check_distinct([flat[where[0]] for where in places.values()])
     return places
+
+
+def refuse_placed(what: str, tensor: Tensor) -> None:
+    """Raises `ValueError` for a DTensor, whose ranks the balancer's group need not have."""
+    if (placements := getattr(tensor, "placements", None)) is not None:
+        raise ValueError(
+            f"{what} is a DTensor of placements {placements}, and the balancer takes the plain tensor that "
+            "all ranks of that mesh have in common: give x.full_tensor(), and as group= the data-parallel "
+            "ranks alone"
+        )
 
 
 def _without_data(places: dict[int, list[int]], flat: Sequence[Any]) -> dict[int, list[int]]:

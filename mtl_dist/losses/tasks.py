@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses, Refuse
-from mtl_dist.losses.features import Branches, Views
+from mtl_dist.losses.features import Branches, Views, refuse_placed
 from mtl_dist.losses.gradients import FeatureGradients, Gradients
 from mtl_dist.losses.silence import silence
 from mtl_dist.stats import HOST, LocalStats, stats_dtype
@@ -225,8 +225,7 @@ def told_counts(counts: Counts, tasks: Sequence[str], device: torch.device) -> L
     if len(known) == len(entries):
         vector = _on_device(known, device)
         return LocalStats(torch.zeros_like(vector), vector, None, known)
-    dtype = stats_dtype(device)
-    vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
+    vector = _vector(entries, device)
     return LocalStats(torch.zeros_like(vector), vector)
 
 
@@ -244,11 +243,10 @@ def _counted(
     idle = [value for i, value in enumerate(values) if i in empty and _has_graph(value)]
     if idle:
         silence(idle, [value for i, value in enumerate(values) if i not in empty and _has_graph(value)])
-    dtype = stats_dtype(device)
     known = tuple([entry for entry in entries if isinstance(entry, float)])
     if len(known) == len(entries):
         return TaskLosses(values, _on_device(known, device), empty=empty, known=known)
-    vector = torch.stack([torch.as_tensor(entry, dtype=dtype).to(device) for entry in entries])
+    vector = _vector(entries, device)
     losses = TaskLosses(values, vector, empty=empty)
     wrong = ~((vector >= 0) & vector.isfinite())
     refuse(wrong.any(), partial(_wrong_counts, tasks, vector))
@@ -257,10 +255,17 @@ def _counted(
     return losses
 
 
+def _vector(entries: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Counts of which the device knows some."""
+    dtype = stats_dtype(device)
+    parts = [torch.as_tensor(entry, dtype=dtype).to(device, non_blocking=True) for entry in entries]
+    return torch.stack(parts)
+
+
 @lru_cache(maxsize=64)
 def _on_device(counts: tuple[float, ...], device: torch.device) -> Tensor:
     """The counts as a tensor, which nobody changes: most steps have those of the step before."""
-    return torch.tensor(counts, dtype=stats_dtype(device)).to(device)
+    return torch.tensor(counts, dtype=stats_dtype(device)).to(device, non_blocking=True)
 
 
 def _has_graph(value: Tensor | None) -> TypeGuard[Tensor]:
@@ -291,6 +296,7 @@ def _scalar(task: str, value: Tensor | None) -> Tensor | None:
             f"the loss of task {task!r} must be one floating-point number, the mean over the local samples; "
             f"got {got}"
         )
+    refuse_placed(f"the loss of task {task!r}", value)
     return value.reshape(())
 
 

@@ -289,7 +289,7 @@ def check_same(first: LocalLosses, second: LocalLosses, step: StepContext) -> No
 
 def _differ(first: Tensor | None, second: Tensor | None, device: torch.device) -> Tensor:
     if first is None or second is None:
-        return torch.tensor(first is not second, device=device)
+        return torch.full((), first is not second, device=device)
     tolerance = torch.finfo(second.dtype).eps ** 0.5
     error = (first.detach() - second.detach()).abs()
     differ: Tensor = error > tolerance * first.detach().abs()

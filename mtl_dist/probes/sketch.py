@@ -83,7 +83,7 @@ class CountSketch:
     def _signs(self, start: int, end: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`σ(k)` for k = start ... end - 1."""
         words = torch.arange(start // _WORD, -(-end // _WORD), device=device)
-        seed = _mix(torch.tensor(2 * self.seed)).to(device)
+        seed = _mix(torch.tensor(2 * self.seed)).to(device, non_blocking=True)
         octets = _mix(_mix(words) ^ seed).view(torch.uint8).to(torch.int32)
         signs = _sign_table(device, dtype).index_select(0, octets).view(-1)
         begin = start % _WORD

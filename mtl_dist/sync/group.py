@@ -87,9 +87,11 @@ def _options(parent: dist.ProcessGroup) -> Any:
         return None
     own = type(given)()
     own.is_high_priority_stream = given.is_high_priority_stream
-    for name in ("blocking", "cga_cluster_size", "max_ctas", "min_ctas"):
-        if isinstance(value := getattr(given.config, name, None), int):
-            setattr(own.config, name, value)
+    own._timeout = given._timeout  # another one than that of the group would be warned of
+    for name in dir(given.config):
+        if not name.startswith("_") and isinstance(value := getattr(given.config, name), (int, str)):
+            with suppress(AttributeError, TypeError):  # read only
+                setattr(own.config, name, value)
     return own
 
 

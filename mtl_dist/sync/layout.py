@@ -82,7 +82,8 @@ class Layout:
 
     def __init__(self, num_tasks: int) -> None:
         self.num_tasks = num_tasks
-        self._constants: _Constants | None = None
+        # with a lag, both the device and the host have them, and a side stream may still read the device's
+        self._constants: dict[torch.device, _Constants] = {}
 
     def pack(
         self,
@@ -132,9 +133,9 @@ class Layout:
         return LocalStats(loss_sums, counts, gram)
 
     def _constants_on(self, like: Tensor) -> _Constants:
-        if self._constants is None or self._constants.upper.device != like.device:
-            self._constants = _Constants.on(like, self.num_tasks)
-        return self._constants
+        if like.device not in self._constants:
+            self._constants[like.device] = _Constants.on(like, self.num_tasks)
+        return self._constants[like.device]
 
 
 class _Constants(NamedTuple):

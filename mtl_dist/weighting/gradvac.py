@@ -64,7 +64,8 @@ class GradVac(Rule):
         weights[index], after[block] = vaccinate(
             matrix[block], after[block], random_orders(len(index), self.seed, stats.step), self.beta
         )
-        return torch.from_numpy(weights).to(gram), {"target": torch.from_numpy(after).to(target)}
+        targets = torch.from_numpy(after).to(target, non_blocking=True)
+        return torch.from_numpy(weights).to(gram, non_blocking=True), {"target": targets}
 
 
 def vaccinate(gram: Array, target: Array, orders: NDArray[np.intp], beta: float) -> tuple[Array, Array]:

@@ -112,7 +112,7 @@ def on_present(solver: Callable[..., Array], stats: TaskStats, *values: Tensor) 
             # rounding can make a float32 Gram indefinite; a ridge of the rounding error's size corrects that
             block[np.diag_indices_from(block)] *= 1 + len(matrix) * torch.finfo(gram.dtype).eps
         weights[index] = solver(block, *(row[index] for row in rows))
-    return torch.from_numpy(weights).to(gram.device, gram.dtype)
+    return torch.from_numpy(weights).to(gram.device, gram.dtype, non_blocking=True)
 
 
 def to_host(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, Bools, list[Array]]:
@@ -133,7 +133,7 @@ def to_host(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, Bool
 def transfer(gram: Tensor, present: Tensor, *values: Tensor) -> tuple[Array, Bools, list[Array]]:
     """As `to_host`, with one copy from the device for all tensors together."""
     parts = [value.to(gram.dtype).reshape(-1, len(gram)) for value in (gram, present, *values)]
-    host = torch.cat(parts).double().cpu().numpy()
+    host = torch.cat(parts).cpu().double().numpy()  # not every device has float64
     matrix, row, *rest = np.split(host, np.cumsum([len(part) for part in parts])[:-1])
     shaped = [piece.reshape(tuple(value.shape)) for piece, value in zip(rest, values, strict=True)]
     return matrix, row[0] > 0, shaped

@@ -38,5 +38,6 @@ class RLW(Rule):
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = softmax(z)` over the tasks present."""
         generator = step_generator(self.seed, stats.step)
-        z = torch.randn(len(stats.losses), generator=generator, dtype=torch.float64).to(stats.losses)
+        z = torch.randn(len(stats.losses), generator=generator, dtype=torch.float64)
+        z = z.to(stats.losses, non_blocking=True)
         return softmax_present(z, stats.present), state

@@ -148,7 +148,9 @@ class Mesh(dict):
 
     def __init__(self, *names: str) -> None:
         self.mesh_dim_names = names
-        super().__init__({name: SimpleNamespace(get_group=lambda name=name: name) for name in (*names, "dp")})
+        super().__init__(
+            {name: SimpleNamespace(get_group=lambda name=name: name) for name in (*names, "dp", "dp_cp")}
+        )
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,8 @@ class Mesh(dict):
         (Mesh("dp_shard"), "dp_shard"),
         (Mesh("dp_shard", "tp"), "dp_shard"),
         (Mesh("dp_replicate", "dp_shard", "tp"), "dp"),
+        (Mesh("cp"), "cp"),
+        (Mesh("dp_shard", "cp", "tp"), "dp_cp"),
     ],
 )
 def test_group_is_the_data_parallel_one(mesh: Mesh | None, group: str | None) -> None:
@@ -167,6 +171,12 @@ def test_group_is_the_data_parallel_one(mesh: Mesh | None, group: str | None) ->
 def test_mesh_without_a_data_parallel_axis_is_refused() -> None:
     with pytest.raises(ValueError, match="no data-parallel axis"):
         data_parallel_group(SimpleNamespace(torch_device_mesh=Mesh("tp")))
+
+
+def test_sequences_that_deepspeed_splits_are_refused() -> None:
+    split = SimpleNamespace(sp_size=2)
+    with pytest.raises(ValueError, match=r"sequence parallelism \(size 2\): the engine sums gradients"):
+        data_parallel_group(SimpleNamespace(torch_device_mesh=None, parallelism_config=split))
 
 
 def scaled(**others: object) -> SimpleNamespace:

@@ -330,6 +330,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     liger.args.use_liger_kernel = True
     with pytest.raises(ValueError, match="use_liger_kernel=True computes the loss inside a kernel"):
         balance_by_column(liger, balancer)
+    split = made(data=table(), folder=tmp_path)
+    split.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2))
+    with pytest.raises(ValueError, match=r"context parallelism splits them over ranks, \{'cp_size': 2"):
+        balance_by_column(split, balancer)
 
 
 def test_a_trainer_of_trl_with_another_loss_is_refused() -> None:

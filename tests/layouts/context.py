@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ranks import start, stop
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.nn.functional import all_gather, all_reduce
+from torch.distributed.nn.functional import all_reduce
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.weighting import MGDA, GradNorm, InverseLoss, TokenShare
@@ -56,9 +56,7 @@ CASES = {
     "FeatureProbe": Case(lambda group: Balancer(TASKS, MGDA(), group=group, probe=FeatureProbe())),
     "FeatureProbe, lag": Case(lambda group: Balancer(TASKS, GradNorm(), group=group, lag=1)),
     "FeatureTap": Case(lambda group: Balancer(TASKS, MGDA(), group=group, probe=FeatureTap())),
-    "ParameterProbe": Case(
-        lambda group: Balancer(TASKS, MGDA(), group=group, probe=ParameterProbe(every=1))
-    ),
+    "ParameterProbe": Case(lambda group: Balancer(TASKS, MGDA(), group=group, probe=ParameterProbe(every=1))),
     "task ids": Case(lambda group: Balancer(TASKS, TokenShare(), group=group), "tokens"),
     "task ids, lag": Case(lambda group: Balancer(TASKS, TokenShare(), group=group, lag=1), "tokens"),
     "task ids, SharedLayerProbe": Case(
@@ -82,18 +80,25 @@ class Net(nn.Module):
         start = 0
         if self.ranks.context is not None:
             start = self.ranks.half * x.shape[1]
-            others = [torch.cat(all_gather(o.contiguous(), self.ranks.context), 1) for o in others]
+            others = [self.gathered(other, start) for other in others]
         key, value = others
         scores = query @ key.mT / WIDTH**0.5
         later = torch.arange(key.shape[1]) > start + torch.arange(x.shape[1])[:, None]
         return x + scores.masked_fill(later, -torch.inf).softmax(-1) @ value
+
+    def gathered(self, part: Tensor, start: int) -> Tensor:
+        """Whole sequences from the parts of all context ranks; its backward sums what each asks for."""
+        beside = (0, 0, start, TOKENS - start - part.shape[1])
+        return all_reduce(F.pad(part, beside), group=self.ranks.context)
 
     def forward(self, x: Tensor, classes: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
         h = self.trunk(x)
         layer = {"layer": self.last} if isinstance(self.balancer.probe, SharedLayerProbe) else {}
         z = h if layer else self.last(h)
         if self.form == "tokens":
-            return self.balancer(z, lambda z: self.by_token(z, classes, ids), task_ids=ids, mask=mask, **layer)
+            return self.balancer(
+                z, lambda z: self.by_token(z, classes, ids), task_ids=ids, mask=mask, **layer
+            )
         # how many tokens of each task are on this rank: none of "next" in some halves
         own = {"next": mask & (ids == 0), "value": mask}
         heads = {
@@ -122,7 +127,7 @@ class Net(nn.Module):
         sums, first = z.sum(1), classes.sum(1) / TOKENS
         if self.ranks.context is not None:
             # its backward sums too, so the gradients of both ranks' equal losses meet at every token
-            sums, first = all_reduce(sums, group=self.ranks.context), all_reduce(first, group=self.ranks.context)
+            sums, first = (all_reduce(part, group=self.ranks.context) for part in (sums, first))
         return F.mse_loss(self.value((sums / TOKENS).tanh())[:, 0], first)
 
 
@@ -153,7 +158,7 @@ def train(case: Case, ranks: Ranks, group: dist.ProcessGroup | None) -> dict[str
     for step in range(STEPS):
         net(*batch(step, ranks)).backward()
         for parameter in net.parameters() if dist.is_initialized() else ():
-            # the mean over all ranks that hold different tokens, as FSDP2 over data and context ranks takes it
+            # the mean over all ranks that hold different tokens, as FSDP2 takes it over data and context
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
@@ -164,6 +169,11 @@ def train(case: Case, ranks: Ranks, group: dist.ProcessGroup | None) -> dict[str
         optimizer.zero_grad()
     parameters = [parameter.detach() for parameter in net.parameters()]
     return {"weights": torch.stack(weights), "grams": torch.stack(grams), "parameters": parameters}
+
+
+def alone(name: str) -> dict[str, Any]:
+    """One process with whole sequences."""
+    return train(CASES[name], Ranks(), None)
 
 
 def main() -> None:

@@ -138,8 +138,9 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 def joined(step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro-batches of a step, each with the rows of both data ranks."""
-    for ranks in zip(*[zip(*[t.chunk(MICRO) for t in batch(step, r)], strict=True) for r in (0, 1)], strict=True):
-        x, y = (torch.cat(parts) for parts in zip(*ranks, strict=True))
+    read = [[part.chunk(MICRO) for part in batch(step, rank)] for rank in (0, 1)]
+    for number in range(MICRO):
+        x, y = (torch.cat([of_rank[part][number] for of_rank in read]) for part in (0, 1))
         yield x, y
 
 
@@ -155,7 +156,9 @@ def seen(balancer: Balancer) -> tuple[Tensor, Tensor]:
     return report.weight_vector.clone(), torch.zeros(()) if gram is None else gram.clone()
 
 
-def result(balancer: Balancer, steps: list[tuple[Tensor, Tensor]], parameters: list[Tensor]) -> dict[str, Any]:
+def result(
+    balancer: Balancer, steps: list[tuple[Tensor, Tensor]], parameters: list[Tensor]
+) -> dict[str, Any]:
     weights, grams = (torch.stack(column) for column in zip(*steps, strict=True))
     return {"calls": balancer.step, "weights": weights, "grams": grams, "parameters": parameters}
 
@@ -210,7 +213,7 @@ def piped(name: str, mesh: DeviceMesh) -> dict[str, Any] | None:
     own = [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in module.parameters()]
     of_stages: list[Any] = [None, None]
     dist.all_gather_object(of_stages, own, group=mesh["pp"].get_group())
-    return result(last.balancer, steps, sum(of_stages, [])) if place else None
+    return result(last.balancer, steps, [*of_stages[0], *of_stages[1]]) if place else None
 
 
 def told(case: Case, place: int) -> dict[str, Tensor]:

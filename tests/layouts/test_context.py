@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import context
 import pytest
 import torch
+from compare_runs import check
 from launcher import succeed
-
-sys.path.insert(0, str(Path(__file__).parent))
-import context  # noqa: E402
-from compare_runs import check  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import compare_runs
+import pipeline
 import pytest
 import torch
 from launcher import succeed
-
-sys.path.insert(0, str(Path(__file__).parent))
-import compare_runs  # noqa: E402
-import pipeline  # noqa: E402
 
 QUICK = (
     "GPipe: losses, lag",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
-from mtl_dist.probes.parameter.rows import Trunk, parameter_rows
+from mtl_dist.probes.parameter.rows import Trunk, Weighing, parameter_rows
 from mtl_dist.probes.parameter.segments import plan
 from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm
 
@@ -207,7 +207,8 @@ def test_a_graph_with_narrow_places_is_traversed_once_a_task_and_bucket_by_bucke
     nodes = sum(not hasattr(node, "variable") for node in seen)
     seeds = [[torch.randn_like(z)] for _ in NAMES]
     shared = Trunk.below((z,), lambda _: True, bucket)
-    widths = [rows.shape for rows in parameter_rows([shared] * 3, seeds, torch.ones(3))]
+    weighing = Weighing(torch.ones(3), torch.ones(3))
+    widths = [rows.shape for rows in parameter_rows([shared] * 3, seeds, weighing)]
     largest = max(p.numel() for p in net.trunk.parameters())
     assert sum(width for _, width in widths) == sum(p.numel() for p in net.trunk.parameters())
     assert max(width for _, width in widths) <= max(bucket, largest)

@@ -13,7 +13,13 @@ from mtl_dist.engines import ZERO_3, buffers_kept, in_graph, is_sharded, replaye
 from mtl_dist.losses import FeatureGradients, Heads, LocalLosses, split
 from mtl_dist.probes.base import Probe, Reduced, StepContext, later_gram
 from mtl_dist.probes.parameter.given import ELSEWHERE, check_reached, named
-from mtl_dist.probes.parameter.rows import Trunk, check_same_parameters, parameter_rows, rows_of_losses
+from mtl_dist.probes.parameter.rows import (
+    Trunk,
+    Weighing,
+    check_same_parameters,
+    parameter_rows,
+    rows_of_losses,
+)
 from mtl_dist.probes.pipeline import Measured, evaluate, measure_without_trace, weigh
 from mtl_dist.probes.sketch import CountSketch
 from mtl_dist.probes.summed import summed_gram
@@ -136,7 +142,8 @@ class ParameterProbe(Probe):
                 raise ValueError(ELSEWHERE.format(engine="FSDP2"))
             reduced = step.reduce(losses.stats())
             check_same_parameters(trunk, step, counts.device)
-            blocks = rows_of_losses(trunk, losses.means(), scale, counts)
+            weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
+            blocks = rows_of_losses(trunk, losses.means(), scale, weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, self._sketch(step))
         gradients = FeatureGradients((), counts, scale=scale)
         return later_gram(reduced, gradients.unscaled(gram), faulty, step)
@@ -147,11 +154,12 @@ class ParameterProbe(Probe):
         counts = measured.losses.counts
         check_same_parameters(trunks[0], step, counts.device)
         sketch = self._sketch(step)
+        weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
         with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
             if measured.past:
-                blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, counts)
+                blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, weighing)
             else:
-                blocks = parameter_rows(trunks, _all_leaves(measured, trunks), counts)
+                blocks = parameter_rows(trunks, _all_leaves(measured, trunks), weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, sketch)
         return later_gram(reduced, measured.gradients.unscaled(gram), faulty, step)
 

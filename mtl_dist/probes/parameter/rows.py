@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,27 @@ class Trunk:
         return [[shape_of(leaf) for leaf in group] for group in self.plan.groups]
 
 
+class Weighing(NamedTuple):
+    """What makes `c_i g_i` of `g_i`, in two factors.
+
+    The first one stands before the passes through the trunk: where ranks share sequences, a pass brings
+    gradients of losses of other ranks, with the counts of those. The second one is the same on every rank.
+
+    Attributes:
+        shares: `[n]`, `W c_i / C_i`, 1 where all ranks have the same counts.
+        rest: `[n]`, `C_i / W`.
+    """
+
+    shares: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, counts: Tensor, total: Tensor, world_size: int) -> Weighing:
+        """From the counts of this rank and of all."""
+        shares = world_size * counts / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return cls(shares, total / world_size)
+
+
 def check_same_parameters(trunk: Trunk, step: StepContext, device: torch.device) -> None:
     """Compares number and shapes of the shared parameters over ranks; two small collectives, the host waits.
 
@@ -71,21 +93,24 @@ def check_same_parameters(trunk: Trunk, step: StepContext, device: torch.device)
 
 
 def parameter_rows(
-    trunks: Sequence[Trunk], gradients: Sequence[Sequence[Tensor]], counts: Tensor
+    trunks: Sequence[Trunk], gradients: Sequence[Sequence[Tensor]], weighing: Weighing
 ) -> Iterator[Tensor]:
-    """`[n, D]` rows `c_i ∂l_i/∂θ` of one group of parameters after the other.
+    """`[n, D]` rows of one group of parameters after the other, which sum over ranks to `C_i ∂L_i/∂θ`.
 
     Args:
         trunks: for each task; tasks may share one.
         gradients: `∂l_i/∂z` for each task, one tensor per leaf of the features.
-        counts: `[n]`, `c_i`.
+        weighing: of the tasks.
     """
-    passes = stream([t.leaves for t in trunks], gradients, [t.plan for t in trunks])
-    return _rows(trunks[0].plan, passes, counts)
+    weighed = [
+        [_weighed(g, share) for g in row] for row, share in zip(gradients, weighing.shares, strict=True)
+    ]
+    passes = stream([t.leaves for t in trunks], weighed, [t.plan for t in trunks])
+    return _rows(trunks[0].plan, passes, weighing.rest)
 
 
 def rows_of_losses(
-    trunk: Trunk, losses: Sequence[Tensor | None], scale: Tensor | None, counts: Tensor
+    trunk: Trunk, losses: Sequence[Tensor | None], scale: Tensor | None, weighing: Weighing
 ) -> Iterator[Tensor]:
     """The same rows, from gradients of the losses themselves: for losses that reach θ past the features too.
 
@@ -93,27 +118,35 @@ def rows_of_losses(
         trunk: of all tasks.
         losses: `l_i`, with their graphs; None where there is none.
         scale: scalar to differentiate the losses with; None: 1.
-        counts: `[n]`, `c_i`.
+        weighing: of the tasks.
     """
-    return _rows(trunk.plan, direct(losses, scale, trunk.plan), counts)
+    weighed = [
+        None if loss is None else loss * share.to(loss.dtype)
+        for loss, share in zip(losses, weighing.shares, strict=True)
+    ]
+    return _rows(trunk.plan, direct(weighed, scale, trunk.plan), weighing.rest)
 
 
 def _rows(
-    plan: Plan, passes: Iterator[Iterator[Sequence[Tensor | None]]], counts: Tensor
+    plan: Plan, passes: Iterator[Iterator[Sequence[Tensor | None]]], factors: Tensor
 ) -> Iterator[Tensor]:
     for group, tasks in zip(plan.groups, passes, strict=True):
         lengths = [_real_length(leaf) for leaf in group]
         double = any(variable(leaf).dtype in (torch.float64, torch.complex128) for leaf in group)
-        rows = torch.zeros(
-            len(counts), sum(lengths), dtype=torch.float64 if double else torch.float32, device=counts.device
-        )
-        for row, count, found in zip(rows, counts, tasks, strict=True):
+        dtype = torch.float64 if double else torch.float32
+        rows = torch.zeros(len(factors), sum(lengths), dtype=dtype, device=factors.device)
+        for row, factor, found in zip(rows, factors, tasks, strict=True):
             for part, gradient in zip(row.split(lengths), found, strict=True):
                 if gradient is not None:
                     part.copy_(_real(gradient))
-            row.mul_(count)
-        rows.masked_fill_((counts == 0)[:, None], 0)  # the mean over no sample may be NaN
+            row.mul_(factor)
         yield rows
+
+
+def _weighed(gradient: Tensor, share: Tensor) -> Tensor:
+    precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    # the mean over no sample may be NaN
+    return (share * precise).masked_fill_(share == 0, 0).to(gradient.dtype)
 
 
 def _real_length(leaf: Node) -> int:
