@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"canonical", "stats", "weighting"},
     "priors": {"sync"},
     "tracking": {"durable", "stats"},
-    "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
+    "integrations": {"stats", "engines", "losses", "probes", "sync", "balancer", "checkpoint", "tracking"},
     "recipes": {"canonical", "stats"},
     "training": {
         "canonical",
