@@ -106,7 +106,7 @@ def attach_to_fabric(balancer: Balancer, fabric: Any, name: str, late: bool, gro
 
 
 def _keep_states(fabric: Any) -> None:
-    """`fabric.save` and `fabric.load` get the states of the attached balancers too; Fabric has no hook there."""
+    """`fabric.save` and `load` take the states of attached balancers too, for which Fabric has no hook."""
     for method in ("save", "load"):
         if method not in vars(fabric):
             setattr(fabric, method, _with_states(ref(fabric), getattr(type(fabric), method)))

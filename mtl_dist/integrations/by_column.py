@@ -283,7 +283,7 @@ def _check(trainer: Any) -> None:
     if own.__module__.startswith("trl.") and not (is_sft(trainer) or is_dpo(trainer)):
         raise TypeError(
             "balance_by_column knows the losses of Trainer, SFTTrainer and DPOTrainer, and "
-            f"{own.__name__} has its own, of groups of answers: train it without a balancer, or write its compute_loss with "
+            f"{own.__name__} has its own: train it without a balancer, or write its compute_loss with "
             "balancer(losses, task_ids=...)"
         )
     if trainer.args.use_liger_kernel:

@@ -46,8 +46,8 @@ def balance_loss_dict(
         balancer: its tasks are names in `loss_dict`. It is not a part of the model; the trainer holds it.
         parameters: where rules that read gradients measure them.
         counts: called with what the loss function is called with; returns, by task, what each loss was
-            divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is the
-            same on all ranks. None: 1 for all losses, and for DETR and its masks what they are divided by.
+            divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is
+            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by.
         name: as for `attach`.
         eval_weights: as for `attach`.
 

@@ -64,7 +64,8 @@ def off(expected: Tensor, got: Tensor) -> float:
 def test_client(client: str, tmp_path: Path) -> None:
     for package in CLIENTS[client][1]:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f'{package} is not installed: pip install "mtl-dist[clients]"')
+            extra = "detectors" if package in ("torchvision", "ultralytics") else "clients"
+            pytest.skip(f'{package} is not installed: pip install "mtl-dist[{extra}]"')
     (alone,) = trained(client, tmp_path, 1)
     assert off(alone["plain"]["parameters"], alone["own"]["parameters"]) <= EXACT, "not the client's numbers"
     assert alone["own"]["losses"] == pytest.approx(alone["plain"]["losses"], rel=EXACT)
