@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "priors": {"sync"},
     "grouping": set(),
     "tracking": {"durable", "grouping", "stats"},
-    "integrations": {"stats", "engines", "losses", "sync", "balancer", "checkpoint", "tracking"},
+    "integrations": {"stats", "engines", "losses", "probes", "sync", "balancer", "checkpoint", "tracking"},
     "recipes": {"canonical", "stats"},
     "training": {
         "canonical",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Trainer
 
-from mtl_dist import Balancer, FeatureProbe, ParameterProbe, SharedLayerProbe
+from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
 from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.losses import cross_entropy_in_chunks
 from mtl_dist.weighting import InverseGradNorm, KeepNorm, TokenShare
@@ -29,13 +31,13 @@ def problem(dtype: torch.dtype, bias: bool) -> tuple[Tensor, Tensor, Tensor | No
     return normal(3, 5, 7), normal(11, 7), normal(11) if bias else None, labels
 
 
-def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias).float() if hidden.dtype != torch.float64 else None
-    logits = nn.functional.linear(hidden, weight, bias) if logits is None else logits
+def plain(h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
+    logits = nn.functional.linear(h, w, b)
+    logits = logits if h.dtype == torch.float64 else logits.float()
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+        logits.flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100
     )
-    return losses.view(labels.shape)
+    return losses.view(y.shape)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 15, 1024])
@@ -111,17 +113,57 @@ def test_a_gradient_rule_trains_in_chunks(tmp_path: Path) -> None:
     assert min(balancers[0].report.grad_norms.values()) > 0
 
 
-@pytest.mark.parametrize(
-    ("probe", "message"),
-    [
-        (SharedLayerProbe(), "SharedLayerProbe.* does not measure at the input of the head; FeatureProbe"),
-        (ParameterProbe(), "ParameterProbe.* does not measure at the input of the head"),
-    ],
-)
-def test_other_probes_are_refused(tmp_path: Path, probe: Any, message: str) -> None:
+def first_gram(folder: Path, make: Callable[[nn.Module], Any], chunk: int | None) -> Tensor:
+    model = llama()
+    balancer = Balancer(DOMAINS, InverseGradNorm(), probe=make(model))
+    args = arguments(folder, 1, save_strategy="no", gradient_accumulation_steps=1)
+    trainer = Trainer(model, args, train_dataset=table(), data_collator=padded)
+    balance_by_column(trainer, balancer, chunk=chunk)
+    trainer.train()
+    return balancer.report.stats.gram
+
+
+def everything(_: nn.Module) -> ParameterProbe:
+    return ParameterProbe()
+
+
+def head(model: nn.Module) -> ParameterProbe:
+    return ParameterProbe(parameters=lambda: [model.lm_head.weight])
+
+
+def layer(_: nn.Module) -> SharedLayerProbe:
+    return SharedLayerProbe()
+
+
+@pytest.mark.parametrize(("make", "whole"), [(everything, everything), (head, layer)])
+def test_gradients_at_parameters_are_those_of_whole_logits(tmp_path: Path, make: Any, whole: Any) -> None:
+    got, expected = first_gram(tmp_path, make, 7), first_gram(tmp_path, whole, None)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.max()))
+
+
+@pytest.mark.parametrize("settings", [{"probe": FeatureTap()}, {"lag": 1}, {}], ids=repr)
+def test_each_way_to_measure_at_the_features_takes_chunks(settings: dict[str, Any]) -> None:
+    """The same steps with whole logits: weights, and gradients at the features and the head."""
+    found = []
+    for function in (plain, lambda h, w, b, y: cross_entropy_in_chunks(h, w, y, bias=b, chunk=4)):
+        hidden, weight, _, labels = problem(torch.float64, bias=False)
+        balancer = Balancer(("a", "b"), InverseGradNorm(), **settings)
+        ids = torch.tensor([0, 1, 1])
+        for _ in range(3):
+            hidden.grad = weight.grad = None
+            losses = partial(function, w=weight, b=None, y=labels)
+            balancer(hidden * 1.0, losses, task_ids=ids, mask=labels != -100).backward()
+        found.append([torch.tensor([*balancer.report.weights.values()]), hidden.grad, weight.grad])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_shared_layer_in_chunks_is_refused_with_another_way(tmp_path: Path) -> None:
     trainer = Trainer(llama(), arguments(tmp_path, 1), train_dataset=table(), data_collator=padded)
+    balancer = Balancer(DOMAINS, InverseGradNorm(), probe=SharedLayerProbe())
+    message = r"SharedLayerProbe.* needs the logits\. ParameterProbe\(parameters=lambda: "
     with pytest.raises(ValueError, match=message):
-        balance_by_column(trainer, Balancer(DOMAINS, InverseGradNorm(), probe=probe), chunk=8)
+        balance_by_column(trainer, balancer, chunk=8)
 
 
 def test_logits_that_the_model_changes_are_refused(tmp_path: Path) -> None:

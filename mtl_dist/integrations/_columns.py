@@ -14,8 +14,8 @@ TASK_IDS = "mtl_dist_task_ids"  # key of the task ids in a batch
 class ColumnCollator:
     """A collator that takes one column out of the rows, and adds task ids to the batch.
 
-    They have the shape `[B]`, one for each row; or `[B, T]`, one for each token, where rows are packed or the
-    inner collator puts all rows into one.
+    They have the shape `[B]`, one for each row (or pair of answers); or `[B, T]`, one for each token, where
+    rows are packed or the inner collator puts all rows into one.
 
     Args:
         inner: the collator of the trainer.
@@ -83,7 +83,8 @@ def _placed(found: Sequence[int | list[int]], rows: Sequence[Any], batch: Mappin
     tokens = batch.get("input_ids")
     shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else (len(rows),)
     whole = [one for one in found if isinstance(one, int)]
-    if len(whole) == len(rows) == shape[0]:
+    of_pairs = "chosen_ids" in rows[0]  # a batch of DPO has two sequences for each row
+    if len(whole) == len(rows) and (of_pairs or len(rows) == shape[0]):
         return torch.tensor(whole)
     spread = [
         [one] * len(row["input_ids"]) if isinstance(one, int) else one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -99,7 +101,33 @@ def attach_to_fabric(balancer: Balancer, fabric: Any, name: str, late: bool, gro
     callbacks = fabric._callbacks  # no public way to add one after construction
     callbacks[:] = [one for one in callbacks if not (isinstance(one, FabricHooks) and one.name == name)]
     callbacks.append(FabricHooks(balancer, fabric, name, late))
+    _keep_states(fabric)
     balancer.set_group(group if balancer.group is None else balancer.group)
+
+
+def _keep_states(fabric: Any) -> None:
+    """`fabric.save` and `load` take the states of attached balancers too, for which Fabric has no hook."""
+    for method in ("save", "load"):
+        if method not in vars(fabric):
+            setattr(fabric, method, _with_states(ref(fabric), getattr(type(fabric), method)))
+
+
+def _with_states(fabric: ref[Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(inner)
+    def with_states(path: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(state, dict):
+            return inner(fabric(), path, state, *args, **kwargs)
+        given = [id(value) for value in state.values()]
+        found = {f"mtl_dist/{hooks.name}": hooks.balancer for hooks in _hooks(fabric())}
+        own = {key: one for key, one in found.items() if one is not None and id(one) not in given}
+        state |= own  # a copy would not receive what `load` writes into it
+        try:
+            return inner(fabric(), path, state, *args, **kwargs)
+        finally:
+            for key in own:
+                del state[key]
+
+    return with_states
 
 
 def detach_from_fabric(balancer: Balancer | str, fabric: Any) -> None:

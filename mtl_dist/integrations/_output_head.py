@@ -9,6 +9,7 @@ from torch import nn
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import is_partitioned, is_sharded
 from mtl_dist.integrations._fused_head import is_sft
+from mtl_dist.integrations._pairs import is_dpo
 from mtl_dist.integrations._row_losses import RowLosses
 
 # settings with which models change their logits after the head; None, 0 and 1 leave them
@@ -51,14 +52,19 @@ def check_chunked(trainer: Any, model: Any, balancer: Balancer, rows: RowLosses)
         reason = f"{type(model).__name__} is no causal language model"
     elif is_sft(trainer):
         reason = "SFTTrainer has chunks of its own, for rules that read losses"
+    elif is_dpo(trainer):
+        reason = "DPOTrainer has chunks of its own"
     elif type(head) is not nn.Linear:
         reason = f"the output head is a {type(head).__name__}, which is more than a weight and a bias"
     elif changed:
         reason = f"the model changes its logits after the head ({', '.join(changed)})"
     elif getattr(config, "output_router_logits", False):
         reason = "the loss of the router is computed behind the head"
-    elif balancer.measures and (balancer.probe.takes_layers or not balancer.probe.at_features):
-        reason = f"{balancer.probe!r} does not measure at the input of the head; FeatureProbe() does"
+    elif balancer.measures and balancer.probe.takes_layers:
+        reason = (
+            f"{balancer.probe!r} needs the logits. ParameterProbe(parameters=lambda: [model.lm_head.weight]) "
+            "measures the weight of the head in chunks too"
+        )
     if reason:
         raise ValueError(f"chunk=: {reason}. {_REMEDY}")
 

@@ -88,6 +88,12 @@ class RowLosses:
             return Targets(labels, ids, labels != IGNORED)
         return Targets(labels, ids, torch.ones(len(labels), dtype=torch.bool, device=labels.device))
 
+    def counts(self, batch: Mapping[str, Any], num_tasks: int) -> Tensor:
+        """`[n]`, number of labels of each task that count; zeros for a batch without labels."""
+        if batch.get("labels") is None:
+            return torch.zeros(num_tasks)
+        return self.targets(batch).counts(num_tasks)
+
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         """`[B, T]` or `[B]`, float32: the loss of every token or row; 0 where the label does not count."""
         labels = targets.labels.to(logits.device)

@@ -1,4 +1,4 @@
-"""HF Trainer and TRL's SFTTrainer: tasks are the values of a column of the data set.
+"""HF Trainer, TRL's SFTTrainer and DPOTrainer: tasks are the values of a column of the data set.
 
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(...), args, train_dataset=table)
     balancer = Balancer(["code", "prose"], InverseGradNorm())
@@ -29,9 +29,11 @@ from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
 from mtl_dist.integrations._output_head import check_chunked, output_head, whole_head
+from mtl_dist.integrations._pairs import Pairs, check_pairs, count_pairs, is_dpo
 from mtl_dist.integrations._row_losses import IGNORED, RowLosses, Targets
 from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
 from mtl_dist.losses import Called, cross_entropy_in_chunks
+from mtl_dist.probes import ParameterProbe
 from mtl_dist.sync import all_reduce_sum, collective_device
 
 
@@ -58,16 +60,19 @@ def balance_by_column(
     to two of them), or at parameters (`ParameterProbe()`). A head that is tied to the embeddings counts with
     its own use, and one with LoRA with its base layer.
 
+    With TRL's `DPOTrainer`, there is one loss for each pair of answers, and gradients are measured at the
+    log-probabilities of the answers, or at parameters.
+
     Args:
         trainer: a `Trainer` of a causal or masked language model, or of a model for sequence or token
-            classification; or TRL's `SFTTrainer`. PEFT models too.
+            classification; or TRL's `SFTTrainer` or `DPOTrainer`. PEFT models too.
         balancer: its tasks are the values of the column. It is not a part of the model; the trainer holds it.
         column: of the training data set. Evaluations of data sets without it are as before.
         dataset: the training data set as it was given to the trainer, where `SFTTrainer` packs it: packing
             drops the column, so it is found again.
         chunk: for a causal language model with a large vocabulary: the number of tokens whose logits exist at
-            a time in training. Gradients are then measured at the input of the output head (`FeatureProbe`).
-            None: the model makes all logits.
+            a time in training. Gradients are then measured at the input of the output head (`FeatureProbe`,
+            `FeatureTap`), or at parameters (`ParameterProbe`). None: the model makes all logits.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -81,6 +86,9 @@ def balance_by_column(
     _check(trainer)
     model = base_model(trainer.model)
     rows = RowLosses.of(model)
+    pairs = is_dpo(trainer)
+    if pairs:
+        check_pairs(trainer, balancer)
     if dataset is not None:
         trainer.train_dataset = repacked(trainer, dataset, column, balancer.tasks)
     _check_column(trainer, column)
@@ -90,10 +98,13 @@ def balance_by_column(
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
     evaluates_as_before(trainer, own_flag)
     _keeps_column(trainer, column, balancer)
-    step_counts = _StepCounts(rows, balancer)
+    step_counts = _StepCounts(count_pairs if pairs else rows.counts, balancer)
     _reads_ahead(trainer, step_counts)
     facts = accelerate.engine_of(trainer.accelerator, trainer.args.gradient_accumulation_steps)
     balancer.set_engine(replace(facts, counts=step_counts))
+    if pairs:
+        Pairs(trainer, model, balancer).install()
+        return balancer
     forward = _Forward(model, balancer, rows, chunk)
     if is_sft(trainer):
         forward.fused = FusedHead(trainer)
@@ -174,10 +185,16 @@ class _Forward:
                 hidden, head.weight, targets.labels, bias=head.bias, ignored=IGNORED, chunk=chunk
             )
 
-        ids, mask = targets.task_ids, targets.mask
-        if self._balancer.measures:
-            return CausalLMOutput(loss=self._balancer(hidden, losses, task_ids=ids, mask=mask))
-        return CausalLMOutput(loss=self._balance_losses(losses(hidden), targets))
+        ids, mask, balancer = targets.task_ids, targets.mask, self._balancer
+        if isinstance(balancer.probe, ParameterProbe):  # it counts the head too, which lies behind `hidden`
+            wanted = balancer.probe.parameters
+            trained = [p for p in self._model.parameters() if p.requires_grad] if wanted is None else wanted()
+            total = balancer(losses(hidden), task_ids=ids, mask=mask, parameters=trained)
+        elif balancer.measures:
+            total = balancer(hidden, losses, task_ids=ids, mask=mask)
+        else:
+            total = self._balance_losses(losses(hidden), targets)
+        return CausalLMOutput(loss=total)
 
     def _balance(self, logits: Tensor, targets: Targets) -> Tensor:
         """The balancer's scalar, with the gradients where the probe measures."""
@@ -227,8 +244,8 @@ def _numbers(tensor: Tensor) -> Any:
 class _StepCounts:
     """`Engine.counts`: the count of each task in the running step, over ranks, per micro-batch."""
 
-    def __init__(self, rows: RowLosses, balancer: Balancer) -> None:
-        self._rows, self._balancer = rows, balancer
+    def __init__(self, count: Callable[[Mapping[str, Any], int], Tensor], balancer: Balancer) -> None:
+        self._count, self._balancer = count, balancer
         self._counts: Tensor | None = None
 
     def read(self, batches: list[Any]) -> None:
@@ -237,8 +254,8 @@ class _StepCounts:
         device = collective_device(group)
         counts = torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         for batch in batches:
-            if isinstance(batch, Mapping) and TASK_IDS in batch and batch.get("labels") is not None:
-                counts += self._rows.targets(batch).counts(n).to(counts)
+            if isinstance(batch, Mapping) and TASK_IDS in batch:
+                counts += self._count(batch, n).to(counts)
         self._counts = all_reduce_sum(counts, group) / max(1, len(batches))
 
     def __call__(self) -> Tensor:
@@ -263,10 +280,10 @@ def _check(trainer: Any) -> None:
             "train(): give the trainer a model"
         )
     own = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-    if own.__module__.startswith("trl.") and not is_sft(trainer):
+    if own.__module__.startswith("trl.") and not (is_sft(trainer) or is_dpo(trainer)):
         raise TypeError(
-            f"balance_by_column knows the losses of Trainer and SFTTrainer, and {own.__name__} has its own, "
-            "of pairs or groups of answers: train it without a balancer, or write its compute_loss with "
+            "balance_by_column knows the losses of Trainer, SFTTrainer and DPOTrainer, and "
+            f"{own.__name__} has its own: train it without a balancer, or write its compute_loss with "
             "balancer(losses, task_ids=...)"
         )
     if trainer.args.use_liger_kernel:

@@ -8,8 +8,8 @@ The balancer then knows when an optimizer step follows (also at the end of an ep
 which steps the loss scaler skipped, and the loss scale. Its state is in Lightning's checkpoints, and its rows
 in the trainer's loggers. `lightning` and `pytorch_lightning` both work.
 
-With Fabric, call `attach(model.balancer, fabric)` first; `fabric.save(path, {..., "balancer": balancer})`
-keeps its state. The loop is yours, so windows count calls, and a step inside a window is refused.
+With Fabric, call `attach(model.balancer, fabric)` first; `fabric.save` and `fabric.load` then have its state
+too. The loop is yours, so windows count calls, and a step inside a window is refused.
 """
 
 from __future__ import annotations

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.loss import loss_for_object_detection
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
+
+# loss functions of transformers whose divisors are those of DETR
+_DETR = ("ForObjectDetectionLoss", "ForSegmentationLoss")
 
 
 def balance_loss_dict(
@@ -20,6 +25,7 @@ def balance_loss_dict(
     balancer: Balancer,
     *,
     parameters: nn.Module | Tensor | Iterable[Tensor] | None = None,
+    counts: Callable[..., Mapping[str, Any]] | None = None,
     name: str = "balancer",
     eval_weights: Weights | None = None,
 ) -> Balancer:
@@ -31,10 +37,17 @@ def balance_loss_dict(
 
     In evaluation the model computes its own total, and each task's loss is logged beside it.
 
+    DETR's own losses on W ranks are not those of one process: that of the classes is divided by a number of
+    the rank, and those of the boxes are W times too large (transformers 5.23). Here, both are means over this
+    rank with their counts, and ranks equal one process.
+
     Args:
         trainer: its model has a `loss_function` that returns `(loss, loss_dict, ...)`.
         balancer: its tasks are names in `loss_dict`. It is not a part of the model; the trainer holds it.
         parameters: where rules that read gradients measure them.
+        counts: called with what the loss function is called with; returns, by task, what each loss was
+            divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is
+            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -59,24 +72,60 @@ def balance_loss_dict(
         )
     if parameters is not None and not isinstance(parameters, (nn.Module, Tensor)):
         parameters = list(parameters)
+    if counts is None and getattr(inner, "__name__", "") in _DETR:
+        counts = partial(_of_detr, balancer.tasks, model.config.eos_coefficient)
+        by_rank = partial(_by_boxes_of_this_rank, inner)
+    else:
+        by_rank = inner
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
     evaluates_as_before(trainer, own_flag)
 
     @wraps(inner)
     def loss_function(*args: Any, **kwargs: Any) -> Any:
-        found = inner(*args, **kwargs)
+        trains = model.training and torch.is_grad_enabled()
+        found = by_rank(*args, **kwargs) if trains else inner(*args, **kwargs)
         if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
             raise TypeError(
                 f"balance_loss_dict: the loss function of {type(model).__name__} returned no dictionary of "
                 "losses beside the total: call the balancer in the model's forward"
             )
         balancer.train(model.training)
-        if model.training and torch.is_grad_enabled():
-            return (balancer(found[1], parameters=parameters), *found[1:])
+        divided: dict[str, Any] = dict.fromkeys(balancer.tasks, 1)
+        if counts is not None:
+            divided |= counts(*args, **kwargs)
+        if trains:
+            return (balancer(found[1], counts=divided, parameters=parameters), *found[1:])
         with torch.no_grad():
-            balancer(found[1])
+            balancer(by_rank(*args, **kwargs)[1], counts=divided)
         return found
 
     model.loss_function = loss_function
     return balancer
+
+
+def _of_detr(
+    tasks: Sequence[str],
+    no_object: float,
+    logits: Tensor,
+    labels: Sequence[Mapping[str, Any]],
+    *_: Any,
+    **__: Any,
+) -> dict[str, float]:
+    """What DETR's losses are divided by: boxes, and for classes also the weights of queries without a box."""
+    batch, queries = logits.shape[:2]
+    boxes = sum(len(one["class_labels"]) for one in labels)
+    matched = sum(min(queries, len(one["class_labels"])) for one in labels)
+    of_classes = matched + no_object * (batch * queries - matched)
+    return {task: of_classes if task.startswith("loss_ce") else boxes for task in tasks}  # auxiliary ones too
+
+
+def _by_boxes_of_this_rank(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """DETR's loss function, whose division by the boxes of all ranks is the balancer's here."""
+    own = loss_for_object_detection.reduce
+    # it is divided by the number of ranks afterwards
+    loss_for_object_detection.reduce = lambda boxes: boxes * PartialState().num_processes
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        loss_for_object_detection.reduce = own

@@ -43,11 +43,13 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Residual trunk, three heads; the features are given as a function if `lazy`."""
+    """Residual trunk, three heads; `lazy`: the features are a function; `given`: losses and `parameters=`."""
 
-    def __init__(self, balancer: Balancer, *, lazy: bool = False, checkpointed: bool = False) -> None:
+    def __init__(
+        self, balancer: Balancer, *, lazy: bool = False, given: bool = False, checkpointed: bool = False
+    ) -> None:
         super().__init__()
-        self.balancer, self.lazy, self.checkpointed = balancer, lazy, checkpointed
+        self.balancer, self.lazy, self.given, self.checkpointed = balancer, lazy, given, checkpointed
         self.trunk = nn.Sequential(nn.Linear(6, WIDTH), Block(), Block())
         self.heads = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in TASKS)
 
@@ -65,6 +67,9 @@ class Net(nn.Module):
         # the last task has no sample on the last rank, which evaluates its head all the same
         counts = dict.fromkeys(TASKS, len(x))
         counts[TASKS[-1]] *= RANK < WORLD_SIZE - 1
+        if self.given:
+            losses = {task: head(features) for task, head in self.losses(y).items()}
+            return self.balancer(losses, counts=counts, parameters=self.trunk)
         return self.balancer(features, self.losses(y), counts=counts)
 
 
@@ -211,6 +216,7 @@ def torch_cells() -> None:
     run("ddp, static_graph", SMALL, ddp(static_graph=True))
     run("ddp, gradient_as_bucket_view", SMALL, ddp(gradient_as_bucket_view=True))
     run("ddp, checkpointed", SMALL, ddp(), checkpointed=True)
+    run("ddp, given", EXACT, ddp(), given=True)
     run("ddp, evaluated again", ParameterProbe(reevaluate=True, bucket=WIDTH), ddp(), lazy=True)
     for units in ("layers", "trunk", "heads in the root", "root only", "later layers in the root"):
         run(f"fsdp2 {units}", EXACT, fsdp2(units))
@@ -221,6 +227,8 @@ def torch_cells() -> None:
     with pytest.raises(RuntimeError, match="Shard the trunk's blocks as units of their own"):
         run("hidden unit", SMALL, fsdp2("heads in the root", reshard_after_forward=False))
     run("fsdp2 layers, checkpointed", SMALL, fsdp2("layers"), checkpointed=True)
+    with pytest.raises(ValueError, match="parameters= holds parameters that FSDP2 shards"):
+        run("given", EXACT, fsdp2("layers"), given=True)
 
 
 def few_cells() -> None:
@@ -233,8 +241,11 @@ def deepspeed_cells() -> None:
     for stage in range(3):
         run(f"zero-{stage}", EXACT, zero(stage))
         run(f"zero-{stage}, small buckets", SMALL, zero(stage))
+        run(f"zero-{stage}, given", EXACT, zero(stage), given=True)
     run("zero-3", EXACT, zero(3), lazy=True)
     run("zero-3, small buckets", SMALL, zero(3), lazy=True)
+    with pytest.raises(ValueError, match="parameters= holds parameters that ZeRO-3 shards"):
+        run("given", EXACT, zero(3), given=True)
 
 
 def main() -> None:

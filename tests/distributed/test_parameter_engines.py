@@ -14,6 +14,7 @@ DDP = [
     ", static_graph",
     ", gradient_as_bucket_view",
     ", checkpointed",
+    ", given",
     ", evaluated again",
 ]
 UNITS = ("layers", "trunk", "heads in the root", "root only", "later layers in the root")
@@ -31,7 +32,8 @@ def cells(family: str) -> set[str]:
         return {*(f"ddp{case}" for case in DDP), *(f"fsdp2{case}" for case in FSDP2)}
     if family == "few":
         return {"ddp", "ddp, small buckets", "fsdp2 layers, small buckets"}
-    return {f"zero-{stage}{case}" for stage in range(4) for case in ("", ", small buckets")}
+    found = {f"zero-{stage}{case}" for stage in range(4) for case in ("", ", small buckets")}
+    return found | {f"zero-{stage}, given" for stage in range(3)}
 
 
 def check(num_processes: int, family: str, timeout: float) -> None:

@@ -48,7 +48,6 @@ def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
     if rule is not None:
         attach(net.balancer, fabric)  # +
-        state["balancer"] = net.balancer
     file = folder.with_suffix(".ckpt")
     if resume:
         fabric.load(file, state)

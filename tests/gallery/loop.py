@@ -64,3 +64,10 @@ def train_loop(
 def generator(seed: int = 1) -> torch.Generator:
     """For the data, which every rank draws as a whole."""
     return torch.Generator().manual_seed(seed)
+
+
+def group_norms(net: nn.Module) -> None:
+    """Puts group normalisation in the place of batch normalisation, whose statistics are of one rank."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            net.set_submodule(name, nn.GroupNorm(1, module.num_features))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -18,29 +18,28 @@ from tests.gallery.causal_lm import DOMAINS, arguments, config, table
 from tests.gallery.run import flat
 
 PLAIN, RULE = TokenShare(), KeepNorm(MGDA(), like="tokens")
-LINES = 4
+LINES = 3
 PACKING: dict[str, Any] = {"packing": True, "max_length": 16}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<eos>": 1, **{f"w{k}": k for k in range(2, 40)}}
     model = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<eos>")
 
 
-def settings(folder: Path, steps: int, **others: Any) -> SFTConfig:
+def trl_settings(folder: Path, steps: int) -> dict[str, Any]:
+    """Those of `arguments` that are not defaults, for the configurations of TRL."""
     args = arguments(folder, steps)
     names = ("max_steps", "save_steps", "logging_steps", "optim", "report_to", "learning_rate", "use_cpu")
-    names += (
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "per_device_train_batch_size",
-        "disable_tqdm",
-        "data_seed",
-    )
-    names += ("gradient_accumulation_steps", "dataloader_pin_memory", "ddp_backend")
-    same = {name: getattr(args, name) for name in names}
-    return SFTConfig(str(folder), bf16=False, **{**same, **PACKING, **others})
+    names += ("lr_scheduler_type", "max_grad_norm", "per_device_train_batch_size", "disable_tqdm")
+    names += ("data_seed", "gradient_accumulation_steps", "dataloader_pin_memory", "ddp_backend")
+    return {name: getattr(args, name) for name in names}
+
+
+def settings(folder: Path, steps: int, **others: Any) -> SFTConfig:
+    return SFTConfig(str(folder), bf16=False, **{**trl_settings(folder, steps), **PACKING, **others})
 
 
 def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str, Any]:

@@ -337,11 +337,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_trainer_of_trl_with_another_loss_is_refused() -> None:
-    kind = type("DPOTrainer", (), {"__module__": "trl.trainer.dpo_trainer", "compute_loss": print})
+    kind = type("GRPOTrainer", (), {"__module__": "trl.trainer.grpo_trainer", "compute_loss": print})
     trainer = kind()
     trainer.model, trainer.model_init, trainer.args = llama(), None, SimpleNamespace(use_liger_kernel=False)
-    with pytest.raises(TypeError, match="Trainer and SFTTrainer, and DPOTrainer has its own"):
+    with pytest.raises(TypeError, match="Trainer, SFTTrainer and DPOTrainer, and GRPOTrainer has its own"):
         balance_by_column(trainer, Balancer(DOMAINS, TokenShare()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "probe", "message"),
+    [
+        ({"loss_types": ["ipo"]}, None, r"knows the loss of DPO itself, with loss_type=\['sigmoid'\], got"),
+        ({"ld_alpha": 0.5}, None, "with ld_alpha=None, got 0.5: set it so"),
+        ({"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}, None, "router_aux_loss_coef=0.0, got 0.1"),
+        ({}, SharedLayerProbe(), "SharedLayerProbe.*: DPOTrainer never makes logits"),
+    ],
+)
+def test_other_losses_of_pairs_are_refused(settings: dict[str, Any], probe: Any, message: str) -> None:
+    """The training itself is tests/gallery/dpo.py, which needs TRL."""
+    kind = type("DPOTrainer", (), {"__module__": "trl.trainer.dpo_trainer", "compute_loss": print})
+    trainer = kind()
+    known = {"loss_types": ["sigmoid"], "f_divergence_type": "reverse_kl", "ld_alpha": None}
+    known |= {"use_weighting": False, "aux_loss_enabled": False, "router_aux_loss_coef": 0.0}
+    vars(trainer).update(known | settings)
+    trainer.model, trainer.model_init, trainer.args = llama(), None, SimpleNamespace(use_liger_kernel=False)
+    with pytest.raises(ValueError, match=message):
+        balance_by_column(trainer, Balancer(DOMAINS, MGDA(), probe=probe))
 
 
 def test_a_head_whose_output_is_changed_is_refused(tmp_path: Path) -> None:
