@@ -72,11 +72,13 @@ class Net(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Callable[[Tensor], Tensor]]:
         """Every head is evaluated on every rank, on no row where there is no sample."""
         return {
-            "number": lambda z: 0.5 * F.mse_loss(self.heads[0](z).float().squeeze(-1), batch.numbers) + 0.3,
+            "number": lambda z: (
+                0.5 * F.mse_loss(self.heads[0](z).float().squeeze(-1), batch.numbers.float()) + 0.3
+            ),
             "class": lambda z: F.cross_entropy(
                 self.heads[1](z[batch.has_class]).float(), batch.classes[batch.has_class]
             ),
-            "vector": lambda z: 2 * F.mse_loss(self.heads[2](z).float(), batch.inputs[:, :5]),
+            "vector": lambda z: 2 * F.mse_loss(self.heads[2](z).float(), batch.inputs[:, :5].float()),
         }
 
     def counts(self, batch: Batch) -> dict[str, float | Tensor] | None:
