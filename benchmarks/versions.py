@@ -1,10 +1,10 @@
-"""Which versions of torch, Accelerate, DeepSpeed and transformers the library works with. Behind launch/versions.sh.
+"""Which versions of torch and its neighbours the library works with. Behind launch/versions.sh.
 
     python benchmarks/versions.py [--only VERSION ...] [--parts PART ...] [--remove] [--out FOLDER]
 
-Each version has an environment of its own, made once: torch, and the newest of the others from before the next
-torch appeared. The oldest has exactly the lower bounds of pyproject.toml. Each part is a selection of the tests,
-run by the environment's Python. Results go to `versions.json`, which keeps what is not run again, and
+Each version has an environment of its own, made once: torch, and the newest of the others from before the
+next torch appeared. The oldest has exactly the lower bounds of pyproject.toml. Each part is a selection of
+the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again, and
 `versions.md`. Needs the standard library only; an environment is about 7 GB where torch comes with CUDA.
 """
 
@@ -233,9 +233,9 @@ def page(results: dict[str, Any]) -> str:
     ]
     parts = [
         "# Versions",
-        f"Tests that passed with each torch, and the newest of the others before the next torch appeared. The "
-        f"first row has exactly the lower bounds of pyproject.toml. {platform.machine()}, CPU, 2 processes "
-        "where there are ranks. Made by `bash launch/versions.sh`.",
+        "Tests that passed with each torch, and the newest of the others before the next torch appeared. "
+        f"The first row has exactly the lower bounds of pyproject.toml. {platform.machine()}, CPU, 2 "
+        "processes where there are ranks. Made by `bash launch/versions.sh`.",
         table(results),
         "## What each column runs",
         selections,

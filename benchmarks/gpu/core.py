@@ -24,7 +24,7 @@ from mtl_dist.weighting import MGDA, InverseGradNorm, InverseLoss, Smooth
 
 CPU = torch.device("cpu")
 STEPS = 4
-EXACT = 1e-7  # float64 on two devices: their sums have other orders, and a rule may divide by a small number
+EXACT = 1e-9  # float64; a batch in another order moves no result by more than 5e-16
 PROBES: dict[str, Callable[[], Probe]] = {
     "FeatureProbe": FeatureProbe,
     "FeatureProbe(reevaluate=True)": partial(FeatureProbe, reevaluate=True),
@@ -154,7 +154,8 @@ def nan_is_an_error(device: torch.device, lag: int) -> Found:
             net(x, labels).backward()
             wait(device)
         except ValueError as error:
-            assert "number" in str(error), error
+            if "number" not in str(error):
+                raise
             return {"calls": calls}
     raise AssertionError("three steps with a NaN raised no error")
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def device() -> torch.device:
 
 def facts() -> dict[str, Any]:
     """Everything that JSON can hold about this machine."""
-    found = {**host_facts(), "platform": platform.platform(), "packages": _packages()}
+    found = {**host_facts(), "platform": platform.platform(), "commit": _commit(), "packages": _packages()}
     if not torch.cuda.is_available():
         return {**found, "gpus": []}
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -57,6 +58,13 @@ def _packages() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return "unknown"
 
 
 def _nccl() -> str:

@@ -1,14 +1,16 @@
 """Part `models`: what a balanced step costs on transformers of 10 million to a billion parameters.
 
-All variants share one model, whose balancer is exchanged, so that a billion parameters are there once. In each
-round every variant takes two steps, in an order that changes; the second one counts. "time" is the median over
-rounds of its time over that of the plain step in the same round. With several GPUs the model is under DDP.
+All variants share one model, whose balancer is exchanged, so that a billion parameters are there once. In
+each round every variant takes two steps, in an order that changes; the second one counts. "time" is the
+median over rounds of its time over that of the plain step in the same round. With several GPUs the model is
+under DDP.
 """
 
 from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -201,8 +203,14 @@ class Bench:
         return step
 
 
-def measure(size: Size, device: torch.device, variants: list[str]) -> dict[str, Found]:
+def measure(size: Size, device: torch.device, variants: list[str], until: float) -> dict[str, Found]:
     """Time, memory, operators and host reads of every variant of one model.
+
+    Args:
+        size: of the model.
+        device: of this rank.
+        variants: their names, the plain step first.
+        until: when no further round is begun, but for the first two.
 
     Raises:
         CannotRun: the device has too little memory, even for the plain step.
@@ -224,7 +232,9 @@ def measure(size: Size, device: torch.device, variants: list[str]) -> dict[str, 
             if name == PLAIN:
                 raise CannotRun(f"the plain step: {reason}") from error
     order, times = random.Random(0), {name: [] for name in steps}
-    for _ in range(size.rounds):
+    for number in range(size.rounds):
+        if number >= 2 and _anyone(time.monotonic() > until, device):
+            break
         for name in order.sample(list(steps), len(steps)):
             if dist.is_initialized():
                 dist.barrier()
@@ -240,6 +250,15 @@ def measure(size: Size, device: torch.device, variants: list[str]) -> dict[str, 
             "collectives": counts.collectives,
         }
     return found
+
+
+def _anyone(late: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    if not dist.is_initialized():
+        return late
+    flag = torch.tensor(float(late), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)
 
 
 def summary(mine: list[float], plain: list[float]) -> Found:
@@ -259,7 +278,7 @@ def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
     for name, size in parts(brief=brief):
 
         def one(size: Size = size) -> Found:
-            found = measure(size, device, list(VARIANTS))
+            found = measure(size, device, list(VARIANTS), record.until)
             return {"parameters": size.parameters, "variants": found}
 
         record.run(name, one)

@@ -1,8 +1,8 @@
 """Part `syncs`: how often a step makes the host wait for the device, for every rule and probe.
 
 With `lag=1` never: `torch.cuda.set_sync_debug_mode("error")` surrounds whole training steps. With `lag=0` the
-waits are counted; rules whose problem is solved on the host wait once. On a CPU nothing waits; there the reads
-are counted that would.
+waits are counted; rules whose problem is solved on the host wait once. On a CPU nothing waits; there the
+reads are counted that would.
 """
 
 from __future__ import annotations

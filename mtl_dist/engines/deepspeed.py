@@ -45,7 +45,7 @@ def deepspeed_loss_scaler(optimizer: Callable[[], Any]) -> Callable[[Tensor], Te
 def _manages_accumulation(engine: Any) -> bool:
     """Whether the engine knows the last micro-batch of a step before `step()`.
 
-    Newer engines let the caller manage the accumulation instead; older ones (DeepSpeed 0.18) cannot be told to.
+    Newer engines can leave the accumulation to the caller; those of DeepSpeed 0.18 cannot.
     """
     ask = getattr(engine, "managed_gradient_accumulation", None)
     return ask is None or bool(ask())
