@@ -24,12 +24,10 @@ def deepspeed_facts(engine: Any) -> Engine:
             "DeepSpeed's torch_autocast in float16 does not report the steps that its gradient scaler skips: "
             'use "dtype": "bfloat16" there, or the "fp16" section instead of "torch_autocast"'
         )
-    managed = engine.managed_gradient_accumulation()
     return Engine(
         accumulation=engine.gradient_accumulation_steps(),
         partitioned=engine.zero_optimization_partition_weights(),
-        # if the caller manages the accumulation, the engine knows the boundary only at step()
-        closes_window=engine.is_gradient_accumulation_boundary if managed else None,
+        closes_window=engine.is_gradient_accumulation_boundary if _manages_accumulation(engine) else None,
         skipped=_skip_detector(engine),
         scaled=deepspeed_loss_scaler(lambda: engine.optimizer) if engine.fp16_enabled() else None,
     )
@@ -42,6 +40,15 @@ def deepspeed_loss_scaler(optimizer: Callable[[], Any]) -> Callable[[Tensor], Te
         optimizer: gives DeepSpeed's optimizer, which may be made later, or made anew.
     """
     return lambda value: value * float(optimizer().loss_scale)
+
+
+def _manages_accumulation(engine: Any) -> bool:
+    """Whether the engine knows the last micro-batch of a step before `step()`.
+
+    Newer engines can leave the accumulation to the caller; those of DeepSpeed 0.18 cannot.
+    """
+    ask = getattr(engine, "managed_gradient_accumulation", None)
+    return ask is None or bool(ask())
 
 
 def _skip_detector(engine: Any) -> Callable[[], bool]:

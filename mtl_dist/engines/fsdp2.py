@@ -82,16 +82,16 @@ class Units:
 def find_units(losses: Sequence[Tensor], features: Sequence[Tensor]) -> Units | None:
     """The units in the graph of some losses; None where there are none.
 
-    FSDP2 has no public way to find them. Where its insides have other names (torch < 2.13), they are left
-    alone, and a warning says so.
+    FSDP2 has no public way to find them. Where its insides have other names than in torch 2.9 to 2.14, they
+    are left alone, and a warning says so.
 
     Args:
         losses: of the heads.
         features: what the heads read, the leaves where gradients are taken.
     """
     ends = [leaf.grad_fn for leaf in features if leaf.grad_fn is not None]
-    in_heads = _groups(losses, ends)
     try:
+        in_heads = _groups(losses, ends)
         return _all_units(in_heads, in_heads or _groups(features, ()))
     except AttributeError as error:
         _LOGGER.warning(
@@ -104,19 +104,27 @@ def find_units(losses: Sequence[Tensor], features: Sequence[Tensor]) -> Units | 
 
 
 def _groups(outputs: Sequence[Tensor], ends: Sequence[Any]) -> tuple[Any, ...]:
-    found = (getattr(node, "param_group", None) for output in outputs for node in nodes(output, ends))
-    return tuple({id(group): group for group in found if group is not None}.values())
+    behind = (node for output in outputs for node in nodes(output, ends))
+    found = [node.param_group for node in behind if node.name() == UNIT_NODE]  # type: ignore[attr-defined]
+    return tuple({id(group): group for group in found}.values())
 
 
 def _all_units(in_heads: tuple[Any, ...], known: tuple[Any, ...]) -> Units | None:
     if not known:
         return None
     context = known[0].modules[0]._get_fsdp_state()._state_ctx
-    groups = tuple(group for state in context.all_states for group in state._fsdp_param_groups)
+    groups = tuple(group for state in context.all_states for group in _groups_of(state))
     fits = sum(map(_size, in_heads)) <= max(map(_size, groups))
     units = Units(context, groups, in_heads if fits else ())
     with units.undisturbed(None):  # if an attribute is missing, the error comes here
         return units
+
+
+def _groups_of(state: Any) -> tuple[Any, ...]:
+    """The groups of one module: any number since torch 2.12, one or None before."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return tuple(state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
 def _size(group: Any) -> int:

@@ -93,7 +93,7 @@ def _check(trainer: Trainer) -> None:
             f"{given} replaces the loss that the model returns, which is the balancer's scalar: compute "
             "the tasks' losses in the model's forward, and return the balancer's scalar as the loss"
         )
-    if trainer.loss_is_scaled_for_ga:
+    if getattr(trainer, "loss_is_scaled_for_ga", None):  # not before transformers 5.20 or so
         raise ValueError(
             "loss_is_scaled_for_ga=True, but the balancer's scalar is a mean over one micro-batch, which "
             "Trainer must divide by the accumulation steps: set it to None"

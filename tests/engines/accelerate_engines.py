@@ -9,15 +9,26 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
-from adapters import deepspeed_config, deepspeed_facts, deepspeed_parameters, full
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+)
+from adapters import LOSS_SCALE, deepspeed_config, deepspeed_facts, deepspeed_parameters, full
 from cells import Cell
+from ranks import BACKENDS
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from toy import DEVICE
 
-KINDS = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP}
+ON_CPU = DEVICE.type == "cpu"
+KINDS = {
+    "ddp": DistributedType.MULTI_CPU if ON_CPU else DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
+}
 
 
 def make_accelerator(cell: Cell) -> Accelerator:
@@ -26,22 +37,23 @@ def make_accelerator(cell: Cell) -> Accelerator:
     GradientState._reset_state()
     engine = cell.engine.removeprefix("accelerate ")
     options: dict[str, Any] = {
-        "mixed_precision": "bf16" if cell.precision == "bf16" else "no",
+        "mixed_precision": cell.precision.replace("fp32", "no"),
         "gradient_accumulation_plugin": GradientAccumulationPlugin(
             num_steps=cell.accumulation, sync_with_dataloader=False
         ),
     }
     if engine.startswith("zero"):
         config = deepspeed_config(cell, int(engine[-1]))
-        options |= {
-            "deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config),
-            "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")],
-        }
+        backend = InitProcessGroupKwargs(backend=BACKENDS[DEVICE.type])
+        options |= {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config), "kwargs_handlers": [backend]}
     elif engine == "fsdp2":
-        _let_fsdp_run_on_the_cpu()
+        if ON_CPU:
+            _let_fsdp_run_on_the_cpu()
         options |= {"fsdp_plugin": _fsdp_plugin()}
     else:
-        options |= {"cpu": True}
+        options |= {"cpu": ON_CPU}
+    if cell.precision == "fp16" and not engine.startswith("zero"):
+        options["kwargs_handlers"] = [GradScalerKwargs(init_scale=LOSS_SCALE)]
     accelerator = Accelerator(**options)
     assert accelerator.num_processes == dist.get_world_size()
     assert accelerator.distributed_type == KINDS.get(engine, DistributedType.DEEPSPEED), (

@@ -16,11 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from toy import Batch, Net
+from toy import DEVICE, Batch, Net
 
 from mtl_dist import Balancer
+from mtl_dist import Engine as Facts
 
 LEARNING_RATE = 0.02
+LOSS_SCALE = 2.0**8  # of float16: small, so that no step overflows
 BACKEND = "aot_eager"  # all of compilation but the code, which takes seconds
 
 
@@ -68,16 +70,22 @@ def native(
 ) -> Engine:
     """An ordinary loop of torch; `boundary(last)` surrounds a micro-batch."""
     optimizer = sgd(net)
-    autocast = cell.precision == "bf16" and not isinstance(model, FSDPModule)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cell.precision)
+    autocast = half is not None and not isinstance(model, FSDPModule)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=LOSS_SCALE, enabled=half is torch.float16)
+    if scaler.is_enabled() and net.balancer is not None:
+        net.balancer.set_engine(Facts(scaled=scaler.scale))
 
     def step(batches: Sequence[Batch], observe: Callable[[], None]) -> None:
         for i, batch in enumerate(batches):
             with boundary(i == len(batches) - 1):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with torch.autocast(DEVICE.type, half, enabled=autocast):
                     loss = model(batch)
-                (loss / len(batches)).backward()
+                scaler.scale(loss / len(batches)).backward()
                 observe()
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
+        assert not scaler.is_enabled() or scaler.get_scale() == LOSS_SCALE, "a step overflowed"
         optimizer.zero_grad()
 
     return Engine(model, step, partial(full, net), {"class": type(model).__name__, **facts})
@@ -101,7 +109,7 @@ def fsdp2(net: Net, balancer: Balancer | None, cell: Cell) -> Engine:
     reshard = "reshard_after_forward=False" not in cell.engine
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {
-        "mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
+        "mesh": init_device_mesh(DEVICE.type, (dist.get_world_size(),)),
         "reshard_after_forward": reshard,
         **({"mp_policy": mixed} if cell.precision == "bf16" else {}),
     }
@@ -125,6 +133,7 @@ def deepspeed_config(cell: Cell, stage: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": cell.precision == "bf16"},
+        "fp16": {"enabled": cell.precision == "fp16", "loss_scale": LOSS_SCALE},
         "steps_per_print": None,
     }
 

@@ -34,7 +34,7 @@ class Cell:
         engine: one of `ENGINES`; "plain" is one process without any.
         rule: name of the rule, or "sum": the plain sum of the losses, without a balancer (the control).
         probe: "losses": `balancer(losses)`.
-        precision: "fp32" or "bf16".
+        precision: "fp32" or "bf16"; "fp16" with a loss scale, on GPUs.
         accumulation: micro-batches an optimizer step; each has its own weights.
         held: the weights are held for the window of micro-batches instead.
         checkpoint: activation checkpointing of the trunk.
@@ -175,6 +175,16 @@ def ci_matrix() -> list[Cell]:
 
 # one of each kind: hooks on parameters, freed parameters, partitioned gradients, partitioned parameters, glue
 CI_ENGINES = ("ddp", "fsdp2", "zero-2", "zero-3", "accelerate zero-2")
+
+
+def gpu_matrix() -> list[Cell]:
+    """What a machine with GPUs runs: the same, and float16 with a loss scale."""
+    half = [
+        Cell(engine, precision="fp16", **more)
+        for engine in ("plain", "ddp", "accelerate ddp", "zero-0", "zero-2", "zero-3", "accelerate zero-2")
+        for more in ({}, {"probe": "FeatureTap"}, {"lag": "given"}, {"accumulation": 4})
+    ]
+    return [*ci_matrix(), *half]
 
 
 def _options(engine: str) -> Iterator[Cell]:

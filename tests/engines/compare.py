@@ -16,6 +16,9 @@ FLOAT32 = 1e-6
 # length in every step, which the steps need not cancel. So parameters are compared together, relative to the
 # way they went, and weights relative to the largest, with a bound of 4u.
 BFLOAT16 = 4 * 2.0**-8
+# float16 has 11 bits
+FLOAT16 = 4 * 2.0**-11
+TOLERANCES = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,17 @@ class Verdict:
     seconds: float = 0.0
 
 
-def judge(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any] | None) -> Verdict:
-    """Compares all ranks' results of a cell with one process, or their errors with the refusal expected."""
+def judge(
+    cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any] | None, world_size: int = 2
+) -> Verdict:
+    """Compares all ranks' results of a cell with one process, or their errors with the refusal expected.
+
+    Args:
+        cell: what was trained.
+        ranks: what each rank found.
+        reference: what one process found.
+        world_size: how many ranks there must have been, but for plain torch.
+    """
     expected = refusal(cell)
     errors = [rank.get("error") for rank in ranks]
     if any(errors):
@@ -47,13 +59,16 @@ def judge(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any] | N
         return Verdict("failed", f"should be refused ({expected.reason}) and was not")
     if reference is None or "error" in reference:
         return Verdict("failed", f"no reference: {(reference or {}).get('error')}")
-    problem, error = difference(cell, ranks, reference)
+    problem, error = difference(cell, ranks, reference, world_size)
     return Verdict("failed" if problem else "passed", problem, error, ranks[0]["seconds"])
 
 
-def difference(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any]) -> tuple[str, float]:
+def difference(
+    cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any], world_size: int
+) -> tuple[str, float]:
     """What is wrong, if anything, and the largest relative error."""
-    world_size = 1 if cell.engine == "plain" else 2
+    if cell.engine == "plain":
+        world_size = 1
     for rank in ranks:
         if rank["facts"]["world_size"] != world_size or len(ranks) != world_size:
             return f"ran on {rank['facts']['world_size']} ranks", float("nan")
@@ -62,7 +77,7 @@ def difference(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any
     got = ranks[0]
     if reference["before"].keys() != got["before"].keys():
         return f"other parameters: {sorted(got['before'].keys() ^ reference['before'].keys())}", float("nan")
-    tolerance = FLOAT32 if cell.precision == "fp32" else BFLOAT16
+    tolerance = TOLERANCES[cell.precision]
     errors = {
         "weights": distance(reference["weights"], got["weights"]),
         **parameter_errors(cell, got, reference),

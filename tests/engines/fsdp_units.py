@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import mtl_dist.engines.fsdp2 as insides
 from mtl_dist import Balancer, FeatureProbe
 from mtl_dist.weighting import MGDA
 
@@ -96,8 +99,60 @@ def _after_a_dropped_batch(net: Net) -> float:
     return total.item() if net.balancer is None else sum(net.balancer.report.losses.values())
 
 
+def trained(*, reshard: bool, missing: str, alone: dist.ProcessGroup) -> dict[str, Any]:
+    """Largest errors of weights and parameters after some steps, against this process on the whole batch.
+
+    Args:
+        reshard: of the units.
+        missing: what FSDP2 has under another name; "": nothing.
+        alone: the group of this rank, in which the reference trains.
+    """
+    with simulated(missing):
+        sharded_net = make(balanced=True, reshard=reshard, width=2)
+        torch.manual_seed(0)
+        whole = Net(Balancer(TASKS, MGDA(), probe=FeatureProbe(), group=alone), 2)
+        weights = [_steps(net, shard) for net, shard in ((whole, False), (sharded_net, True))]
+    pairs = zip(whole.parameters(), sharded_net.parameters(), strict=True)
+    return {
+        "weights": float((weights[0] - weights[1]).abs().max()),
+        "parameters": max(float((a - b.full_tensor()).abs().max() / a.abs().max()) for a, b in pairs),
+        "found": sharded_net.balancer._engine.units is not None,
+    }
+
+
+def _steps(net: Net, shard: bool) -> Tensor:
+    """The weights of four steps of training."""
+    optimizer, seen = torch.optim.SGD(net.parameters(), lr=0.05), []
+    for number in range(4):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(number))
+        net(x.chunk(2)[dist.get_rank()] if shard else x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(net.balancer.report.weight_vector)
+    return torch.stack(seen)
+
+
+@contextmanager
+def simulated(missing: str) -> Iterator[None]:
+    """FSDP2 as if one of the insides that we read had another name; FSDP2 itself goes on with its own."""
+
+    def absent(*_: Any) -> Any:
+        raise AttributeError(f"no attribute {missing!r}")
+
+    if not missing:
+        yield
+        return
+    original = getattr(insides, missing)
+    setattr(insides, missing, absent)
+    try:
+        yield
+    finally:
+        setattr(insides, missing, original)
+
+
 def main() -> None:
-    rank, _ = start()
+    rank, world_size = start()
+    alone = [dist.new_group([member]) for member in range(world_size)][rank]
     result = {
         f"reshard={reshard} width={width}": {
             "plain": gathered(make(balanced=False, reshard=reshard, width=width)),
@@ -108,6 +163,11 @@ def main() -> None:
         for width in (2, 40)
     }
     result["dropped"] = after_a_dropped_batch()
+    result["trained"] = {
+        f"reshard={reshard} missing={missing}": trained(reshard=reshard, missing=missing, alone=alone)
+        for reshard in (False, True)
+        for missing in ("", "_groups", "_groups_of", "_size")
+    }
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
     stop()
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from adapters import build
 from cells import Cell
-from ranks import start, stop
-from toy import TASKS, Net, global_batch, shard
+from ranks import BACKENDS, start, stop
+from toy import DEVICE, TASKS, Net, global_batch, shard
 
 from mtl_dist import RULES, Balancer, FeatureProbe, FeatureTap
 from mtl_dist.stats import StepReport
@@ -49,8 +49,8 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(7)
     balancer = make_balancer(cell)
-    net = Net(balancer, cell)
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net = Net(balancer, cell).to(DEVICE)
+    before = {name: p.detach().cpu().clone() for name, p in net.named_parameters()}
     engine = build(net, balancer, cell)
     reports: list[StepReport] = []
 
@@ -62,7 +62,7 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
 
     for step in range(STEPS):
         batches = [
-            shard(global_batch(step, micro, cell.data), rank, world_size, cell.data)
+            shard(global_batch(step, micro, cell.data), rank, world_size, cell.data).to(DEVICE)
             for micro in range(cell.accumulation)
         ]
         engine.step(batches, observe)
@@ -71,9 +71,9 @@ def train(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
         assert len(reports) == STEPS * (1 if cell.held else cell.accumulation)
     return {
         "facts": {"world_size": world_size, **engine.facts},
-        "weights": torch.stack([r.weight_vector for r in reports]) if reports else torch.zeros(0),
+        "weights": torch.stack([r.weight_vector.cpu() for r in reports]) if reports else torch.zeros(0),
         "before": before,
-        "after": {name.replace("_orig_mod.", ""): p for name, p in engine.parameters().items()},
+        "after": {name.replace("_orig_mod.", ""): p.cpu() for name, p in engine.parameters().items()},
     }
 
 
@@ -91,9 +91,11 @@ def attempt(cell: Cell, rank: int, world_size: int) -> dict[str, Any]:
 def main() -> None:
     cells = [Cell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     out = Path(sys.argv[2])
-    rank, world_size = start()
+    rank, world_size = start(DEVICE.type)
     if world_size == 1 and cells[0].family != "plain":
-        dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            BACKENDS[DEVICE.type], init_method=f"file://{out}/store", rank=0, world_size=1
+        )
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for number, cell in enumerate(cells):
         result = attempt(cell, rank, world_size)

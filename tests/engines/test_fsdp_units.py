@@ -37,7 +37,7 @@ def test_large_heads_are_freed_and_gathered_again(found: list[dict[str, Any]]) -
 
 
 def test_nothing_stays_gathered_after_the_backward(found: list[dict[str, Any]]) -> None:
-    assert all(case["freed"] for rank in found for name, case in rank.items() if name != "dropped")
+    assert all(case["freed"] for rank in found for name, case in rank.items() if name.startswith("reshard"))
 
 
 def test_parameters_are_fresh_after_a_batch_without_backward(found: list[dict[str, Any]]) -> None:
@@ -45,3 +45,15 @@ def test_parameters_are_fresh_after_a_batch_without_backward(found: list[dict[st
         balanced, plain = rank["dropped"]
         # the plain model's loss is of one rank, the same on both: they read the same samples
         assert balanced == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("missing", ["", "_groups", "_groups_of", "_size"])
+def test_without_fsdps_insides_two_ranks_equal_one_process(
+    found: list[dict[str, Any]], reshard: bool, missing: str
+) -> None:
+    """A torch that names them otherwise: the parameters are gathered once more, and all else is as it was."""
+    for rank in found:
+        case = rank["trained"][f"reshard={reshard} missing={missing}"]
+        assert case["found"] == (not missing)
+        assert max(case["weights"], case["parameters"]) <= 1e-6, case

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer
 
+DEVICE = torch.device(os.environ.get("CELLS_DEVICE", "cpu"))  # "cuda": benchmarks/gpu
 TASKS = ("number", "class", "vector")
 MICRO_BATCH = 16  # samples over all ranks
 WIDTH = 16
@@ -40,6 +42,9 @@ class Batch:
     numbers: Tensor
     classes: Tensor
     has_class: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def rows(self, index: slice) -> Batch:
         return Batch(self.inputs[index], self.numbers[index], self.classes[index], self.has_class[index])
@@ -72,11 +77,13 @@ class Net(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Callable[[Tensor], Tensor]]:
         """Every head is evaluated on every rank, on no row where there is no sample."""
         return {
-            "number": lambda z: 0.5 * F.mse_loss(self.heads[0](z).float().squeeze(-1), batch.numbers) + 0.3,
+            "number": lambda z: (
+                0.5 * F.mse_loss(self.heads[0](z).float().squeeze(-1), batch.numbers.float()) + 0.3
+            ),
             "class": lambda z: F.cross_entropy(
                 self.heads[1](z[batch.has_class]).float(), batch.classes[batch.has_class]
             ),
-            "vector": lambda z: 2 * F.mse_loss(self.heads[2](z).float(), batch.inputs[:, :5]),
+            "vector": lambda z: 2 * F.mse_loss(self.heads[2](z).float(), batch.inputs[:, :5].float()),
         }
 
     def counts(self, batch: Batch) -> dict[str, float | Tensor] | None:
@@ -114,7 +121,7 @@ def global_batch(step: int, micro: int, data: str) -> Batch:
 
 def shard(batch: Batch, rank: int, world_size: int, data: str) -> Batch:
     """The rows of one rank."""
-    if world_size == 1:
-        return batch
-    middle = 5 if data == "ragged" else MICRO_BATCH // 2
-    return batch.rows(slice(0, middle) if rank == 0 else slice(middle, None))
+    edges = [MICRO_BATCH * r // world_size for r in range(world_size + 1)]
+    if data == "ragged" and world_size > 1:
+        edges[1] = 5 * edges[1] // 8 or 1
+    return batch.rows(slice(edges[rank], edges[rank + 1]))

@@ -169,6 +169,17 @@ def test_without_float16_there_is_no_scale(monkeypatch: pytest.MonkeyPatch) -> N
     assert described.partitioned
 
 
+def test_an_engine_that_always_manages_the_accumulation_knows_its_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(Engine, "managed_gradient_accumulation")  # as in DeepSpeed 0.18
+    engine = Engine(nn.Linear(1, 1), accumulation=2)
+    described = deepspeed_facts(engine)
+    assert not described.closes_window()
+    engine.micro_steps = 1
+    assert described.closes_window()
+
+
 def test_a_window_must_be_the_engines() -> None:
     balancer = Balancer(TASKS, MGDA(), window=4)
     with pytest.raises(ValueError, match="window=4 micro-batches, and the engine accumulates 2"):

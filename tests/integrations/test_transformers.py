@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from mtl_dist import Balancer, checkpoint
 from mtl_dist.integrations._log_window import LogWindow
+from mtl_dist.integrations._trainer import _check
 from mtl_dist.integrations.transformers import BalancerCallback, attach
 from mtl_dist.weighting import MGDA, RLW, Equal, Smooth
 
@@ -136,6 +137,12 @@ def trainer(**others: object) -> SimpleNamespace:
 def test_what_replaces_the_scalar_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attach(Balancer(["a"], Equal()), trainer(**settings))
+
+
+def test_a_trainer_that_cannot_be_told_of_a_scaled_loss_is_taken() -> None:
+    older = trainer()  # transformers 5.0
+    del older.loss_is_scaled_for_ga
+    _check(older)
 
 
 def trained(rule: object, steps: int) -> Balancer:

@@ -1,0 +1,118 @@
+"""The parts of the run: what each does, and how long it may take."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu import core, engines, machine, models, syncs
+from benchmarks.gpu.record import CannotRun, Found, Record
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        about: what it shows.
+        seconds: that it may take.
+        run: adds its results to a record. The last argument asks for the small form.
+        ranks: whether it runs on all GPUs at once.
+    """
+
+    about: str
+    seconds: float
+    run: Callable[[Record, torch.device, bool], None]
+    ranks: bool = False
+
+
+def _doctor(record: Record, device: torch.device, brief: bool) -> None:
+    record.run("mtl-dist doctor", _doctor_says)
+    if device.type == "cuda":
+        record.run("nvidia-smi topo -m", lambda: {"text": _output(["nvidia-smi", "topo", "-m"], 20)})
+
+
+def _doctor_says() -> Found:
+    needed = ("accelerate", "pydantic", "yaml")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CannotRun(f"{', '.join(missing)} not installed, which the training program and doctor need")
+    return {"text": _output([sys.executable, "-m", "mtl_dist.doctor"], 25)}
+
+
+def _output(command: list[str], limit: float) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
+    return done.stdout
+
+
+def _core(record: Record, device: torch.device, brief: bool) -> None:
+    core.run(record, device, brief=brief)
+
+
+def _syncs(record: Record, device: torch.device, brief: bool) -> None:
+    syncs.run(record, device, brief=brief)
+
+
+def _matrix(record: Record, device: torch.device, brief: bool) -> None:
+    engines.run(record, device, brief=brief)
+
+
+def _models(record: Record, device: torch.device, brief: bool) -> None:
+    models.run(record, device, brief=brief)
+
+
+HEADS = ("linear", "decoder", "lm")
+SMALL = ("--batch", "4", "--tasks", "2", "--rounds", "1", "--variants", "plain", "lag=1, MGDA")
+
+
+def _overhead(record: Record, device: torch.device, brief: bool) -> None:
+    """benchmarks/overhead.py, one table for each kind of heads."""
+    for heads in HEADS[:1] if brief else HEADS:
+
+        def table(heads: str = heads) -> Found:
+            out = record.path.parent / f"overhead-{heads}"
+            (out / "overhead.md").unlink(missing_ok=True)
+            command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--heads", heads]
+            command += [*(SMALL if brief else ("--rounds", "15")), "--out", str(out)]
+            return {"text": _output(command, PARTS["overhead"].seconds)}
+
+        record.run(heads, table)
+
+
+PARTS = {
+    "doctor": Part("the machine, and whether a small training goes through", 40, _doctor),
+    "core": Part("every rule and probe on the device equals the CPU", 100, _core),
+    "syncs": Part("how often a step waits for the device", 60, _syncs),
+    "matrix": Part("engines on all GPUs equal one process", 200, _matrix),
+    "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 70, _overhead),
+    "models": Part("the cost at 10 million to 2.4 billion parameters", 110, _models, ranks=True),
+}
+
+
+def work(name: str, out: Path, seconds: float, *, brief: bool) -> None:
+    """Runs a part in this process; with WORLD_SIZE > 1 as one rank of several."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = machine.device()
+    record = Record(out / f"{name}.json", rank=rank, seconds=seconds)
+    record.facts = machine.facts()
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.barrier()  # all have read what is there before rank 0 writes
+    PARTS[name].run(record, device, brief)
+    record.save()
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
