@@ -2,11 +2,12 @@
 
     python -m benchmarks.grouping            # minutes on two cores
 
-The tasks of a group are similar combinations of four features of their group, with noise. The trunk has half as
-many features as the two groups need together, so the groups compete for it. The losses of the second group are
-ten times as large. Every variant trains with every learning rate of the grid; validation data choose the rate for
-all seeds together, and test data give the result: the mean over the tasks of the error that is left, as part
-of the variance, and Δm against one network per task, with as many features for itself.
+The tasks of a group are similar combinations of four features of their group, with noise. The trunk has
+half as many features as the two groups need together, so the groups compete for it. The losses of the
+second group are ten times as large. Every variant trains with every learning rate of the grid; validation
+data choose the rate for all seeds together, and test data give the result: the mean over the tasks of the
+error that is left, as part of the variance, and Δm against one network per task, with as many features for
+itself.
 
 `found` are the groups that `find_groups` makes from the cosines of the first run of the seed with equal
 weights, `wrong` are two groups of half true members each, `split` is one network per group.
