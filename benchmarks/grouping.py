@@ -2,11 +2,12 @@
 
     python -m benchmarks.grouping            # minutes on two cores
 
-The tasks of a group are similar combinations of four features of their group, with noise. The trunk has half as
-many features as the two groups need together, so the groups compete for it. The losses of the second group are
-ten times as large. Every variant trains with every learning rate of the grid; validation data choose the rate for
-all seeds together, and test data give the result: the mean over the tasks of the error that is left, as part
-of the variance, and Δm against one network per task, with as many features for itself.
+The tasks of a group are similar combinations of four features of their group, with noise. The trunk has
+half as many features as the two groups need together, so the groups compete for it. The losses of the
+second group are ten times as large. Every variant trains with every learning rate of the grid; validation
+data choose the rate for all seeds together, and test data give the result: the mean over the tasks of the
+error that is left, as part of the variance, and Δm against one network per task, with as many features for
+itself.
 
 `found` are the groups that `find_groups` makes from the cosines of the first run of the seed with equal
 weights, `wrong` are two groups of half true members each, `split` is one network per group.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.tables import RESULTS, facts
 from mtl_dist import Balancer
 from mtl_dist.grouping import Affinities, find_groups
+from mtl_dist.probes import FeatureProbe, ParameterProbe, Probe
 from mtl_dist.weighting import MGDA, Equal, Grouped, InverseGradNorm, Rule, UPGrad
 
 TASKS = tuple(f"{group}{number}" for group in "ab" for number in range(4))
@@ -91,11 +93,17 @@ def of_task(y: Tensor, task: str) -> Tensor:
 
 
 def train(
-    tasks: tuple[str, ...], rule: Rule, data: Data, rate: float, seed: int, steps: int
+    tasks: tuple[str, ...],
+    rule: Rule,
+    data: Data,
+    rate: float,
+    seed: int,
+    steps: int,
+    probe: Probe | None = None,
 ) -> tuple[Net, Affinities]:
     """A trained network, and the affinities of its tasks over the run."""
     torch.manual_seed(seed)
-    net, balancer = Net(tasks), Balancer(tasks, rule)
+    net, balancer = Net(tasks), Balancer(tasks, rule, probe=probe)
     optimizer = torch.optim.Adam(net.parameters(), lr=rate)
     rng, (inputs, targets) = torch.Generator().manual_seed(seed), data.train
     cosines, norms, losses = [], [], []
@@ -148,24 +156,37 @@ def variants(found: Groups) -> dict[str, list[tuple[tuple[str, ...], Rule]]]:
     return {"single": [((task,), Equal()) for task in TASKS]} | joint | split
 
 
-def find(data: Data, seed: int, steps: int) -> tuple[Groups, Affinities]:
+def find(data: Data, seed: int, steps: int, probe: Probe | None = None) -> tuple[Groups, Affinities]:
     """Groups of a run whose weights are equal. A rule that reads the Gram makes the balancer measure it."""
-    _, affinities = train(TASKS, Grouped(Equal(), MGDA(), {"all": TASKS}), data, RATES[1], seed, steps)
+    equal = Grouped(Equal(), MGDA(), {"all": TASKS})
+    _, affinities = train(TASKS, equal, data, RATES[1], seed, steps, probe)
     groups, _ = find_groups(affinities.links())
     return {f"found{k}": tuple(TASKS[i] for i in group) for k, group in enumerate(groups)}, affinities
+
+
+def where(seeds: int, steps: int) -> dict[str, list[dict[str, object]]]:
+    """Place of the measurement -> of each seed: groups found, mean cosines inside and between true groups."""
+    places: dict[str, Probe] = {"features": FeatureProbe(), "parameters": ParameterProbe()}
+    result: dict[str, list[dict[str, object]]] = {place: [] for place in places}
+    for place, probe in places.items():
+        for seed in range(seeds):
+            found, affinities = find(Data.draw(seed), seed, steps, probe)
+            inside, between = (
+                affinities.agreement(((0, 1, 2, 3), (4, 5, 6, 7)), inside=inside) for inside in (True, False)
+            )
+            result[place].append(
+                {"groups": [*map(list, found.values())], "inside": inside.cosine, "between": between.cosine}
+            )
+    return result
 
 
 def measure(seeds: int, steps: int) -> dict[str, object]:
     """`errors[variant][rate][seed][task]` on validation and test data, and the groups found."""
     errors: dict[str, dict[str, Runs]] = {}
-    found_groups, start = [], time.perf_counter()
-    agreements = []
+    start = time.perf_counter()
     for seed in range(seeds):
         data = Data.draw(seed)
-        found, affinities = find(data, seed, steps)
-        found_groups.append([list(group) for group in found.values()])
-        pair = (affinities.agreement(((0, 1, 2, 3), (4, 5, 6, 7)), inside=inside) for inside in (True, False))
-        agreements.append([[part.cosine, part.conflict] for part in pair])
+        found, _ = find(data, seed, steps)
         for name, networks in variants(found).items():
             for rate in RATES:
                 result: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
@@ -178,17 +199,16 @@ def measure(seeds: int, steps: int) -> dict[str, object]:
         "facts": facts(),
         "seconds": time.perf_counter() - start,
         "steps": steps,
-        "found": found_groups,
-        "agreement": agreements,
+        "where": where(seeds, steps),
         "errors": errors,
     }
 
 
 def table(measured: dict[str, object]) -> str:
     """The table, best first."""
-    errors, found = measured["errors"], measured["found"]
+    errors, places = measured["errors"], measured["where"]
     assert isinstance(errors, dict)
-    assert isinstance(found, list)
+    assert isinstance(places, dict)
     rows = []
     single = _best(errors["single"])[1]
     for name, by_rate in errors.items():
@@ -201,11 +221,9 @@ def table(measured: dict[str, object]) -> str:
         ]
         rows.append((statistics.mean(means), name, rate, halves, deltas, means))
     seeds = len(rows[0][4])
-    right = sum(sorted(map(sorted, groups)) == sorted(map(sorted, TRUE.values())) for groups in found)
     lines = [
         f"{measured['steps']} steps of Adam, batches of 64, {seeds} seeds, {measured['seconds']:.0f} s. "
-        f"± is the standard error over seeds. `find_groups` found the true groups in {right} of {seeds} "
-        "seeds.",
+        "± is the standard error over seeds.",
         "",
         "| variant | rate | error left | group a | group b | Δm, % |",
         "|---|--:|--:|--:|--:|--:|",
@@ -215,6 +233,17 @@ def table(measured: dict[str, object]) -> str:
             f"| {name} | {rate} | {mean:.4f} ± {_error(means):.4f} | {a:.4f} | {b:.4f} "
             f"| {statistics.mean(deltas):+.1f} ± {_error(deltas):.1f} |"
         )
+    lines += [
+        "",
+        "Groups that `find_groups` makes from a run with equal weights:",
+        "",
+        "| cosines of gradients at the | true groups found | mean cosine inside true groups | between them |",
+        "|---|--:|--:|--:|",
+    ]
+    for place, seen in places.items():
+        right = sum(sorted(run["groups"]) == sorted(map(list, TRUE.values())) for run in seen)
+        inside, between = (statistics.mean(run[where] for run in seen) for where in ("inside", "between"))
+        lines.append(f"| {place} | {right} of {len(seen)} | {inside:+.3f} | {between:+.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -241,7 +270,7 @@ def main() -> None:
     measured = measure(arguments.seeds, arguments.steps)
     text = table(measured)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "grouping.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "grouping.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (arguments.out / "grouping.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -96,9 +96,13 @@ def test_command_says_what_is_missing(tmp_path, capsys):
     run = train(tmp_path / "losses", InverseLoss(), steps=2)
     assert cli.main(["groups", str(run)]) == 2
     assert cli.main(["groups", str(tmp_path / "none")]) == 2
-    first, second = capsys.readouterr().err.splitlines()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    assert cli.main(["groups", str(tmp_path / "empty")]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("mtl-dist groups: no cosine of two tasks was recorded: train with a rule that")
     assert second.startswith("mtl-dist groups: no run folder")
+    assert third.startswith("mtl-dist groups: no run has values of tasks")
 
 
 def test_report_draws_the_groups(tmp_path):

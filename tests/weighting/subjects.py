@@ -11,13 +11,9 @@ from functools import partial
 from mtl_dist.testing import Subject
 from mtl_dist.weighting import (
     COMBINATORS,
-    COSMOS,
     DWA,
     FAMO,
-    LDCMTL,
     MGDA,
-    PBI,
-    PIVRG,
     RULES,
     STCH,
     AdaptiveWeight,
@@ -27,7 +23,6 @@ from mtl_dist.weighting import (
     Every,
     FairGrad,
     GeneralizedMean,
-    GO4Align,
     GroupDRO,
     Grouped,
     InitialLoss,
@@ -71,9 +66,6 @@ VARIANTS: dict[str, Factory] = {
     "adaptive_weight(eps)": lambda tasks: AdaptiveWeight(
         min(tasks), {task: v for task, v in values(tasks).items() if task != "task1"}, eps=1e-4
     ),
-    "cosmos(weights)": lambda tasks: COSMOS(2.0, values(tasks)),
-    "go4align(three groups)": lambda tasks: GO4Align(3, lr=0.1),
-    "group_dro(no smoothing)": lambda tasks: GroupDRO(values(tasks), lr=0.1, smoothing=0.0),
     "group_dro(validation)": lambda tasks: GroupDRO(source="validation"),
     "kl_balance(one other loss)": lambda tasks: KLBalance(
         {task: value for task, value in values(tasks).items() if task != "task2"}, warmup=20, start=1
@@ -87,9 +79,6 @@ VARIANTS: dict[str, Factory] = {
     "generalized_mean(power=0)": lambda tasks: GeneralizedMean(0.0),
     "generalized_mean(power=-0.5)": lambda tasks: GeneralizedMean(-0.5),
     "fairgrad(alpha=3)": lambda tasks: FairGrad(3.0),
-    "ldc_mtl(penalty=0.7)": lambda tasks: LDCMTL(0.7, lr=0.1),
-    "pbi(reference)": lambda tasks: PBI(1.0, values(tasks), values(tasks)),
-    "pivrg(baselines)": lambda tasks: PIVRG(values(tasks)),
     "mgda(l2)": lambda tasks: MGDA("l2"),
     "mgda(loss)": lambda tasks: MGDA("loss"),
     "mgda(loss+)": lambda tasks: MGDA("loss+"),
@@ -162,16 +151,13 @@ SINGLE: dict[str, Callable[[float, float], float]] = {
     "adaptive_weight": lambda loss, norm: 1.0,
     "adaptive_weight(eps)": lambda loss, norm: 1.0,
     "cosmos": lambda loss, norm: 1.0,
-    "cosmos(weights)": lambda loss, norm: 0.5,  # r of task0
     "go4align": lambda loss, norm: 1.0,
     "group_dro": lambda loss, norm: 1.0,
     "group_dro(validation)": lambda loss, norm: 1.0,
     "imgrad": lambda loss, norm: 1.8 / 1.64,  # (1 + a) / (1 + a²)
     "ldc_mtl": lambda loss, norm: 1.0,
     "pbi": lambda loss, norm: 1.0,
-    "pbi(reference)": lambda loss, norm: 1.0,
     "pivrg": lambda loss, norm: norm ** (-4 / 3),
-    "pivrg(baselines)": lambda loss, norm: norm ** (-4 / 3),
     "ntk_balance": lambda loss, norm: 1.0,
     "ntk_balance(power=1)": lambda loss, norm: 1.0,
     "relobralo": lambda loss, norm: 1.0,

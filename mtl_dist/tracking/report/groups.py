@@ -17,8 +17,14 @@ LETTER = 7.2  # width of a letter, pixels
 
 
 def affinities_of(runs: Sequence[RunData]) -> Affinities:
-    """The mean over the steps of all runs."""
+    """The mean over the steps of all runs.
+
+    Raises:
+        ValueError: no run has values of tasks.
+    """
     tasks = tasks_of(runs)
+    if not tasks:
+        raise ValueError("no run has values of tasks: a run has them from its first step on")
     cosines, norms, losses = [], [], []
     for run in runs:
         steps = len(run.steps)
@@ -38,6 +44,8 @@ def groups_section(runs: Sequence[RunData]) -> str:
     if len(tasks) < 3 or not any(key.startswith(COSINE) for run in runs for key in run.columns):
         return ""
     found = affinities_of(runs)
+    if not found.steps:
+        return ""
     groups, bits = find_groups(found.links())
     names = "".join(f"<li>{escape(', '.join(found.tasks[task] for task in group))}</li>" for group in groups)
     inside, between = (found.agreement(groups, inside=inside) for inside in (True, False))
