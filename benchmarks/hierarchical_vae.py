@@ -39,6 +39,7 @@ KL_TASKS = TASKS[1:]
 SCALES = {"kl_0": 1.0, "kl_1": 1.0, "kl_2": 4.0, "kl_3": 4.0}
 WARMUP = 180
 NUM_DRAWN = 20
+LETTERS = "0123456789abcdefg"  # of the 17 levels
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ def run(rule: str, seed: int) -> dict[str, object]:
     active = {task: row[f"eval/{task}/active_units"] for task in KL_TASKS}
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(NUM_DRAWN, num_noise(RECIPE.latents), generator=draw)
-    drawn = model.sample(noise, draw).tolist() if seed == 0 else None  # type: ignore[operator]
+    drawn = [written(image) for image in model.sample(noise, draw)] if seed == 0 else []  # type: ignore[operator]
     return {"losses": losses, "active": active, "cpu_ms": row["cpu_ms"], "drawn": drawn}
+
+
+def written(image: Tensor) -> str:
+    """An image in one line: one letter for each level."""
+    return "".join(LETTERS[level] for level in image.flatten().tolist())
 
 
 def table(store: Store, seeds: Sequence[int]) -> str:
@@ -105,14 +111,16 @@ def draw(store: Store, file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    real = data(0)[1].__getitems__(range(NUM_DRAWN))["image"].tolist()
+    real = [written(image) for image in data(0)[1].__getitems__(range(NUM_DRAWN))["image"]]
     found = {rule: store.results.get(f"{rule} 0") for rule in RULES_CHOSEN}
     rows = {"held-out digits": real, **{rule: run["drawn"] for rule, run in found.items() if run}}
     figure, axes = plt.subplots(len(rows), figsize=(8.4, 0.62 * len(rows)))
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
         padded = torch.full((SIDE, NUM_DRAWN * (SIDE + 1)), float(LEVELS // 2))
         for k, image in enumerate(images):
-            padded[:, k * (SIDE + 1) : k * (SIDE + 1) + SIDE] = torch.tensor(image)
+            padded[:, k * (SIDE + 1) : k * (SIDE + 1) + SIDE] = torch.tensor(
+                [LETTERS.index(letter) for letter in image]
+            ).view(SIDE, SIDE)
         axis.imshow(padded, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set_xticks([])

@@ -26,7 +26,7 @@ from mtl_dist.recipes import BatchData, MultiFashion
 from mtl_dist.recipes.multi_fashion import KINDS
 from mtl_dist.weighting import MGDA, STCH, Fixed, Rule
 
-PLAN = Plan(steps=150, batch=128, learning_rate=2e-3)
+PLAN = Plan(steps=150, batch=64, learning_rate=2e-3)
 PREFERENCES = (0.2, 0.5, 0.8)
 MU = 0.1  # of STCH, in nats
 TASKS = MultiFashion().tasks
@@ -46,7 +46,7 @@ RULES_CHOSEN: dict[str, Callable[[], Rule]] = {
 
 
 def recipe_of(kind: str, folder: str) -> MultiFashion:
-    return MultiFashion(kind=kind, folder=folder, num_validation=4000)  # type: ignore[arg-type]
+    return MultiFashion(kind=kind, folder=folder, num_validation=2000)  # type: ignore[arg-type]
 
 
 @cache
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 make = lambda k=kind, r=rule, s=seed: run(k, arguments.folder, r, s)  # noqa: E731
                 store.get(f"{kind} {rule} {seed}", make)
     head = (
-        f"Accuracy in percent on 4000 validation samples, mean ± standard error of {len(arguments.seeds)} "
+        f"Accuracy in percent on 2000 validation samples, mean ± standard error of {len(arguments.seeds)} "
         f"seeds. {PLAN.steps} steps of AdamW at {PLAN.learning_rate:g}, batches of {PLAN.batch}. "
         f"{store.made_with()}"
     )

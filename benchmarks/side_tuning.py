@@ -31,10 +31,10 @@ from mtl_dist import Balancer, SharedLayerProbe
 from mtl_dist.recipes import Batch, BatchData, SideTuningText
 from mtl_dist.weighting import InverseGradNorm
 
-PLAN = Plan(steps=120, batch=32, learning_rate=3e-3)
+PLAN = Plan(steps=100, batch=32, learning_rate=3e-3)
 CHOICES = ("full", "lora", "side", "linear")
 TASKS = SideTuningText().tasks
-PRETRAIN = 100  # steps on prose
+PRETRAIN = 80  # steps on prose
 _BYTES_PER_TRAINED = 12  # a gradient and two moments, float32
 
 
