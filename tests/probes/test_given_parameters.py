@@ -140,7 +140,12 @@ LINEAR = nn.Linear(1, 1)
         ({}, torch.zeros(3), ValueError, "none requires a gradient"),
         ({}, [LINEAR.weight * 2], ValueError, "holds a tensor that the graph computed"),
         ({}, LINEAR, ValueError, "no loss depends on any of the parameters="),
-        ({}, [Sharded(torch.zeros(2))], ValueError, "parameters that FSDP2 shards"),
+        (
+            {},
+            [Sharded(torch.zeros(2))],
+            ValueError,
+            "FSDP2 .or tensor parallelism. shards",
+        ),
         ({"probe": FeatureProbe()}, LINEAR, ValueError, "parameters= is measured by ParameterProbe"),
         ({"window": 2}, LINEAR, ValueError, "window=2 adds the Grams of micro-batches"),
     ],
