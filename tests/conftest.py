@@ -22,6 +22,7 @@ LONGEST = (
     "test_train.py",
     "distributed/test_parameter_engines.py",
     "test_doctor.py",
+    "device/test_stand_in.py",
     "integrations/test_accelerate.py",
     "integrations/test_transformers.py",
     "tracking/test_trackers.py",

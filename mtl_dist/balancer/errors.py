@@ -23,6 +23,17 @@ def explain_failure(step: int, faults: Faults) -> PeerFailed:
     )
 
 
+def explain_split(error: Exception) -> ValueError | None:
+    """The error where plain tensors meet tensors that tensor parallelism splits; None: it is another one."""
+    if "mixed torch.Tensor and DTensor" not in str(error):
+        return None
+    return ValueError(
+        "mtl_dist: tensors that tensor parallelism splits (DTensor) meet plain ones. In heads, give "
+        "x.full_tensor() of what is split. ParameterProbe and SharedLayerProbe do not measure parameters "
+        f"that are split: use FeatureProbe() or FeatureTap(). torch says: {str(error).splitlines()[0]}"
+    )
+
+
 def explain_nonfinite(
     tasks: Sequence[str],
     step: int,

@@ -24,7 +24,7 @@ from mtl_dist.balancer.arguments import (
 from mtl_dist.balancer.calls import BalancerCalls, Collector
 from mtl_dist.balancer.client_losses import ClientLosses
 from mtl_dist.balancer.deferred import DeferredErrors
-from mtl_dist.balancer.errors import explain_recomputation
+from mtl_dist.balancer.errors import explain_recomputation, explain_split
 from mtl_dist.balancer.identity import identity
 from mtl_dist.balancer.lagged_step import Expected, LaggedStep, Underway
 from mtl_dist.balancer.progress import RuleProgress
@@ -236,10 +236,12 @@ class Balancer(BalancerCalls):
                 raise explain_recomputation()
             read = read_heads(heads, counts, task_ids, mask, self.tasks, step.refuse)
             total = self._total(features, read, layer, parameters, step)
-        except Exception:
+        except Exception as error:
             if not step.reduced:
                 self._synchronizer.announce_failure(step.first_call)
             self._underway.forget(step)
+            if (split := explain_split(error)) is not None:
+                raise split from error
             raise
         self._synchronizer.news = 0  # all ranks have heard of it
         if self._updates_left is not None and not step.held:

@@ -28,8 +28,8 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._idle import IdleWatch, call_after
+from mtl_dist.integrations._sequences import split_sequences, sums_gradients
 from mtl_dist.integrations.compiling import warn_of_stale_locks
-from mtl_dist.integrations.deepspeed import sums_gradients
 from mtl_dist.integrations.network import choose_interface
 from mtl_dist.tracking import STEP_KEY
 
@@ -249,13 +249,6 @@ def data_parallel_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     name = axes[0] if len(axes) == 1 else "dp_cp" if "cp" in axes else "dp"
     group: dist.ProcessGroup = mesh[name].get_group()
     return group
-
-
-def split_sequences(accelerator: Accelerator, name: str) -> int:
-    """Over how many ranks sequences are split, by Accelerate ("cp_size") or DeepSpeed ("sp_size")."""
-    sizes = getattr(accelerator, "parallelism_config", None)  # both are younger than the oldest Accelerate
-    size: int = getattr(sizes, name, 1)
-    return size
 
 
 def check_launch(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:

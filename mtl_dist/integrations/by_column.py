@@ -31,6 +31,7 @@ from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
 from mtl_dist.integrations._output_head import check_chunked, output_head, whole_head
 from mtl_dist.integrations._pairs import Pairs, check_pairs, count_pairs, is_dpo
 from mtl_dist.integrations._row_losses import IGNORED, RowLosses, Targets
+from mtl_dist.integrations._sequences import split_sequences
 from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
 from mtl_dist.losses import Called, cross_entropy_in_chunks
 from mtl_dist.probes import ParameterProbe
@@ -291,7 +292,7 @@ def _check(trainer: Any) -> None:
             "use_liger_kernel=True computes the loss inside a kernel, where no loss of a token is seen: set "
             "it to False"
         )
-    split = {name: accelerate.split_sequences(trainer.accelerator, name) for name in ("cp_size", "sp_size")}
+    split = {name: split_sequences(trainer.accelerator, name) for name in ("cp_size", "sp_size")}
     if max(split.values()) > 1:
         raise ValueError(
             "balance_by_column finds the targets of whole sequences, and context parallelism splits them "

@@ -23,6 +23,7 @@ from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_facts
 from mtl_dist.integrations._idle import IdleWatch, call_after
+from mtl_dist.integrations._sequences import sums_gradients
 
 _WATCHES: WeakKeyDictionary[Any, IdleWatch] = WeakKeyDictionary()
 
@@ -158,12 +159,3 @@ def data_parallel_group(engine: Any) -> dist.ProcessGroup:
         raise sums_gradients(engine.sequence_parallel_size)
     group: dist.ProcessGroup = engine.seq_data_parallel_group
     return group
-
-
-def sums_gradients(size: int) -> ValueError:
-    """The error for sequences that DeepSpeed splits over `size` ranks."""
-    return ValueError(
-        f"sequence parallelism (size {size}): the engine sums gradients over those ranks instead of "
-        "averaging them, so the weighted total would be too large by that factor; use data or tensor "
-        "parallelism"
-    )

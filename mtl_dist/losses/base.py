@@ -60,6 +60,14 @@ class LocalLosses(ABC):
         """
 
     @abstractmethod
+    def weighed(self, shares: Tensor) -> Sequence[Tensor | None]:
+        """`shares_i l_i` with their graphs; None, or a constant zero, where the task is absent on this rank.
+
+        Args:
+            shares: `[n]`, taken as constants, 0 where the task is absent.
+        """
+
+    @abstractmethod
     def total(self, coefficients: Tensor) -> Tensor:
         """`Σ coefficients_i l_i` over the local mean losses; a constant where no loss has a graph.
 

@@ -52,10 +52,17 @@ class SampleLosses(LocalLosses):
 
     def means(self) -> Sequence[Tensor]:
         """Local mean losses; NaN where a task is absent."""
-        dtype = self.counts.dtype
-        weighted = (self.mask * self.losses).to(dtype)
-        sums = torch.zeros(self.num_tasks, dtype=dtype, device=weighted.device)
-        return (sums.index_add(0, self.tasks, weighted) / self.counts).to(self.losses.dtype).unbind()
+        return (self._sums() / self.counts).to(self.losses.dtype).unbind()
+
+    def weighed(self, shares: Tensor) -> Sequence[Tensor]:
+        """The means times their shares; 0 where a task is absent."""
+        factors = torch.where(self.counts > 0, shares / self.counts, 0)
+        return (self._sums() * factors).to(self.losses.dtype).unbind()
+
+    def _sums(self) -> Tensor:
+        """`[n]`, `c_i l_i`, with its graph."""
+        weighted = (self.mask * self.losses).to(self.counts.dtype)
+        return torch.zeros_like(self.counts).index_add(0, self.tasks, weighted)
 
     def stats(self, gram: Tensor | None = None) -> LocalStats:
         """`c_i l_i` and `c_i`."""

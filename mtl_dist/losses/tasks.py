@@ -53,6 +53,11 @@ class TaskLosses(LocalLosses):
         """The losses themselves."""
         return self.values
 
+    def weighed(self, shares: Tensor) -> Sequence[Tensor | None]:
+        """Each times its share, in float32 at least."""
+        pairs = zip(self.values, shares, strict=True)
+        return [None if loss is None else _precise(loss) * share.to(loss.device) for loss, share in pairs]
+
     def stats(self, gram: Tensor | None = None) -> LocalStats:
         """`c_i l_i` and `c_i`."""
         losses = self._vector.detach().to(self.counts.dtype)
@@ -266,6 +271,10 @@ def _vector(entries: Sequence[float | Tensor], device: torch.device) -> Tensor:
 def _on_device(counts: tuple[float, ...], device: torch.device) -> Tensor:
     """The counts as a tensor, which nobody changes: most steps have those of the step before."""
     return torch.tensor(counts, dtype=stats_dtype(device)).to(device, non_blocking=True)
+
+
+def _precise(loss: Tensor) -> Tensor:
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def _has_graph(value: Tensor | None) -> TypeGuard[Tensor]:

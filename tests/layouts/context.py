@@ -57,6 +57,9 @@ CASES = {
     "FeatureProbe, lag": Case(lambda group: Balancer(TASKS, GradNorm(), group=group, lag=1)),
     "FeatureTap": Case(lambda group: Balancer(TASKS, MGDA(), group=group, probe=FeatureTap())),
     "ParameterProbe": Case(lambda group: Balancer(TASKS, MGDA(), group=group, probe=ParameterProbe(every=1))),
+    "parameters=": Case(
+        lambda group: Balancer(TASKS, MGDA(), group=group, probe=ParameterProbe()), "losses, parameters"
+    ),
     "task ids": Case(lambda group: Balancer(TASKS, TokenShare(), group=group), "tokens"),
     "task ids, lag": Case(lambda group: Balancer(TASKS, TokenShare(), group=group, lag=1), "tokens"),
     "task ids, SharedLayerProbe": Case(
@@ -99,18 +102,21 @@ class Net(nn.Module):
             return self.balancer(
                 z, lambda z: self.by_token(z, classes, ids), task_ids=ids, mask=mask, **layer
             )
+        # the graph of every loss is walked through on every rank, for its collectives
+        given = self.form == "losses, parameters"
         # how many tokens of each task are on this rank: none of "next" in some halves
         own = {"next": mask & (ids == 0), "value": mask}
         heads = {
-            "next": lambda z: mean(self.next_token(z, classes), own["next"]),
-            "value": lambda z: mean(self.values(z, classes), own["value"]),
+            "next": lambda z: mean(self.next_token(z, classes), own["next"], always=given),
+            "value": lambda z: mean(self.values(z, classes), own["value"], always=given),
         }
         counts = {task: int(of_task.sum()) for task, of_task in own.items()}
         if self.form == "whole":
             heads["value"] = lambda z: self.of_sequence(z, classes)
             counts["value"] = len(x)  # every context rank has this loss of all its sequences
-        if self.form == "losses":
-            return self.balancer({task: head(z) for task, head in heads.items()}, counts=counts)
+        if self.form.startswith("losses"):
+            at = {"parameters": [*self.inner.parameters(), *self.last.parameters()]} if given else {}
+            return self.balancer({task: head(z) for task, head in heads.items()}, counts=counts, **at)
         return self.balancer(z, heads, counts=counts)
 
     def next_token(self, z: Tensor, classes: Tensor) -> Tensor:
@@ -131,7 +137,9 @@ class Net(nn.Module):
         return F.mse_loss(self.value((sums / TOKENS).tanh())[:, 0], first)
 
 
-def mean(values: Tensor, mask: Tensor) -> Tensor | None:
+def mean(values: Tensor, mask: Tensor, *, always: bool) -> Tensor | None:
+    if always:
+        return (values * mask).sum() / mask.sum().clamp(min=1)
     return values[mask].mean() if mask.any() else None
 
 

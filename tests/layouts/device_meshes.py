@@ -26,7 +26,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from mtl_dist import Balancer, FeatureProbe
+from mtl_dist import Balancer, FeatureProbe, ParameterProbe, SharedLayerProbe
 from mtl_dist.sync.group import timeout_of
 from mtl_dist.weighting import MGDA, Equal, GradNorm
 
@@ -59,12 +59,14 @@ class Net(nn.Module):
         self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 2)
         self.balancer, self.features = balancer, features or (lambda z: z)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, layer: bool = False) -> Tensor:
         classes = (x[:, 0] > 0) + 2 * (x[:, 1] > 0)
         heads = {
             "a": lambda z: F.cross_entropy(self.a(z), classes),
             "b": lambda z: F.mse_loss(self.b(z), x[:, 2:4]),
         }
+        if layer:
+            return self.balancer(self.trunk[:2](x), heads, layer=self.trunk[2])
         return self.balancer(self.features(self.trunk(x)), heads)
 
 
@@ -224,6 +226,11 @@ def tensor(rank: int, _: Path) -> dict[str, Any]:
         words(lambda: other({"a": split.mean()})),
         words(lambda: other(split[:, 0], task_ids=torch.zeros(6, dtype=torch.int64))),
     ]
+    net.balancer = Balancer(TASKS, MGDA(), probe=ParameterProbe(), group=data.get_group())
+    refused.append(words(lambda: net(batch(0, place))))
+    net.balancer = Balancer(TASKS, MGDA(), probe=SharedLayerProbe(), group=data.get_group())
+    refused.append(words(lambda: net(batch(0, place), layer=True)))
+    net.balancer = balancer(data.get_group())
     return {**train(net, place), "refused": refused}
 
 

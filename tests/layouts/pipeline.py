@@ -113,7 +113,8 @@ class Last(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
         z = self.layer(h).tanh()
-        return z if y is None else self.total(z, y)
+        # one number for each micro-batch: torch joins the outputs of all of them
+        return z if y is None else torch.stack([self.total(z, y)])
 
     def total(self, z: Tensor, y: Tensor) -> Tensor:
         heads = {
@@ -173,7 +174,7 @@ def alone(name: str) -> dict[str, Any]:
         for x, y in joined(step):
             h = first(x)
             total = last.total(last(h), y) if case.place == "loss_fn" else last(h, y)
-            waiting.append(total / MICRO)
+            waiting.append(total.sum() / MICRO)
             if way.eager:
                 waiting.pop().backward()
         for total in waiting:
@@ -198,7 +199,7 @@ def piped(name: str, mesh: DeviceMesh) -> dict[str, Any] | None:
         module = DistributedDataParallel(module, process_group=data.get_group())
     shapes = {} if not way.static else told(case, place)
     stage = PipelineStage(module, place, 2, torch.device("cpu"), group=mesh["pp"].get_group(), **shapes)
-    loss_fn = last.total if case.place == "loss_fn" else lambda total, _: total
+    loss_fn = last.total if case.place == "loss_fn" else lambda total, _: total.sum()
     schedule = way.make(stage, n_microbatches=MICRO, loss_fn=loss_fn)
     optimizer, steps = sgd(module), []
     for step in range(STEPS):
@@ -206,7 +207,7 @@ def piped(name: str, mesh: DeviceMesh) -> dict[str, Any] | None:
         if place == 0:
             schedule.step(x)
         else:
-            schedule.step(target=y, return_outputs=False, **({} if case.place == "loss_fn" else {"y": y}))
+            schedule.step(target=y, **({} if case.place == "loss_fn" else {"y": y}))
             steps.append(seen(last.balancer))
         optimizer.step()
         optimizer.zero_grad()
@@ -221,7 +222,7 @@ def told(case: Case, place: int) -> dict[str, Tensor]:
     passed = torch.zeros(ROWS, 8, requires_grad=True)
     if place == 0:
         return {"input_args": torch.zeros(ROWS, 6), "output_args": passed}
-    given = passed if case.place == "loss_fn" else torch.zeros((), requires_grad=True)
+    given = passed if case.place == "loss_fn" else torch.zeros(1, requires_grad=True)
     return {"input_args": passed, "output_args": given}
 
 

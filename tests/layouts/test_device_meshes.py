@@ -29,8 +29,10 @@ def test_every_rank_equals_one_process(trained: dict, name: str) -> None:
 
 def test_what_is_split_is_refused_in_words(trained: dict) -> None:
     for got in trained["tensor parallel"]:
-        features, loss, samples = got["refused"]
+        features, loss, samples, *probes = got["refused"]
         assert features.startswith("a feature is a DTensor of placements (Shard(dim=0),), and the balancer")
         assert loss.startswith("the loss of task 'a' is a DTensor of placements (")
         assert samples.startswith("the tensor of losses is a DTensor of placements (Shard(dim=0),)")
         assert all("give x.full_tensor()" in text for text in got["refused"])
+        assert all("ParameterProbe and SharedLayerProbe do not measure" in text for text in probes)
+        assert len(probes) == 2

@@ -75,13 +75,15 @@ def test_no_probe_is_needed_and_every_amortises() -> None:
     assert weights[0] == weights[1] == weights[2] != weights[3]
 
 
-def test_losses_of_samples_are_measured_too() -> None:
+@pytest.mark.parametrize("ids", [[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]], ids=["both", "one is absent"])
+def test_losses_of_samples_are_measured_too(ids: list[int]) -> None:
     layer, x = nn.Linear(3, 2), torch.rand(6, 3)
-    ids = torch.tensor([0, 1, 1, 0, 1, 1])
     balancer = Balancer(TASKS, MGDA())
     losses = layer(x).square().sum(1)
-    balancer(losses, task_ids=ids, parameters=layer)
-    by_task = {task: losses[ids == k].mean() for k, task in enumerate(TASKS)}
+    balancer(losses, task_ids=torch.tensor(ids), parameters=layer)
+    by_task = {
+        task: (losses * (torch.tensor(ids) == k)).sum() / max(1, ids.count(k)) for k, task in enumerate(TASKS)
+    }
     expected = explicit(by_task, list(layer.parameters()))
     torch.testing.assert_close(balancer.report.stats.gram, expected, rtol=1e-6, atol=0)
 
@@ -138,7 +140,12 @@ LINEAR = nn.Linear(1, 1)
         ({}, torch.zeros(3), ValueError, "none requires a gradient"),
         ({}, [LINEAR.weight * 2], ValueError, "holds a tensor that the graph computed"),
         ({}, LINEAR, ValueError, "no loss depends on any of the parameters="),
-        ({}, [Sharded(torch.zeros(2))], ValueError, "parameters that FSDP2 shards"),
+        (
+            {},
+            [Sharded(torch.zeros(2))],
+            ValueError,
+            "FSDP2 .or tensor parallelism. shards",
+        ),
         ({"probe": FeatureProbe()}, LINEAR, ValueError, "parameters= is measured by ParameterProbe"),
         ({"window": 2}, LINEAR, ValueError, "window=2 adds the Grams of micro-batches"),
     ],

@@ -40,7 +40,7 @@ def named(parameters: Any, bucket: int) -> Trunk:
     if not all(isinstance(one, Tensor) for one in given):
         kinds = sorted({type(one).__name__ for one in given})
         raise TypeError(f"parameters= is a module or tensors, such as net.parameters(); got {kinds}")
-    for engine, is_one in (("FSDP2", is_sharded), ("ZeRO-3", is_partitioned)):
+    for engine, is_one in (("FSDP2 (or tensor parallelism)", is_sharded), ("ZeRO-3", is_partitioned)):
         if any(map(is_one, given)):
             raise ValueError(ELSEWHERE.format(engine=engine))
     trained = [one for one in dict.fromkeys(given) if one.requires_grad]

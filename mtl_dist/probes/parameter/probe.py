@@ -143,7 +143,7 @@ class ParameterProbe(Probe):
             reduced = step.reduce(losses.stats())
             check_same_parameters(trunk, step, counts.device)
             weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
-            blocks = rows_of_losses(trunk, losses.means(), scale, weighing)
+            blocks = rows_of_losses(trunk, losses, scale, weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, self._sketch(step))
         gradients = FeatureGradients((), counts, scale=scale)
         return later_gram(reduced, gradients.unscaled(gram), faulty, step)
@@ -157,7 +157,7 @@ class ParameterProbe(Probe):
         weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
         with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
             if measured.past:
-                blocks = rows_of_losses(trunks[0], measured.losses.means(), scale, weighing)
+                blocks = rows_of_losses(trunks[0], measured.losses, scale, weighing)
             else:
                 blocks = parameter_rows(trunks, _all_leaves(measured, trunks), weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, sketch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mtl_dist.losses import real
+from mtl_dist.losses import LocalLosses, real
 from mtl_dist.probes.base import StepContext
 from mtl_dist.probes.parameter.passes import direct, stream
 from mtl_dist.probes.parameter.segments import Plan, plan, shape_of, variable
@@ -110,21 +110,17 @@ def parameter_rows(
 
 
 def rows_of_losses(
-    trunk: Trunk, losses: Sequence[Tensor | None], scale: Tensor | None, weighing: Weighing
+    trunk: Trunk, losses: LocalLosses, scale: Tensor | None, weighing: Weighing
 ) -> Iterator[Tensor]:
     """The same rows, from gradients of the losses themselves: for losses that reach θ past the features too.
 
     Args:
         trunk: of all tasks.
-        losses: `l_i`, with their graphs; None where there is none.
+        losses: of this rank, with their graphs.
         scale: scalar to differentiate the losses with; None: 1.
         weighing: of the tasks.
     """
-    weighed = [
-        None if loss is None else loss * share.to(loss.dtype)
-        for loss, share in zip(losses, weighing.shares, strict=True)
-    ]
-    return _rows(trunk.plan, direct(weighed, scale, trunk.plan), weighing.rest)
+    return _rows(trunk.plan, direct(losses.weighed(weighing.shares), scale, trunk.plan), weighing.rest)
 
 
 def _rows(
@@ -144,6 +140,7 @@ def _rows(
 
 
 def _weighed(gradient: Tensor, share: Tensor) -> Tensor:
+    share = share.to(gradient.device)  # of the features, which may be on several
     precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     # the mean over no sample may be NaN
     return (share * precise).masked_fill_(share == 0, 0).to(gradient.dtype)
