@@ -86,7 +86,8 @@ def balance_by_column(
     _check(trainer)
     if isinstance(balancer.probe, FeatureTap):
         raise ValueError(
-            "FeatureTap needs one function per task, and here one gives the losses of all rows: use FeatureProbe()"
+            "FeatureTap needs one function per task, and here one gives the losses of all rows: use "
+            "FeatureProbe()"
         )
     model = base_model(trainer.model)
     rows = RowLosses.of(model)
