@@ -27,6 +27,7 @@ WAYS = {
     "logits": "`InverseGradNorm` at the logits",
     "head": "`InverseGradNorm`, `SharedLayerProbe` at the head, kernel form",
     "chunks": f"`InverseGradNorm` at the head's input, chunks of {CHUNK}",
+    "weight": f"`InverseGradNorm` at the weight of the head (`ParameterProbe`), chunks of {CHUNK}",
     "share": f"`TokenShare`, chunks of {CHUNK}",
 }
 
@@ -60,6 +61,9 @@ def step(way: str) -> None:
         loss = Balancer(TASKS, InverseGradNorm(), probe=probe)(hidden, whole, layer=head, task_ids=ids)
     elif way == "chunks":
         loss = Balancer(TASKS, InverseGradNorm())(hidden, chunked, task_ids=ids)
+    elif way == "weight":
+        balancer = Balancer(TASKS, InverseGradNorm())
+        loss = balancer(chunked(hidden), task_ids=ids, parameters=head.weight)
     else:
         loss = Balancer(TASKS, TokenShare())(chunked(hidden), task_ids=ids)
     loss.backward()
@@ -76,14 +80,10 @@ def main() -> None:
         rows[way] = [float(word) for word in done.stdout.split()]
     base = rows["plain"]
     print("# Memory of a large vocabulary\n")
-    print(
-        f"`python benchmarks/chunked.py`: {WORDS} words, width {WIDTH}, {TOKENS} tokens, float32, torch",
-        end=" ",
-    )
-    print(f"{torch.__version__}, {torch.get_num_threads()} threads.")
-    print(
-        f"Logits as a whole are {TOKENS * WORDS * 4 / 2**20:.0f} MB. Output head alone, without the trunk.\n"
-    )
+    print("`python benchmarks/chunked.py`: the output head alone, without the trunk, in float32.")
+    logits = TOKENS * WORDS * 4 / 2**20
+    print(f"{WORDS} words, width {WIDTH}, {TOKENS} tokens: logits are {logits:.0f} MB.")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; times on a shared machine.\n")
     print("| step | peak MB over what was held before | of plain | seconds |\n|---|---|---|---|")
     for way, (size, seconds) in rows.items():
         print(f"| {WAYS[way]} | {size:.0f} | {size / base[0]:.2f} | {seconds:.1f} |")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Trainer
 
-from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, SharedLayerProbe
+from mtl_dist import Balancer, FeatureProbe, ParameterProbe, SharedLayerProbe
 from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.losses import cross_entropy_in_chunks
 from mtl_dist.weighting import InverseGradNorm, KeepNorm, TokenShare
@@ -106,8 +106,10 @@ def test_a_training_in_chunks_is_the_plain_training(tmp_path: Path, probe: Any, 
     assert float((got - expected).abs().max() / expected.abs().max()) <= 1e-6
 
 
-def test_a_gradient_rule_trains_in_chunks(tmp_path: Path) -> None:
-    balancers = [Balancer(DOMAINS, KeepNorm(InverseGradNorm(), like="tokens")) for _ in range(2)]
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_gradient_rule_trains_in_chunks(tmp_path: Path, lag: int) -> None:
+    rule = KeepNorm(InverseGradNorm(), like="tokens")
+    balancers = [Balancer(DOMAINS, rule, lag=lag) for _ in range(2)]
     small, large = (trained(tmp_path, one, chunk) for one, chunk in zip(balancers, (3, 1000), strict=True))
     assert float((small - large).abs().max() / large.abs().max()) <= 1e-6
     assert min(balancers[0].report.grad_norms.values()) > 0
@@ -141,13 +143,13 @@ def test_gradients_at_parameters_are_those_of_whole_logits(tmp_path: Path, make:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.max()))
 
 
-@pytest.mark.parametrize("settings", [{"probe": FeatureTap()}, {"lag": 1}, {}], ids=repr)
-def test_each_way_to_measure_at_the_features_takes_chunks(settings: dict[str, Any]) -> None:
-    """The same steps with whole logits: weights, and gradients at the features and the head."""
+@pytest.mark.parametrize("lag", [0, 1])
+def test_chunks_are_whole_logits_also_with_a_lag(lag: int) -> None:
+    """Weights, and gradients at the features and at the weight of the head."""
     found = []
     for function in (plain, lambda h, w, b, y: cross_entropy_in_chunks(h, w, y, bias=b, chunk=4)):
         hidden, weight, _, labels = problem(torch.float64, bias=False)
-        balancer = Balancer(("a", "b"), InverseGradNorm(), **settings)
+        balancer = Balancer(("a", "b"), InverseGradNorm(), lag=lag)
         ids = torch.tensor([0, 1, 1])
         for _ in range(3):
             hidden.grad = weight.grad = None

@@ -118,8 +118,10 @@ class Pairs:
             return -weight * logsigmoid(beta * (chosen - rejected))
 
         if self._balancer.measures:
-            return self._balancer(policy, losses, task_ids=ids)
-        return self._balancer(losses(policy), task_ids=ids)
+            total: Tensor = self._balancer(policy, losses, task_ids=ids)
+        else:
+            total = self._balancer(losses(policy), task_ids=ids)
+        return total
 
 
 def _of_answers(log_probs: Tensor, inputs: Mapping[str, Any]) -> Tensor:

@@ -34,7 +34,7 @@ from mtl_dist.integrations._row_losses import IGNORED, RowLosses, Targets
 from mtl_dist.integrations._sequences import split_sequences
 from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
 from mtl_dist.losses import Called, cross_entropy_in_chunks
-from mtl_dist.probes import ParameterProbe
+from mtl_dist.probes import FeatureTap, ParameterProbe
 from mtl_dist.sync import all_reduce_sum, collective_device
 
 
@@ -72,8 +72,8 @@ def balance_by_column(
         dataset: the training data set as it was given to the trainer, where `SFTTrainer` packs it: packing
             drops the column, so it is found again.
         chunk: for a causal language model with a large vocabulary: the number of tokens whose logits exist at
-            a time in training. Gradients are then measured at the input of the output head (`FeatureProbe`,
-            `FeatureTap`), or at parameters (`ParameterProbe`). None: the model makes all logits.
+            a time in training. Gradients are then measured at the input of the output head
+            (`FeatureProbe`), or at parameters (`ParameterProbe`). None: the model makes all logits.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -85,6 +85,11 @@ def balance_by_column(
         ValueError: no such column, or a combination that does not work; the message says what to change.
     """
     _check(trainer)
+    if isinstance(balancer.probe, FeatureTap):
+        raise ValueError(
+            "FeatureTap needs one function per task, and here one gives the losses of all rows: use "
+            "FeatureProbe()"
+        )
     model = base_model(trainer.model)
     rows = RowLosses.of(model)
     pairs = is_dpo(trainer)

@@ -122,10 +122,10 @@ def _of_detr(
 
 def _by_boxes_of_this_rank(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """DETR's loss function, whose division by the boxes of all ranks is the balancer's here."""
-    own = loss_for_object_detection.reduce
-    # it is divided by the number of ranks afterwards
-    loss_for_object_detection.reduce = lambda boxes: boxes * PartialState().num_processes
+    module: Any = loss_for_object_detection
+    own = module.reduce
+    module.reduce = lambda boxes: boxes * PartialState().num_processes  # it divides by this afterwards
     try:
         return inner(*args, **kwargs)
     finally:
-        loss_for_object_detection.reduce = own
+        module.reduce = own

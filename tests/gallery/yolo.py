@@ -1,7 +1,8 @@
 """Ultralytics' YOLO: its own loss of boxes, classes and distances, with its own gains.
 
 Its loss is the sum of three means, times the number of images, and its trainer multiplies it by the number
-of ranks. Each rank divides by the scores of its own boxes. They are the counts here: ranks equal one process.
+of ranks. Each rank divides by the scores of its own boxes. They are the counts here: ranks equal one process,
+where every rank has boxes enough, as it divides by no less than 1.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str
     torch.manual_seed(0)
     draw = generator()
     boxes = torch.rand(STEPS, 4, 2, 4, generator=draw) * 0.4 + 0.3
-    images = torch.rand(STEPS, 4, 3, 64, 64, generator=draw)
+    images = torch.rand(STEPS, 4, 3, 96, 96, generator=draw)
     classes = torch.randint(4, (STEPS, 4, 2), generator=draw).float()
     batches = [{"img": images[k], "boxes": boxes[k], "cls": classes[k]} for k in range(steps)]
 

@@ -29,7 +29,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from mtl_dist import Balancer, FeatureProbe, ParameterProbe, Rule, SharedLayerProbe
+from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, Rule, SharedLayerProbe
 from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.weighting import MGDA, Fixed, InverseGradNorm, TokenShare
@@ -326,6 +326,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     anew = Trainer(model_init=lambda: llama(), args=arguments(tmp_path, 1), train_dataset=table())
     with pytest.raises(ValueError, match="give the trainer a model"):
         balance_by_column(anew, balancer)
+    with pytest.raises(ValueError, match="FeatureTap needs one function per task, and here one gives"):
+        balance_by_column(made(data=table(), folder=tmp_path), Balancer(DOMAINS, MGDA(), probe=FeatureTap()))
     liger = made(data=table(), folder=tmp_path)
     liger.args.use_liger_kernel = True
     with pytest.raises(ValueError, match="use_liger_kernel=True computes the loss inside a kernel"):
