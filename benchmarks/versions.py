@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -234,8 +233,8 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Versions",
         "Tests that passed with each torch, and the newest of the others before the next torch appeared. "
-        f"The first row has exactly the lower bounds of pyproject.toml. {platform.machine()}, CPU, 2 "
-        "processes where there are ranks. Made by `bash launch/versions.sh`.",
+        "The first row has exactly the lower bounds of pyproject.toml. On the CPU of one machine, 2 processes "
+        "where there are ranks. Made by `bash launch/versions.sh`.",
         table(results),
         "## What each column runs",
         selections,
