@@ -22,15 +22,17 @@ transformers = ["transformers>=5.0,<6"]
 recipes = ["scikit-learn>=1.5"]
 """
 REPORT = """<testsuites><testsuite>
-<testcase classname="a" name="good"/>
-<testcase classname="a" name="bad"><failure message="b differ">trace</failure></testcase>
-<testcase classname="a" name="left out"><skipped message="no GPU"/></testcase>
-<testcase classname="a" name="broken"><error message="setup"/></testcase>
+<testcase classname="tests.a" name="good[zero-2: x]"/>
+<testcase classname="tests.a" name="good[ddp: x]"/>
+<testcase classname="tests.a" name="bad[zero-3: x]"><failure message="b differ">trace</failure></testcase>
+<testcase classname="tests.a" name="left out[accelerate zero-2]"><skipped message="no GPU"/></testcase>
+<testcase classname="tests.a" name="left out[zero-2]"><skipped message="no GPU"/></testcase>
+<testcase classname="" name="tests.b"><error message="collection"/></testcase>
 </testsuite></testsuites>"""
 
 
 def found(**others: Any) -> dict[str, Any]:
-    return {"passed": 0, "skipped": 0, "failed": {}, "seconds": 1.0, **others}
+    return {"passed": 0, "skipped": 0, "failed": {}, **others}
 
 
 def test_the_first_row_has_the_lower_bounds_of_the_project() -> None:
@@ -53,11 +55,14 @@ def test_a_part_names_files_that_exist() -> None:
 
 
 def test_a_report_is_counted() -> None:
-    assert versions.counts(REPORT) == {
+    part = versions.Part(("tests/a.py", "tests/b.py"), "(zero or tests.b) and not accelerate")
+    assert versions.counts(REPORT, part) == {
         "passed": 1,
         "skipped": 1,
-        "failed": {"a::bad": "b differ", "a::broken": "setup"},
+        "failed": {"tests.a::bad[zero-3: x]": "b differ", "tests.b::": "collection"},
     }
+    assert versions.counts(REPORT, versions.Part(("tests/a.py",), "ddp"))["passed"] == 1
+    assert versions.counts(REPORT, versions.Part(("tests/c.py",)))["passed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_a_report_is_counted() -> None:
         (found(passed=3, skipped=1), "3, 1 skipped"),
         (found(passed=3, failed={"a": ""}), "**1 failed**"),
         (found(), "**nothing ran**"),
-        ({"impossible": "ImportError: no", "seconds": 0.0}, "impossible: ImportError: no"),
+        ({"impossible": "ImportError: no"}, "impossible: ImportError: no"),
     ],
 )
 def test_no_cell_is_empty(result: dict[str, Any] | None, shown: str) -> None:
@@ -77,12 +82,11 @@ def test_no_cell_is_empty(result: dict[str, Any] | None, shown: str) -> None:
 
 def test_a_part_runs_and_a_missing_module_is_its_reason() -> None:
     part = versions.Part(("tests/test_project.py",), "forms", "yaml")
-    result = versions.run_part(Path(sys.executable), part)
-    assert result["failed"] == {}, result
-    assert result["passed"] > 0
     missing = versions.Part(part.tests, "", "no_such_module")
-    reason = "ModuleNotFoundError: No module named 'no_such_module'"
-    assert versions.run_part(Path(sys.executable), missing)["impossible"] == reason
+    result = versions.run_parts(Path(sys.executable), {"one": part, "two": missing})
+    assert result["one"]["failed"] == {}, result
+    assert result["one"]["passed"] > 0
+    assert result["two"] == {"impossible": "ModuleNotFoundError: No module named 'no_such_module'"}
 
 
 def test_too_little_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
