@@ -4,8 +4,8 @@
 
 Each version has an environment of its own, made once: torch, and the newest of the others from before the
 next torch appeared. The oldest has exactly the lower bounds of pyproject.toml. Each part is a selection of
-the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again, and
-`versions.md`. Needs the standard library only; an environment is about 7 GB where torch comes with CUDA.
+the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again,
+and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB with a torch for CUDA.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FREE_GB = 20  # the least that is left for an environment and what pip unpacks on its way
-PART_LIMIT = 600.0  # seconds: ends a hang, not a slow machine
+PART_LIMIT = 600.0  # seconds for each part: ends a hang, not a slow machine
 
 LOWER_BOUNDS = "2.9"
 PINS = {  # by release date: what a user of this torch had
@@ -146,45 +144,90 @@ def installed(python: Path) -> dict[str, str]:
 # ---- tests ---------------------------------------------------------------------------------------
 
 
-def run_part(python: Path, part: Part) -> dict[str, Any]:
-    """Counts of tests, names of those that failed, and seconds; or why none can run."""
-    began = time.perf_counter()
-    # warnings are errors for the pinned versions only: others deprecate other things
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    needed = [python, "-c", f"import {part.needs}"]
-    done = subprocess.run(needed, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"impossible": done.stderr.strip().splitlines()[-1], "seconds": 0.0}
+def run_parts(python: Path, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
+    """For each part, counts of tests and names of those that failed; or why none can run.
+
+    All parts run in one process of pytest, so that they share launches.
+    """
+    missing = _missing(python, {part.needs for part in parts.values()})
+    results: dict[str, dict[str, Any]] = {
+        name: {"impossible": missing[part.needs]} for name, part in parts.items() if part.needs in missing
+    }
+    wanted = {name: part for name, part in parts.items() if name not in results}
+    if wanted:
+        results |= _tested(python, wanted)
+    return results
+
+
+def _missing(python: Path, modules: set[str]) -> dict[str, str]:
+    """The error of each module that cannot be imported."""
+    errors = {}
+    for module in sorted(modules):
+        command = [python, "-c", f"import {module}"]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors[module] = done.stderr.strip().splitlines()[-1]
+    return errors
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _tested(python: Path, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
+    files = list(dict.fromkeys(path for part in parts.values() for path in part.tests))
+    keywords = [part.keyword for part in parts.values()]
+    chosen = ["-k", " or ".join(f"({keyword})" for keyword in keywords)] if all(keywords) else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command += [f"--junitxml={report}", "-m", "not long", *(["-k", part.keyword] if part.keyword else [])]
+        # warnings are errors for the pinned versions only: others deprecate other things
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+        command += [f"--junitxml={report}", "-m", "not long", *chosen, *files]
+        limit = PART_LIMIT * len(parts)
         try:
             done = subprocess.run(
-                [*command, *part.tests],
+                command,
                 cwd=ROOT,
-                env=environment,
+                env=_environment(),
                 capture_output=True,
                 text=True,
-                timeout=PART_LIMIT,
+                timeout=limit,
                 check=False,
             )
+            trouble = {"pytest": done.stdout[-1500:] + done.stderr[-1500:]}
         except subprocess.TimeoutExpired:
-            return {"failed": {f"everything: no end within {PART_LIMIT:.0f} s": ""}, "seconds": PART_LIMIT}
-        seconds = round(time.perf_counter() - began, 1)
+            trouble = {"pytest": f"no end within {limit:.0f} s"}
         if not report.exists():
-            return {"failed": {"pytest": done.stdout[-1500:] + done.stderr[-1500:]}, "seconds": seconds}
-        return {**counts(report.read_text(encoding="utf-8")), "seconds": seconds}
+            return {name: {"failed": trouble} for name in parts}
+        text = report.read_text(encoding="utf-8")
+        return {name: counts(text, part) for name, part in parts.items()}
 
 
-def counts(report: str) -> dict[str, Any]:
-    """Passed, skipped and failed tests of a JUnit report."""
+def selects(part: Part, test: str) -> bool:
+    """Whether a test belongs to a part, by the rules of pytest's -k."""
+    file = test.split("::")[0].replace(".", "/")
+    words = re.compile(r"[\w.]+")
+    said = words.sub(lambda m: m[0] if m[0] in _WORDS else str(m[0].lower() in test.lower()), part.keyword)
+    inside = any(file.startswith(path.removesuffix(".py")) for path in part.tests)
+    return inside and (not said or bool(eval(said)))  # of True, False and their connections only
+
+
+_WORDS = ("and", "or", "not")
+
+
+def counts(report: str, part: Part) -> dict[str, Any]:
+    """Passed, skipped and failed tests of a part in a JUnit report."""
     passed = skipped = 0
     failed: dict[str, str] = {}
     for case in ET.fromstring(report).iter("testcase"):
+        test = f"{case.get('classname')}::{case.get('name')}"
+        if not case.get("classname"):  # a file that cannot be read
+            test = f"{case.get('name')}::"
+        if not selects(part, test):
+            continue
         trouble = case.find("failure") if case.find("failure") is not None else case.find("error")
         if trouble is not None:
-            failed[f"{case.get('classname')}::{case.get('name')}"] = (trouble.get("message") or "")[:500]
+            failed[test] = (trouble.get("message") or "")[:500]
         elif case.find("skipped") is not None:
             skipped += 1
         else:
@@ -234,8 +277,8 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Versions",
         "Tests that passed with each torch, and the newest of the others before the next torch appeared. "
-        f"The first row has exactly the lower bounds of pyproject.toml. {platform.machine()}, CPU, 2 "
-        "processes where there are ranks. Made by `bash launch/versions.sh`.",
+        "The first row has exactly the lower bounds of pyproject.toml. On a CPU, 2 processes where "
+        "there are ranks. Made by `bash launch/versions.sh`.",
         table(results),
         "## What each column runs",
         selections,
@@ -260,10 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         python = make_environment(environments / version, requirements(version))
         known = results.setdefault(version, {"parts": {}})
         known["about"] = installed(python)
-        for name in arguments.parts:
-            known["parts"][name] = run_part(python, PARTS[name])
-            print(f"torch {version}, {name}: {entry(known['parts'][name])}", file=sys.stderr, flush=True)
-            path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        known["parts"] |= run_parts(python, {name: PARTS[name] for name in arguments.parts})
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if arguments.remove:
             shutil.rmtree(environments / version)
     (arguments.out / "versions.md").write_text(page(results), encoding="utf-8")
