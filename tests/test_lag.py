@@ -16,7 +16,18 @@ from mtl_dist import Balancer, Engine, FeatureProbe, FeatureTap, ParameterProbe,
 from mtl_dist.balancer import PeerFailed
 from mtl_dist.probes import Probe
 from mtl_dist.virtual import VirtualRanks
-from mtl_dist.weighting import MGDA, Equal, Every, Fixed, GradNorm, InverseGradNorm, InverseLoss, PriorLoss
+from mtl_dist.weighting import (
+    MGDA,
+    Equal,
+    Every,
+    Fixed,
+    GradNorm,
+    InverseGradNorm,
+    InverseLoss,
+    PriorLoss,
+    Relative,
+    TokenShare,
+)
 
 TASKS = ("task0", "task1", "task2")
 STEPS = 6
@@ -118,7 +129,15 @@ def test_weights_that_follow_from_no_batch_are_the_same_with_a_lag(rule: Rule) -
     torch.testing.assert_close(*map(parameters, nets), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("later", [{"lag": 1}, {"window": 2}])
+@pytest.mark.parametrize("rule", [TokenShare(), Relative(TokenShare(), to="task0")], ids=repr)
+def test_a_rule_about_its_own_batch_is_refused(rule: Rule, later: dict[str, int]) -> None:
+    """Counts of the batch before are not the token mean of this one."""
+    with pytest.raises(ValueError, match=r"counts of its own batch, and with (lag=1|window=2)"):
+        Balancer(TASKS, rule, **later)
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if not build(name, TASKS).own_batch])
 def test_every_rule_uses_the_statistics_of_the_step_before(name: str) -> None:
     """Its weights are those that the rule gives for the reported statistics, one step later."""
     rule = build(name, TASKS)

@@ -106,6 +106,16 @@ def checked_lag(lag: int, counts: CountsOf, on_nonfinite: OnNonfinite) -> tuple[
     return lag, counts
 
 
+def check_own_batch(rule: Rule, lag: int, window: int | None) -> None:
+    """Raises `ValueError` where weights of one batch would be used for another, and must not be."""
+    if rule.own_batch and (lag or window is not None):
+        given = "lag=1" if lag else f"window={window}"
+        raise ValueError(
+            f"{rule!r} weighs by the counts of its own batch, and with {given} those of an earlier one would "
+            "be used: leave it out (the rule reads no gradients, so its step costs what a plain step costs)"
+        )
+
+
 def probe_at_parameters(probe: Probe, given: bool, window: int | None) -> ParameterProbe:
     """The probe of a call with `parameters=`: the one that was given, or the default settings.
 

@@ -13,6 +13,7 @@ from mtl_dist.balancer.arguments import (
     PARAMETERS_OF_HEADS,
     CountsOf,
     OnNonfinite,
+    check_own_batch,
     checked_component,
     checked_lag,
     checked_policy,
@@ -129,6 +130,7 @@ class Balancer(BalancerCalls):
         self.weighting = _spaced(checked_rule(weighting, self.tasks), self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
         self.lag, self.counts = checked_lag(lag, counts, on_nonfinite)
+        check_own_batch(self.weighting, lag, window)
         self._strict = on_nonfinite == "raise"
         self._synchronizer = Synchronizer(len(self.tasks), group)
         self._errors = DeferredErrors()

@@ -50,6 +50,8 @@ class Rule(ByValue, ABC):
             `ValueError` on every rank for a loss <= 0, with the task, the value and the rule.
         observes: whether the rule also learns from losses measured outside the step (see `observe`).
         compares: whether the weights follow from comparing the tasks of one step. False for constant weights.
+        own_batch: whether the weights are about the very batch that they follow from (its counts), so that
+            those of an earlier one are wrong. The balancer refuses such a rule with a lag or a window.
         name: name in the command line and in YAML; empty for a rule outside the library.
         paper: authors, venue, year; a description if there is no paper.
         cost: time to compute the weights of n tasks from the statistics. "QP" is a quadratic program in n
@@ -65,6 +67,7 @@ class Rule(ByValue, ABC):
     positive_losses: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     compares: ClassVar[bool] = True
+    own_batch: ClassVar[bool] = False
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = ""
@@ -167,6 +170,11 @@ class Combinator(Rule):
     def compares(self) -> bool:  # type: ignore[override]  # as above
         """Whether the inner rule compares tasks."""
         return self.rule.compares
+
+    @property
+    def own_batch(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the weights of the inner rule are about its batch."""
+        return self.rule.own_batch
 
     @property
     def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as above

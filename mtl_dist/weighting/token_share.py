@@ -18,7 +18,7 @@ class TokenShare(Rule):
 
     This is what a trainer does that knows no tasks, so it is the baseline for batches in which every sample
     has one task. C are the counts of all ranks, and of the whole optimizer step where the engine knows them
-    (`Engine.counts`).
+    (`Engine.counts`). Refused with a lag or a window, where C would be the counts of another batch.
     """
 
     name = "token_share"
@@ -27,6 +27,7 @@ class TokenShare(Rule):
     degrees = (0, 0)
 
     compares: ClassVar[bool] = False
+    own_batch: ClassVar[bool] = True
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`αᵢ = Cᵢ / Σⱼ Cⱼ`."""

@@ -182,6 +182,8 @@ PROBES = {
 
 def rules(lag: int) -> Iterator[tuple[str, Case]]:
     for name in sorted(RULES):
+        if lag and RULES[name].own_batch:
+            continue
         make = lambda name=name: Balancer(TASKS, build(name, TASKS), lag=lag)  # noqa: E731
         yield name, lambda make=make: compared(make)
 

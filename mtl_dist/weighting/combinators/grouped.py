@@ -67,6 +67,11 @@ class Grouped(Combinator):
         return self.rule.compares or self.between.compares
 
     @property
+    def own_batch(self) -> bool:  # type: ignore[override]  # as in Combinator
+        """Whether the weights of one of the rules are about their batch."""
+        return self.rule.own_batch or self.between.own_batch
+
+    @property
     def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator
         """`(a + c(1 + a) + da, b + cb + d(1 + b))` for `(a, b)` inside and `(c, d)` between."""
         if self.rule.degrees is None or self.between.degrees is None:
