@@ -15,8 +15,9 @@ CUDA, operators run in streams beside the host, and the host must not read what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from streams import HOST, NAME, Event, Fault, Memory, Stream, current
@@ -152,7 +153,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = func.overloadpacket._qualified_op_name.split("::")[-1]
+        name = facts(func).name
         given = [*leaves(args), *leaves(kwargs.values())]
         held = [value for value in given if isinstance(value, Held)]
         place = kwargs.get("device")
@@ -178,7 +179,7 @@ class Device(TorchDispatchMode):
             if not isinstance(value, Far) and far:
                 if name.startswith(("index", "_index")) and value is not args[0]:
                     self.note(f"{name} from the host")
-                elif value.dim() > 0 or torch.Tag.pointwise not in func.tags:
+                elif value.dim() > 0 or not facts(func).pointwise:
                     raise Fault(f"{func} of tensors on {sorted({str(t.device) for t in tensors})}")
         if name in READS or (name == "repeat_interleave" and len(args) == 1):
             self.note(name)
@@ -192,7 +193,7 @@ class Device(TorchDispatchMode):
         for value in far:
             value.memory.read(stream)
         place = {"device": torch.device("cpu")} if "device" in kwargs else {}
-        with self._generator(func):
+        with self._generator() if facts(func).draws else nullcontext():
             out = func(*mapped(raw_of, args), **{**raw_options(kwargs), **place})
         time = stream.tick()
         written = {id(value.raw) for value in written_by(func, args, kwargs)}
@@ -253,11 +254,8 @@ class Device(TorchDispatchMode):
         return target
 
     @contextmanager
-    def _generator(self, func: Any) -> Iterator[None]:
+    def _generator(self) -> Iterator[None]:
         """Random operators draw from the device's generator."""
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            yield
-            return
         of_host = torch.get_rng_state()
         torch.set_rng_state(MODULE.random)
         yield
@@ -291,10 +289,27 @@ def raw_of(value: Any) -> Any:
 
 def written_by(func: Any, args: Any, kwargs: Any) -> Iterator[Held]:
     """The arguments that an operator changes."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (one for one in leaves([value]) if isinstance(one, Held))
+    for place, name in facts(func).writes:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        yield from (one for one in leaves([value]) if isinstance(one, Held))
+
+
+class Facts(NamedTuple):
+    """Of an operator: its name, whether it may take a number of the host, or draws, and what it changes."""
+
+    name: str
+    pointwise: bool
+    draws: bool
+    writes: tuple[tuple[int, str], ...]
+
+
+@cache
+def facts(func: Any) -> Facts:
+    name = func.overloadpacket._qualified_op_name.split("::")[-1]
+    pointwise, draws = torch.Tag.pointwise in func.tags, torch.Tag.nondeterministic_seeded in func.tags
+    aliases = [(place, a.name, a.alias_info) for place, a in enumerate(func._schema.arguments)]
+    writes = [(place, name) for place, name, alias in aliases if alias is not None and alias.is_write]
+    return Facts(name, pointwise, draws, tuple(writes))
 
 
 class Module:

@@ -264,6 +264,7 @@ def group_destroyed_before_the_first_step() -> None:
     start()
     group = dist.new_group([0, 1])
     net = Net(group=group)
+    dist.barrier()  # the other rank may still be connecting
     dist.destroy_process_group(group)
     del group
     train(net)
@@ -273,6 +274,7 @@ def destroyed_group_kept() -> None:
     start()
     group = dist.new_group([0, 1])
     net = Net(group=group)
+    dist.barrier()  # the other rank may still be connecting
     dist.destroy_process_group(group)
     train(net)
 
