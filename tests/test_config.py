@@ -24,7 +24,7 @@ from mtl_dist.training.settings import (
     build_trackers,
     load_settings,
 )
-from mtl_dist.weighting import MGDA, Clamp, Equal, Fixed, GeneralizedMean, Smooth
+from mtl_dist.weighting import MGDA, Clamp, Equal, Fixed, GeneralizedMean, GroupDRO, Grouped, Smooth
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "recipe" / "multi_digits.yaml"
 
@@ -65,6 +65,11 @@ def test_a_component_given_by_name_takes_fields_by_override():
         ({"name": "fixed", "weights": [1, 2]}, Fixed([1.0, 2.0])),
         ({"name": "smooth", "decay": 0.9, "rule": {"name": "mgda"}}, Smooth(MGDA(), decay=0.9)),
         ({"name": "smooth", "rule": {"name": "clamp", "rule": "mgda"}}, Smooth(Clamp(MGDA()))),
+        (
+            {"name": "grouped", "rule": "mgda", "between": {"name": "equal"}, "groups": {"a": ["x", "y"]}},
+            Grouped(MGDA(), Equal(), {"a": ["x", "y"]}),
+        ),
+        ({"name": "group_dro", "references": {"x": 1, "y": 2}}, GroupDRO({"x": 1.0, "y": 2.0})),
     ],
 )
 def test_rules_by_name(spec, rule):

@@ -43,8 +43,8 @@ def codelength(weights: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float
         label[list(group)] = number
     inside = label[:, None] == label
     visits = links.sum(1)
-    exits = np.bincount(label, (links * ~inside).sum(1), len(groups))
-    flow = np.bincount(label, visits, len(groups))
+    exits = sums(label, (links * ~inside).sum(1), len(groups))
+    flow = sums(label, visits, len(groups))
     return float(plogp(exits.sum()) - (2 * plogp(exits) - plogp(exits + flow)).sum() - plogp(visits).sum())
 
 
@@ -64,6 +64,11 @@ def read_links(weights: npt.ArrayLike) -> Array:
         raise ValueError("weights must be symmetric: use (w + w.T) / 2 for a matrix w that is not")
     total = links.sum()
     return links / total if total > 0 else links
+
+
+def sums(label: npt.NDArray[np.intp], values: Array, num: int) -> Array:
+    """`[num]`, the sum of the values of each label."""
+    return np.bincount(label, values, num).astype(np.float64, copy=False)
 
 
 def plogp(x: Any) -> Array:

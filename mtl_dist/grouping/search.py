@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from mtl_dist.grouping.map_equation import Array, Groups, codelength, plogp, read_links
+from mtl_dist.grouping.map_equation import Array, Groups, codelength, plogp, read_links, sums
 
 Labels = npt.NDArray[np.intp]
 
@@ -81,14 +83,14 @@ def _move(links: Array, visits: Array, label: Labels, rng: np.random.Generator) 
     n, label = len(links), label.copy()
     leaving = links.sum(1)  # of each node, to all others
     inside = label[:, None] == label
-    exits = np.bincount(label, (links * ~inside).sum(1), n)
-    flow = np.bincount(label, visits, n)
+    exits = sums(label, (links * ~inside).sum(1), n)
+    flow = sums(label, visits, n)
     any_moved, again = False, True
     while again:
         again = False
         for node in rng.permutation(n):
-            old = label[node]
-            to = np.bincount(label, links[node], n)  # links of the node to each group
+            old = int(label[node])
+            to = sums(label, links[node], n)  # links of the node to each group
             exit_without = exits[old] - leaving[node] + 2 * to[old]
             exits_with = exits + leaving[node] - 2 * to
             total = exits.sum() - exits[old] + exit_without + exits_with - exits
@@ -107,9 +109,10 @@ def _move(links: Array, visits: Array, label: Labels, rng: np.random.Generator) 
     return any_moved, label
 
 
-def _part(exits: Array, flow: Array) -> Array:
-    """What a group adds to L."""
-    return plogp(exits + flow) - 2 * plogp(exits)
+def _part(exits: Any, flow: Any) -> Array:
+    """What a group adds to L, or each of several."""
+    added: Array = plogp(exits + flow) - 2 * plogp(exits)
+    return added
 
 
 def _as_groups(label: Labels) -> Groups:

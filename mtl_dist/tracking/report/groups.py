@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 
 from mtl_dist.grouping import Affinities, Agreement, Groups, find_groups
+from mtl_dist.grouping.map_equation import Array
 from mtl_dist.tracking.report.panels import COSINE, LOSS, NORM, cosine_keys, tasks_of
 from mtl_dist.tracking.report.read import RunData
 
@@ -25,7 +26,9 @@ def affinities_of(runs: Sequence[RunData]) -> Affinities:
     tasks = tasks_of(runs)
     if not tasks:
         raise ValueError("no run has values of tasks: a run has them from its first step on")
-    cosines, norms, losses = [], [], []
+    cosines: list[Array] = []
+    norms: list[Array] = []
+    losses: list[Array] = []
     for run in runs:
         steps = len(run.steps)
         cosine = np.full((steps, len(tasks), len(tasks)), np.nan)
