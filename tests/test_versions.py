@@ -32,7 +32,7 @@ REPORT = """<testsuites><testsuite>
 
 
 def found(**others: Any) -> dict[str, Any]:
-    return {"passed": 0, "skipped": 0, "failed": {}, **others}
+    return {"passed": 0, "skipped": 0, "failed": {}, "cannot": {}, **others}
 
 
 def test_the_first_row_has_the_lower_bounds_of_the_project() -> None:
@@ -60,9 +60,20 @@ def test_a_report_is_counted() -> None:
         "passed": 1,
         "skipped": 1,
         "failed": {"tests.a::bad[zero-3: x]": "b differ", "tests.b::": "collection"},
+        "cannot": {},
     }
     assert versions.counts(REPORT, versions.Part(("tests/a.py",), "ddp"))["passed"] == 1
     assert versions.counts(REPORT, versions.Part(("tests/c.py",)))["passed"] == 0
+
+
+def test_what_the_engine_itself_cannot_run_has_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "ENGINES_OWN", {"b differ": "this engine"})
+    result = versions.counts(REPORT, versions.Part(("tests/a.py",)))
+    assert (result["failed"], result["cannot"]) == ({}, {"b differ": 1})
+    assert versions.entry(result) == "2, 2 skipped, 1 impossible (1)"
+    results = {"2.9": {"parts": {"core": result}}}
+    assert versions.notes(results).startswith("(1) this engine: `b differ`.")
+    assert versions.notes({"2.9": {"parts": {"core": found()}}}) == ""
 
 
 @pytest.mark.parametrize(
@@ -117,5 +128,7 @@ def test_the_docs_have_the_table_that_was_measured() -> None:
     table = versions.table(results)
     assert "failed" not in table
     assert "not run yet" not in table
-    assert table in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    assert table in docs
+    assert versions.notes(results) in docs
     assert versions.page(results) == (versions.RESULTS / "versions.md").read_text(encoding="utf-8")

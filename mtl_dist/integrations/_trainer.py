@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from mtl_dist.balancer import Balancer
@@ -15,6 +17,8 @@ from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._evaluation_rows import Weights, checked_weights
 from mtl_dist.integrations._trainer_callback import BalancerCallback, Settings, place_of
 from mtl_dist.tracking import Row, check_task_names
+
+_LOGGER = logging.getLogger("mtl_dist")
 
 
 def attach(
@@ -57,6 +61,7 @@ def attach(
             "model_init makes a new model in each train(): make the balancer in model_init's model, and "
             "attach that of trainer.model"
         )
+    _divide_once(trainer)
     callback = _callback_of(trainer)
     accelerate.connect(
         balancer, trainer.accelerator, name=name, accumulation=trainer.args.gradient_accumulation_steps
@@ -93,7 +98,7 @@ def _check(trainer: Trainer) -> None:
             f"{given} replaces the loss that the model returns, which is the balancer's scalar: compute "
             "the tasks' losses in the model's forward, and return the balancer's scalar as the loss"
         )
-    if getattr(trainer, "loss_is_scaled_for_ga", None):  # not before transformers 5.20 or so
+    if getattr(trainer, "loss_is_scaled_for_ga", None):  # not in all versions
         raise ValueError(
             "loss_is_scaled_for_ga=True, but the balancer's scalar is a mean over one micro-batch, which "
             "Trainer must divide by the accumulation steps: set it to None"
@@ -107,6 +112,21 @@ def _check(trainer: Trainer) -> None:
         raise ValueError(
             "restore_callback_states_from_checkpoint creates new callbacks without their balancers: set it "
             "to False. The balancer is restored without it"
+        )
+
+
+def _divide_once(trainer: Trainer) -> None:
+    """Trainer divides the loss by the accumulation steps; until transformers 5.3 Accelerate did so again."""
+    accelerator = trainer.accelerator
+    steps = accelerator.gradient_accumulation_steps
+    if (
+        steps > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED
+    ):  # whose engine is told not to divide
+        accelerator.gradient_accumulation_steps = 1
+        _LOGGER.warning(
+            "mtl_dist: this Trainer divides the loss by the %d accumulation steps, and Accelerate divides it "
+            "again, so gradients would be too small by that factor. attach told Accelerate not to",
+            steps,
         )
 
 

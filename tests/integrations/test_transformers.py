@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import warm
+from accelerate.utils import DistributedType
 from program import ROOT
 from transformers import TrainerControl, TrainerState
 
 from mtl_dist import Balancer, checkpoint
 from mtl_dist.integrations._log_window import LogWindow
-from mtl_dist.integrations._trainer import _check
+from mtl_dist.integrations._trainer import _check, _divide_once
 from mtl_dist.integrations.transformers import BalancerCallback, attach
 from mtl_dist.weighting import MGDA, RLW, Equal, Smooth
 
@@ -143,6 +144,20 @@ def test_a_trainer_that_cannot_be_told_of_a_scaled_loss_is_taken() -> None:
     older = trainer()  # transformers 5.0
     del older.loss_is_scaled_for_ga
     _check(older)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "left"), [("MULTI_GPU", 4, 1), ("NO", 4, 1), ("NO", 1, 1), ("DEEPSPEED", 4, 4)]
+)
+def test_a_loss_is_divided_once(caplog: pytest.LogCaptureFixture, kind: str, steps: int, left: int) -> None:
+    older = trainer(  # Accelerate divides too, as in transformers 5.0
+        accelerator=SimpleNamespace(distributed_type=DistributedType(kind), gradient_accumulation_steps=steps)
+    )
+    _divide_once(older)
+    assert older.accelerator.gradient_accumulation_steps == left
+    assert [record.message[:60] for record in caplog.records] == [
+        "mtl_dist: this Trainer divides the loss by the 4 accumulatio"
+    ] * (steps != left)
 
 
 def trained(rule: object, steps: int) -> Balancer:
