@@ -27,7 +27,6 @@ WAYS = {
     "logits": "`InverseGradNorm` at the logits",
     "head": "`InverseGradNorm`, `SharedLayerProbe` at the head, kernel form",
     "chunks": f"`InverseGradNorm` at the head's input, chunks of {CHUNK}",
-    "weight": f"`InverseGradNorm` at the weight of the head (`ParameterProbe`), chunks of {CHUNK}",
     "share": f"`TokenShare`, chunks of {CHUNK}",
 }
 
@@ -61,9 +60,6 @@ def step(way: str) -> None:
         loss = Balancer(TASKS, InverseGradNorm(), probe=probe)(hidden, whole, layer=head, task_ids=ids)
     elif way == "chunks":
         loss = Balancer(TASKS, InverseGradNorm())(hidden, chunked, task_ids=ids)
-    elif way == "weight":
-        balancer = Balancer(TASKS, InverseGradNorm())
-        loss = balancer(chunked(hidden), task_ids=ids, parameters=head.weight)
     else:
         loss = Balancer(TASKS, TokenShare())(chunked(hidden), task_ids=ids)
     loss.backward()

@@ -115,7 +115,8 @@ class Pairs:
 
         def losses(policy: Tensor) -> Tensor:
             chosen, rejected = (policy - reference).unbind(1)
-            return -weight * logsigmoid(beta * (chosen - rejected))
+            found: Tensor = -weight * logsigmoid(beta * (chosen - rejected))
+            return found
 
         if self._balancer.measures:
             total: Tensor = self._balancer(policy, losses, task_ids=ids)
