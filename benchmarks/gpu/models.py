@@ -221,9 +221,9 @@ def measure(size: Size, device: torch.device, variants: list[str], until: float)
     for name in variants:
         try:
             bench.optimizer.zero_grad()  # or the gradients of the variant before would be there already
-            memory = PeakMemory()
-            steps[name] = bench.stepper(name)
-            found[name] = {"outcome": "passed", "memory_mb": round(memory.read(), 1)}
+            with PeakMemory() as memory:
+                steps[name] = bench.stepper(name)
+            found[name] = {"outcome": "passed", "memory_mb": round(memory.megabytes, 1)}
         except (CannotRun, torch.OutOfMemoryError) as error:
             reason = str(error) if isinstance(error, CannotRun) else "out of memory"
             found[name] = {"outcome": "skipped", "reason": reason}
