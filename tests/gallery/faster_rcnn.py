@@ -65,10 +65,10 @@ class Client(nn.Module):
 def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     draw = generator()
-    images = torch.rand(STEPS, 2, 3, SIZE, SIZE, generator=draw).double()
-    corners = torch.rand(STEPS, 2, 2, 2, generator=draw) * SIZE / 2
-    sides = 8 + torch.rand(STEPS, 2, 2, 2, generator=draw) * SIZE / 3
-    labels = torch.randint(1, 4, (STEPS, 2, 2), generator=draw)
+    images = torch.rand(STEPS, 4, 3, SIZE, SIZE, generator=draw).double()
+    corners = torch.rand(STEPS, 4, 2, 2, generator=draw) * SIZE / 2
+    sides = 8 + torch.rand(STEPS, 4, 2, 2, generator=draw) * SIZE / 3
+    labels = torch.randint(1, 4, (STEPS, 4, 2), generator=draw)
     boxes = torch.cat([corners, corners + sides], -1).double()
     batches = [{"images": images[k], "boxes": boxes[k], "labels": labels[k]} for k in range(steps)]
     return train_loop(Client(rule).double(), batches, folder, resume, lr=0.01)
