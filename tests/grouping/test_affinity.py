@@ -107,7 +107,7 @@ def test_command_says_what_is_missing(tmp_path, capsys):
 
 def test_report_draws_the_groups(tmp_path):
     page = write_report([train(tmp_path / "a", InverseGradNorm())]).read_text("utf-8")
-    assert '<ol class="notes"><li>left, right</li><li>near, far</li></ol>' in page
+    assert '<ol class="members"><li>left, right</li><li>near, far</li></ol>' in page
     assert page.count("<title>left, right: ") == 1
     assert page.count('stroke="currentColor"') == 2
     # nothing to draw, or too much

@@ -63,7 +63,7 @@ def groups_section(runs: Sequence[RunData]) -> str:
         f"<p>Groups with the least codelength of the map equation, {bits:.4g} bits; the links are the mean "
         f"cosines{pooled} above 0. {_words('Inside groups', inside)} {_words('Between groups', between)} "
         "A negative cosine is no link: groups show who helps whom, colours who is in conflict.</p>"
-        f'\n<ol class="notes">{names}</ol>\n{picture}\n</section>'
+        f'\n<ol class="members">{names}</ol>\n{picture}\n</section>'
     )
 
 
