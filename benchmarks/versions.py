@@ -3,8 +3,8 @@
     python benchmarks/versions.py [--only VERSION ...] [--parts PART ...] [--remove] [--out FOLDER]
 
 Each version has an environment of its own, made once: torch, and the newest of the others from before the
-next torch appeared. The oldest has exactly the lower bounds of pyproject.toml. Each part is a selection of
-the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again,
+next torch appeared. The oldest has exactly the lower bounds of pyproject.toml, 2.13 what constraints.txt pins.
+Each part is a selection of the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again,
 and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB with a torch for CUDA.
 """
 
@@ -31,11 +31,11 @@ FREE_GB = 20  # the least that is left for an environment and what pip unpacks o
 PART_LIMIT = 600.0  # seconds for each part: ends a hang, not a slow machine
 
 LOWER_BOUNDS = "2.9"
-PINS = {  # by release date: what a user of this torch had
+PINS = {  # by release date: what a user of this torch had; 2.13: constraints.txt, with which CI runs
     "2.10": ("torch==2.10.0", "accelerate==1.13.0", "deepspeed==0.18.8", "transformers==5.3.0"),
     "2.11": ("torch==2.11.0", "accelerate==1.13.0", "deepspeed==0.19.0", "transformers==5.8.0"),
     "2.12": ("torch==2.12.1", "accelerate==1.14.0", "deepspeed==0.19.2", "transformers==5.13.0"),
-    "2.13": ("torch==2.13.0", "accelerate==1.14.0", "deepspeed==0.19.6", "transformers==5.16.1"),
+    "2.13": ("torch==2.13.0", "accelerate==1.15.0", "deepspeed==0.19.8", "transformers==5.23.0"),
     "2.14": ("torch==2.14.1", "accelerate==1.15.0", "deepspeed==0.19.8", "transformers==5.20.2"),
 }
 VERSIONS = (LOWER_BOUNDS, *PINS)
@@ -303,8 +303,8 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Versions",
         "Tests that passed with each torch, and the newest of the others before the next torch appeared. "
-        "The first row has exactly the lower bounds of pyproject.toml. On a CPU, 2 processes where "
-        "there are ranks. Made by `bash launch/versions.sh`.",
+        "The first row has exactly the lower bounds of pyproject.toml, 2.13 the versions of constraints.txt. "
+        "On a CPU, 2 processes where there are ranks. Made by `bash launch/versions.sh`.",
         table(results),
         notes(results),
         "## What each column runs",
