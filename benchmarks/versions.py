@@ -3,9 +3,10 @@
     python benchmarks/versions.py [--only VERSION ...] [--parts PART ...] [--remove] [--out FOLDER]
 
 Each version has an environment of its own, made once: torch, and the newest of the others from before the
-next torch appeared. The oldest has exactly the lower bounds of pyproject.toml, 2.13 what constraints.txt pins.
-Each part is a selection of the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again,
-and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB with a torch for CUDA.
+next torch appeared. The oldest has exactly the lower bounds of pyproject.toml, 2.13 what constraints.txt has.
+Each part is a selection of the tests, run by the environment's Python. Results go to `versions.json`, which
+keeps what is not run again, and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB
+with a torch for CUDA.
 """
 
 from __future__ import annotations
