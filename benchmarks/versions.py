@@ -5,7 +5,7 @@
 Each version has an environment of its own, made once: torch, and the newest of the others from before the
 next torch appeared. The oldest has exactly the lower bounds of pyproject.toml, 2.13 what constraints.txt has.
 Each part is a selection of the tests, run by the environment's Python. Results go to `versions.json`, which
-keeps what is not run again, and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB
+keeps what is not run again, and `versions.md`. It needs the standard library; an environment takes 5 to 8 GB
 with a torch for CUDA.
 """
 
