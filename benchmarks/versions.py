@@ -108,6 +108,11 @@ def requirements(version: str) -> list[str]:
     return [*PINS[version], *REST, *TOOLS]
 
 
+def pinned(version: str) -> list[list[str]]:
+    """Names and versions of what is pinned."""
+    return [requirement.split("==") for requirement in requirements(version) if "==" in requirement]
+
+
 def make_environment(folder: Path, wanted: Sequence[str]) -> Path:
     """The Python of an environment with these packages, made where it is missing or has others.
 
@@ -269,11 +274,11 @@ def entry(result: dict[str, Any] | None) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """One row a version: its packages, and tests that passed in each part."""
-    names = [version for version in VERSIONS if version in results]
     lines = [f"| {' | '.join((*SHOWN, *PARTS))} |", "|---" * (len(SHOWN) + len(PARTS)) + "|"]
-    for version in names:
-        about, parts = results[version]["about"], results[version]["parts"]
-        cells = [*(about[package] for package in SHOWN), *(entry(parts.get(part)) for part in PARTS)]
+    for version in VERSIONS:
+        found = results.get(version, {"about": dict(pinned(version)), "parts": {}})
+        about = [found["about"].get(package, "newest") for package in SHOWN]
+        cells = [*about, *(entry(found["parts"].get(part)) for part in PARTS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
