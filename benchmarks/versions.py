@@ -3,9 +3,10 @@
     python benchmarks/versions.py [--only VERSION ...] [--parts PART ...] [--remove] [--out FOLDER]
 
 Each version has an environment of its own, made once: torch, and the newest of the others from before the
-next torch appeared. The oldest has exactly the lower bounds of pyproject.toml. Each part is a selection of
-the tests, run by the environment's Python. Results go to `versions.json`, which keeps what is not run again,
-and `versions.md`. Needs the standard library only; an environment takes 5 to 8 GB with a torch for CUDA.
+next torch appeared. The oldest has exactly the lower bounds of pyproject.toml, 2.13 what constraints.txt has.
+Each part is a selection of the tests, run by the environment's Python. Results go to `versions.json`, which
+keeps what is not run again, and `versions.md`. It needs the standard library; an environment takes 5 to 8 GB
+with a torch for CUDA.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ FREE_GB = 20  # the least that is left for an environment and what pip unpacks o
 PART_LIMIT = 600.0  # seconds for each part: ends a hang, not a slow machine
 
 LOWER_BOUNDS = "2.9"
-PINS = {  # by release date: what a user of this torch had
+PINS = {  # by release date: what a user of this torch had; 2.13: constraints.txt, with which CI runs
     "2.10": ("torch==2.10.0", "accelerate==1.13.0", "deepspeed==0.18.8", "transformers==5.3.0"),
     "2.11": ("torch==2.11.0", "accelerate==1.13.0", "deepspeed==0.19.0", "transformers==5.8.0"),
     "2.12": ("torch==2.12.1", "accelerate==1.14.0", "deepspeed==0.19.2", "transformers==5.13.0"),
-    "2.13": ("torch==2.13.0", "accelerate==1.14.0", "deepspeed==0.19.6", "transformers==5.16.1"),
+    "2.13": ("torch==2.13.0", "accelerate==1.15.0", "deepspeed==0.19.8", "transformers==5.23.0"),
     "2.14": ("torch==2.14.1", "accelerate==1.15.0", "deepspeed==0.19.8", "transformers==5.20.2"),
 }
 VERSIONS = (LOWER_BOUNDS, *PINS)
@@ -105,6 +106,11 @@ def requirements(version: str) -> list[str]:
     if version == LOWER_BOUNDS:
         return [*lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8")), *TOOLS]
     return [*PINS[version], *REST, *TOOLS]
+
+
+def pinned(version: str) -> list[list[str]]:
+    """Names and versions of what is pinned."""
+    return [requirement.split("==") for requirement in requirements(version) if "==" in requirement]
 
 
 def make_environment(folder: Path, wanted: Sequence[str]) -> Path:
@@ -268,11 +274,11 @@ def entry(result: dict[str, Any] | None) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """One row a version: its packages, and tests that passed in each part."""
-    names = [version for version in VERSIONS if version in results]
     lines = [f"| {' | '.join((*SHOWN, *PARTS))} |", "|---" * (len(SHOWN) + len(PARTS)) + "|"]
-    for version in names:
-        about, parts = results[version]["about"], results[version]["parts"]
-        cells = [*(about[package] for package in SHOWN), *(entry(parts.get(part)) for part in PARTS)]
+    for version in VERSIONS:
+        found = results.get(version, {"about": dict(pinned(version)), "parts": {}})
+        about = [found["about"].get(package, "newest") for package in SHOWN]
+        cells = [*about, *(entry(found["parts"].get(part)) for part in PARTS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -303,8 +309,8 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Versions",
         "Tests that passed with each torch, and the newest of the others before the next torch appeared. "
-        "The first row has exactly the lower bounds of pyproject.toml. On a CPU, 2 processes where "
-        "there are ranks. Made by `bash launch/versions.sh`.",
+        "The first row has exactly the lower bounds of pyproject.toml, 2.13 the versions of constraints.txt. "
+        "On a CPU, 2 processes where there are ranks. Made by `bash launch/versions.sh`.",
         table(results),
         notes(results),
         "## What each column runs",

@@ -12,7 +12,7 @@ on it (buildah, isolated by chroot), and runs the quickstart and a part of the t
 10 GB in FOLDER (default: runs/image), which also keeps one log per step. The storage is removed at the end.
 
 Needs root, and: apt-get install --no-install-recommends buildah mmdebstrap
-The image reads this machine's pip settings (PIP_FIND_LINKS, /etc/xdg/pip), so a machine with wheels of its own uses them.
+The image reads this machine's pip settings (PIP_FIND_LINKS, /etc/xdg/pip), so it uses wheels that lie here.
 TEXT
 }
 
@@ -59,9 +59,11 @@ make_base() {
 
 # What pip in the image needs to install as pip does here: the settings of this machine, and the folders they name.
 pip_settings() {
-  local folder
-  { echo "[global]" && python3 -m pip config list | sed -nE "s/^(:env:|global)\.(find-links|extra-index-url|cert|constraint|index-url)='(.*)'$/\2 = \3/p" |
-    sort -u; } >"$out/pip.conf"
+  local folder keys="index-url|extra-index-url|find-links|constraint|cert"
+  {
+    printf '[global]\n'
+    python3 -m pip config list | sed -nE "s/^(:env:|global)\.($keys)='(.*)'$/\2 = \3/p" | sort -u
+  } >"$out/pip.conf"
   volumes=(--volume "$out/pip.conf:/etc/pip.conf:ro")
   for folder in /opt /etc/xdg/pip /etc/ssl/certs; do
     if [ -d "$folder" ] && grep -q "$folder" "$out/pip.conf"; then volumes+=(--volume "$folder:$folder:ro"); fi
@@ -71,18 +73,25 @@ pip_settings() {
 }
 
 build() {
-  images bud --pull=never --layers=false "${arguments[@]}" "${volumes[@]}" --target cpu -t localhost/mtl-dist:cpu "$ROOT"
+  images bud --pull=never --layers=false "${arguments[@]}" "${volumes[@]}" --target cpu \
+    -t localhost/mtl-dist:cpu "$ROOT"
 }
 
 inside() { # command...
   images run "$container" -- "$@"
 }
 
-trap 'buildah --root "$out/storage" --runroot "$out/run" rm --all >/dev/null 2>&1 || true; rm -rf "$out/storage" "$out/run"' EXIT
+remove_storage() {
+  images rm --all >/dev/null 2>&1 || true
+  rm -rf "$out/storage" "$out/run"
+}
+
+trap remove_storage EXIT
 step base make_base
 pip_settings
 step build build
 container="$(images from --pull=never localhost/mtl-dist:cpu)"
 step quickstart inside bash launch/quickstart.sh steps=20
-step tests inside bash launch/test.sh -q tests/test_stats.py tests/test_balancer.py tests/distributed/test_collectives.py
+step tests inside bash launch/test.sh -q tests/test_stats.py tests/test_balancer.py \
+  tests/distributed/test_collectives.py
 tail -n 1 "$out/tests.log"
