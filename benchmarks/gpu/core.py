@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.machine import wait
 from benchmarks.gpu.model import TASKS, Net, batch, make, rule, stepper
-from benchmarks.gpu.record import CannotRun, Found, Record
+from benchmarks.gpu.record import CannotRun, Found, Record, quiet
 from mtl_dist import RULES, Engine, FeatureProbe, FeatureTap, Needs, ParameterProbe, SharedLayerProbe
 from mtl_dist.probes import Probe
 from mtl_dist.virtual import VirtualRanks
@@ -61,9 +60,9 @@ def checks(device: torch.device, *, brief: bool = False) -> Iterator[tuple[str, 
 
 def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
     """All checks."""
-    logging.getLogger("mtl_dist").setLevel(logging.ERROR)
-    for name, check in checks(device, brief=brief):
-        record.run(name, check)
+    with quiet():
+        for name, check in checks(device, brief=brief):
+            record.run(name, check)
 
 
 def train(net: Net, device: torch.device, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> Found:

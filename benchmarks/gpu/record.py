@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,18 @@ Found = dict[str, Any]
 
 class CannotRun(Exception):
     """What a check raises where this machine cannot run it; the text is the reason."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's warnings, many of which a check provokes."""
+    logger = logging.getLogger("mtl_dist")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Record:

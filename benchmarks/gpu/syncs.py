@@ -7,7 +7,6 @@ reads are counted that would.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +18,7 @@ from benchmarks.counting import counting
 from benchmarks.gpu.core import PROBES
 from benchmarks.gpu.machine import wait
 from benchmarks.gpu.model import make, rule, stepper
-from benchmarks.gpu.record import Found, Record
+from benchmarks.gpu.record import Found, Record, quiet
 from mtl_dist import RULES, Needs
 
 WARMUP = 10  # steps; a balancer looks at its numbers at the 8th, 16th, 32nd, ...
@@ -42,9 +41,9 @@ def checks(device: torch.device, *, brief: bool = False) -> Iterator[tuple[str, 
 
 def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
     """All of them."""
-    logging.getLogger("mtl_dist").setLevel(logging.ERROR)
-    for name, check in checks(device, brief=brief):
-        record.run(name, check)
+    with quiet():
+        for name, check in checks(device, brief=brief):
+            record.run(name, check)
 
 
 def waits(device: torch.device, name: str | None, probe: str | None, lag: int) -> Found:
