@@ -99,7 +99,7 @@ def reached(points: Tensor) -> Tensor:
 
 
 def all_rules() -> dict[str, Rule]:
-    return {name: SETTINGS[name] if name in SETTINGS else RULES[name]() for name in RULES}
+    return {name: SETTINGS.get(name) or rule.example(TASKS) for name, rule in RULES.items()}
 
 
 def markdown(paths: Mapping[str, Tensor]) -> str:

@@ -48,7 +48,7 @@ step() { # name command...
 make_base() {
   local container
   if [ ! -f "$out/base.tar" ]; then
-    mmdebstrap --variant=minbase --include=python3,python3-venv,python-is-python3,ca-certificates bookworm \
+    mmdebstrap --variant=minbase --include=python3,python3-dev,python3-venv,python-is-python3,ca-certificates bookworm \
       "$out/base.part.tar"
     mv "$out/base.part.tar" "$out/base.tar"
   fi

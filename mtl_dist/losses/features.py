@@ -137,7 +137,8 @@ def _places(flat: Sequence[Any]) -> dict[int, list[int]]:
     for position, leaf in enumerate(flat):
         if isinstance(leaf, Tensor):
             if leaf.is_floating_point() or leaf.is_complex():
-                refuse_placed("a feature", leaf)
+                if hasattr(leaf, "placements"):
+                    raise explain_placed("a feature", leaf)
                 places.setdefault(id(leaf), []).append(position)
         elif not isinstance(leaf, _PLAIN) and type(leaf).__module__ != "numpy":
             raise ValueError(
@@ -150,14 +151,13 @@ def _places(flat: Sequence[Any]) -> dict[int, list[int]]:
     return places
 
 
-def refuse_placed(what: str, tensor: Tensor) -> None:
-    """Raises `ValueError` for a DTensor, whose ranks the balancer's group need not have."""
-    if (placements := getattr(tensor, "placements", None)) is not None:
-        raise ValueError(
-            f"{what} is a DTensor of placements {placements}, and the balancer takes the plain tensor that "
-            "all ranks of that mesh have in common: give x.full_tensor(), and as group= the data-parallel "
-            "ranks alone"
-        )
+def explain_placed(what: str, tensor: Any) -> ValueError:
+    """The error for a DTensor (it has `placements`), whose ranks the balancer's group need not have."""
+    return ValueError(
+        f"{what} is a DTensor of placements {tensor.placements}, and the balancer takes the plain tensor "
+        "that all ranks of that mesh have in common: give x.full_tensor(), and as group= the data-parallel "
+        "ranks alone"
+    )
 
 
 def _without_data(places: dict[int, list[int]], flat: Sequence[Any]) -> dict[int, list[int]]:

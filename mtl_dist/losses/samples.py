@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses.base import Heads, LocalLosses, Refuse
-from mtl_dist.losses.features import refuse_placed
+from mtl_dist.losses.features import explain_placed
 from mtl_dist.losses.gradients import FeatureGradients
 from mtl_dist.losses.silence import silence_rows
 from mtl_dist.stats import HOST, LocalStats, stats_dtype
@@ -130,7 +130,8 @@ class GivenSampleLosses(Heads):
                 "with task_ids, losses are one floating-point tensor with a loss for every sample; got "
                 + _described(given)
             )
-        refuse_placed("the tensor of losses", given)
+        if hasattr(given, "placements"):
+            raise explain_placed("the tensor of losses", given)
         ids = _checked_ids(self.task_ids, given)
         mask = _checked_mask(self.mask, given)
         of_loss = ids.reshape(*ids.shape, *[1] * (given.dim() - ids.dim())).expand(given.shape).flatten()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses.base import Counts, Head, Heads, LocalLosses, Losses, Refuse
-from mtl_dist.losses.features import Branches, Views, refuse_placed
+from mtl_dist.losses.features import Branches, Views, explain_placed
 from mtl_dist.losses.gradients import FeatureGradients, Gradients
 from mtl_dist.losses.silence import silence
 from mtl_dist.stats import HOST, LocalStats, stats_dtype
@@ -305,7 +305,8 @@ def _scalar(task: str, value: Tensor | None) -> Tensor | None:
             f"the loss of task {task!r} must be one floating-point number, the mean over the local samples; "
             f"got {got}"
         )
-    refuse_placed(f"the loss of task {task!r}", value)
+    if hasattr(value, "placements"):
+        raise explain_placed(f"the loss of task {task!r}", value)
     return value.reshape(())
 
 

@@ -361,7 +361,7 @@ def test_other_losses_of_pairs_are_refused(settings: dict[str, Any], probe: Any,
     trainer = kind()
     known = {"loss_types": ["sigmoid"], "f_divergence_type": "reverse_kl", "ld_alpha": None}
     known |= {"use_weighting": False, "aux_loss_enabled": False, "router_aux_loss_coef": 0.0}
-    vars(trainer).update(known | settings)
+    vars(trainer).update(known | settings, accelerator=SimpleNamespace(parallelism_config=None))
     trainer.model, trainer.model_init, trainer.args = llama(), None, SimpleNamespace(use_liger_kernel=False)
     with pytest.raises(ValueError, match=message):
         balance_by_column(trainer, Balancer(DOMAINS, MGDA(), probe=probe))

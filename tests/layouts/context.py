@@ -61,7 +61,7 @@ CASES = {
         lambda group: Balancer(TASKS, MGDA(), group=group, probe=ParameterProbe()), "losses, parameters"
     ),
     "task ids": Case(lambda group: Balancer(TASKS, TokenShare(), group=group), "tokens"),
-    "task ids, lag": Case(lambda group: Balancer(TASKS, TokenShare(), group=group, lag=1), "tokens"),
+    "task ids, lag": Case(lambda group: Balancer(TASKS, InverseLoss(), group=group, lag=1), "tokens"),
     "task ids, SharedLayerProbe": Case(
         lambda group: Balancer(TASKS, MGDA(), group=group, probe=SharedLayerProbe()), "tokens"
     ),
