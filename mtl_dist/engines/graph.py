@@ -85,11 +85,12 @@ def _keys_behind(output: Tensor | None, marks: Mapping[Edge, T], newest: int) ->
     pending = _start(output)
     seen: set[Node] = set()
     while pending:
-        edge = pending.pop()
-        node = edge[0]
-        if edge in marks:
-            found.add(marks[edge])
-        elif node is not None and node not in seen:
+        node, number = pending.pop()
+        if node is None:
+            continue
+        if (node, number) in marks:
+            found.add(marks[node, number])
+        elif node not in seen:
             if node._sequence_nr() <= newest:
                 return None
             seen.add(node)
