@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mtl_dist import Balancer, Engine, FeatureProbe, FeatureTap, ParameterProbe, Rule, SharedLayerProbe
 from mtl_dist.balancer import PeerFailed
 from mtl_dist.probes import Probe
+from mtl_dist.stats import TaskStats
 from mtl_dist.virtual import VirtualRanks
 from mtl_dist.weighting import (
     MGDA,
@@ -24,8 +25,11 @@ from mtl_dist.weighting import (
     GradNorm,
     InverseGradNorm,
     InverseLoss,
+    LastSeen,
     PriorLoss,
     Relative,
+    Smooth,
+    State,
     TokenShare,
 )
 
@@ -135,6 +139,26 @@ def test_a_rule_about_its_own_batch_is_refused(rule: Rule, later: dict[str, int]
     """Counts of the batch before are not the token mean of this one."""
     with pytest.raises(ValueError, match=r"counts of its own batch, and with (lag=1|window=2)"):
         Balancer(TASKS, rule, **later)
+
+
+@pytest.mark.parametrize("keeps", [lambda rule: Every(rule, 2), lambda rule: Smooth(rule, 0.9), LastSeen])
+def test_a_combinator_that_uses_earlier_batches_refuses_it_too(keeps: Callable[[Rule], Rule]) -> None:
+    with pytest.raises(ValueError, match=r"TokenShare\(\) weighs by the counts of its own batch"):
+        keeps(TokenShare())
+
+
+def test_a_rule_that_refuses_made_up_losses_can_be_used() -> None:
+    """It is asked for its weights before the first batch; what it says then is not the user's."""
+
+    @dataclass(frozen=True)
+    class Picky(Rule):
+        def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
+            if not (stats.losses > 10).all():
+                raise ValueError("losses are > 10 here")
+            return torch.full_like(stats.losses, 2.0), state
+
+    weights = Balancer(TASKS, Picky(), lag=1).state_dict()["weights"]
+    assert torch.equal(weights, torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", [name for name in SUBJECTS if not build(name, TASKS).own_batch])

@@ -7,11 +7,12 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mtl_dist.canonical import canonical, without_words
 from mtl_dist.probes import FeatureTap, ParameterProbe, Probe
 from mtl_dist.stats import TaskStats, stats_dtype
-from mtl_dist.weighting import Needs, Rule
+from mtl_dist.weighting import Needs, Rule, State
 
 PARAMETERS_OF_HEADS = (
     "parameters= goes with losses, balancer(losses, parameters=...); with features and heads, give "
@@ -36,18 +37,28 @@ def checked_rule(rule: Rule, tasks: tuple[str, ...]) -> Rule:
     checked_component(rule, "weighting")
     before, cpu = canonical(rule), torch.device("cpu")
     with cpu:
-        n, dtype = len(tasks), stats_dtype(cpu)
-        losses, state = torch.linspace(1.0, 2.0, n, dtype=dtype), rule.init(tasks, cpu)
-        gram = torch.eye(n, dtype=dtype) if rule.needs > Needs.LOSSES else None
-        stats = TaskStats(losses, torch.ones(n, dtype=torch.bool), gram, torch.ones(n, dtype=dtype), 0)
-        with suppress(Exception):  # what it refuses here it also refuses at the first step, with the task
-            rule.update(stats, state)
+        weights_for_made_up_batches(rule, rule.init(tasks, cpu), len(tasks))
     if canonical(rule) != before:
         raise ValueError(
             f"weighting: init or update changed the attributes of the rule, from {before} to {rule!r}; what "
             "it learns belongs into its state, because attributes are in no checkpoint"
         )
     return rule
+
+
+def weights_for_made_up_batches(rule: Rule, state: State, n: int) -> list[Tensor]:
+    """`[n]` weights of the rule's first step for each of two unlike batches; fewer if it refuses them."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = stats_dtype(torch.device("cpu"))
+    found = []
+    with suppress(Exception):  # what it refuses here it also refuses at the first step, with the task
+        for _ in range(2):
+            losses, counts = torch.rand(2, n, generator=generator, dtype=dtype) + 0.5
+            gradients = torch.randn(n, n + 1, generator=generator, dtype=dtype)
+            gram = gradients @ gradients.T if rule.needs > Needs.LOSSES else None
+            stats = TaskStats(losses, torch.ones(n, dtype=torch.bool), gram, counts)
+            found.append(rule.update(stats, state)[0])
+    return found
 
 
 def checked_component(component: Any, name: str) -> None:

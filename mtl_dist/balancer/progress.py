@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtl_dist.balancer.arguments import weights_for_made_up_batches
 from mtl_dist.balancer.deferred import DeferredErrors
 from mtl_dist.balancer.errors import explain_refusal
 from mtl_dist.balancer.uses import Uses
 from mtl_dist.engines import EngineView
 from mtl_dist.stats import HOST, Elapsed, LocalStats, StepReport, TaskStats, global_stats, stats_dtype
 from mtl_dist.sync import Stopwatch
-from mtl_dist.weighting import Needs, Rule, State
+from mtl_dist.weighting import Rule, State
 
 
 class _Point(NamedTuple):
@@ -270,16 +271,10 @@ class RuleProgress:
 
 def _first_weights(rule: Rule, state: State, n: int) -> Tensor:
     """`[n]` weights before any batch: the rule's own if two unlike batches give the same, else uniform."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = stats_dtype(torch.device("cpu"))
-    found = []
-    for _ in range(2):
-        losses, counts = torch.rand(2, n, generator=generator, dtype=dtype) + 0.5
-        gradients = torch.randn(n, n + 1, generator=generator, dtype=dtype)
-        gram = gradients @ gradients.T if rule.needs_at(0) > Needs.LOSSES else None
-        stats = TaskStats(losses, torch.ones(n, dtype=torch.bool), gram, counts)
-        found.append(rule.update(stats, state)[0])
-    return found[0] if torch.equal(*found) else torch.full((n,), 1 / n, dtype=dtype)
+    found = weights_for_made_up_batches(rule, state, n)
+    if len(found) == 2 and torch.equal(*found):
+        return found[0]
+    return torch.full((n,), 1 / n, dtype=stats_dtype(torch.device("cpu")))
 
 
 def _where_present(total: LocalStats, weights: Tensor) -> Tensor:

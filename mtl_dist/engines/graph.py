@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TypeVar
 
@@ -71,51 +71,39 @@ def depends_on(
     if not parameters:
         # autograd counts its nodes: one that was made after the trunk's outputs is none of the trunk's
         made = [tensor.grad_fn._sequence_nr() for tensor in trunk if tensor.grad_fn is not None]
-        newer = [_keys_behind(output, marks, max(made, default=-1)) for output in outputs]
-        found = [keys for keys in newer if keys is not None]
-        if len(found) == len(newer):
-            return found
+        found = [_marks_behind(output, marks, (), max(made, default=-1)) for output in outputs]
+        if None not in found:
+            return [keys for keys in found if keys is not None]
     inside = {node for tensor in trunk for node in nodes(tensor)}
-    return [_marks_behind(output, marks, inside) for output in outputs]
+    return [_marks_behind(output, marks, inside) or set() for output in outputs]
 
 
-def _keys_behind(output: Tensor | None, marks: Mapping[Edge, T], newest: int) -> set[T | Past] | None:
-    """The keys of the marks behind `output`; None: it has a node as old as `newest`, or older."""
+def _marks_behind(
+    output: Tensor | None, marks: Mapping[Edge, T], inside: Container[Node], newest: int = -1
+) -> set[T | Past] | None:
+    """The keys of the marks behind `output`, and how it reads the nodes `inside`.
+
+    None: it has a node as old as the `newest` of the trunk, or older, so these must be known.
+    """
     found: set[T | Past] = set()
-    pending = _start(output)
+    pending: list[tuple[Node | None, int]] = []
+    if output is not None and output.requires_grad:
+        pending.append(edge_of(output))
     seen: set[Node] = set()
     while pending:
         node, number = pending.pop()
         if node is None:
             continue
-        if (node, number) in marks:
+        if (node, number) in marks:  # before `seen`: a node has several outputs, and not all are marks
             found.add(marks[node, number])
-        elif node not in seen:
-            if node._sequence_nr() <= newest:
-                return None
-            seen.add(node)
-            pending += node.next_functions
-    return found
-
-
-def _marks_behind(output: Tensor | None, marks: Mapping[Edge, T], inside: set[Node]) -> set[T | Past]:
-    found: set[T | Past] = set()
-    pending = _start(output)
-    seen: set[Node] = set()
-    while pending:
-        node, number = pending.pop()
-        if node is None or node in seen:
             continue
-        if (node, number) in marks:
-            found.add(marks[node, number])
+        if node in seen:
             continue
         seen.add(node)
+        if node._sequence_nr() <= newest:
+            return None
         if node not in inside or node.name() in _FORMS:
             pending += node.next_functions
         else:
             found.add(Past.PARAMETER if hasattr(node, "variable") else Past.INSIDE)
     return found
-
-
-def _start(output: Tensor | None) -> list[tuple[Node | None, int]]:
-    return [edge_of(output)] if output is not None and output.requires_grad else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, get_args
@@ -63,16 +63,34 @@ class Affinities:
             norms: `[S, n]`, lengths of the gradients.
             losses: `[S, n]`.
         """
-        cosine, norm, loss = (np.array(a, dtype=np.float64) for a in (cosines, norms, losses))
-        diagonal = np.arange(len(tasks))
-        cosine[:, diagonal, diagonal] = np.nan
-        measured = np.isfinite(cosine)
-        mean, conflict = _mean(cosine), _mean(np.where(measured, (cosine < 0) * 1.0, np.nan))
+        return cls.over(tasks, [(cosines, norms, losses)])
+
+    @classmethod
+    def over(
+        cls, tasks: Sequence[str], parts: Iterable[tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]]
+    ) -> Affinities:
+        """As `measure`, over the steps of all parts: a long run of many tasks fits into memory only in parts.
+
+        Args:
+            tasks: n names.
+            parts: cosines, norms and losses of some steps each, in the shapes of `measure`.
+        """
+        n, steps = len(tasks), 0
+        cosines, conflicts, affinity = _Mean(n), _Mean(n), _Mean(n)
+        diagonal = np.arange(n)
+        for part in parts:
+            cosine, norm, loss = (np.array(values, dtype=np.float64) for values in part)
+            cosine[:, diagonal, diagonal] = np.nan
+            measured = np.isfinite(cosine)
+            steps += int(measured.any((1, 2)).sum())
+            cosines.add(cosine)
+            conflicts.add(np.where(measured, (cosine < 0) * 1.0, np.nan))
+            cosine[:, diagonal, diagonal] = 1.0
+            gram = cosine * norm[:, :, None] * norm[:, None, :]
+            affinity.add(gram / np.where(loss > 0, loss, np.nan)[:, None, :])
+        mean, conflict = cosines.value(), conflicts.value()
         mean[diagonal, diagonal], conflict[diagonal, diagonal] = 1.0, 0.0
-        cosine[:, diagonal, diagonal] = 1.0
-        gram = cosine * norm[:, :, None] * norm[:, None, :]
-        falls = _mean(gram / np.where(loss > 0, loss, np.nan)[:, None, :])
-        return cls(tuple(tasks), mean, conflict, falls, int(measured.any((1, 2)).sum()))
+        return cls(tuple(tasks), mean, conflict, affinity.value(), steps)
 
     def links(self, kind: Links = "cosine") -> Array:
         """`[n, n]` link weights for `find_groups`: the positive part of the cosine or of the affinity.
@@ -108,10 +126,19 @@ class Affinities:
         return Agreement(len(pairs), float(self.cosines[a, b].mean()), float(self.conflicts[a, b].mean()))
 
 
-def _mean(values: Array) -> Array:
-    """Mean over the steps that have a value; NaN if none has."""
-    there = np.isfinite(values)
-    count = there.sum(0)
-    total = np.where(there, values, 0.0).sum(0)
-    mean: Array = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean
+class _Mean:
+    """`[n, n]`, means over the steps that have a value; NaN where none has."""
+
+    def __init__(self, n: int) -> None:
+        self._total, self._count = np.zeros((n, n)), np.zeros((n, n))
+
+    def add(self, values: Array) -> None:
+        """Takes in some steps, `[S, n, n]`."""
+        there = np.isfinite(values)
+        self._count += there.sum(0)
+        self._total += np.where(there, values, 0.0).sum(0)
+
+    def value(self) -> Array:
+        """The means so far."""
+        mean: Array = np.where(self._count > 0, self._total / np.maximum(self._count, 1), np.nan)
+        return mean

@@ -119,9 +119,8 @@ def _divide_once(trainer: Trainer) -> None:
     """Trainer divides the loss by the accumulation steps; until transformers 5.3 Accelerate did so again."""
     accelerator = trainer.accelerator
     steps = accelerator.gradient_accumulation_steps
-    if (
-        steps > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED
-    ):  # whose engine is told not to divide
+    # DeepSpeed's engine is told not to divide
+    if steps > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
         accelerator.gradient_accumulation_steps = 1
         _LOGGER.warning(
             "mtl_dist: this Trainer divides the loss by the %d accumulation steps, and Accelerate divides it "

@@ -35,6 +35,7 @@ from mtl_dist.integrations._sequences import split_sequences
 from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
 from mtl_dist.losses import Called, cross_entropy_in_chunks
 from mtl_dist.probes import FeatureTap, ParameterProbe
+from mtl_dist.stats import stats_dtype
 from mtl_dist.sync import all_reduce_sum, collective_device
 
 
@@ -258,7 +259,7 @@ class _StepCounts:
         """Reads all micro-batches of a step. One all-reduce, so all ranks must call it."""
         group, n = self._balancer.group, len(self._balancer.tasks)
         device = collective_device(group)
-        counts = torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        counts = torch.zeros(n, dtype=stats_dtype(device), device=device)
         for batch in batches:
             if isinstance(batch, Mapping) and TASK_IDS in batch:
                 counts += self._count(batch, n).to(counts)

@@ -84,7 +84,9 @@ def balance_loss_dict(
     @wraps(inner)
     def loss_function(*args: Any, **kwargs: Any) -> Any:
         trains = model.training and torch.is_grad_enabled()
-        found = by_rank(*args, **kwargs) if trains else inner(*args, **kwargs)
+        found = own = by_rank(*args, **kwargs)
+        if not trains and by_rank is not inner:  # the model's total in evaluation is its own
+            found = inner(*args, **kwargs)
         if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
             raise TypeError(
                 f"balance_loss_dict: the loss function of {type(model).__name__} returned no dictionary of "
@@ -97,7 +99,7 @@ def balance_loss_dict(
         if trains:
             return (balancer(found[1], counts=divided, parameters=parameters), *found[1:])
         with torch.no_grad():
-            balancer(by_rank(*args, **kwargs)[1], counts=divided)
+            balancer(own[1], counts=divided)
         return found
 
     model.loss_function = loss_function

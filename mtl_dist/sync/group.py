@@ -89,8 +89,8 @@ def _options(parent: dist.ProcessGroup) -> Any:
     own.is_high_priority_stream = given.is_high_priority_stream
     own._timeout = given._timeout  # another one than that of the group would be warned of
     for name in dir(given.config):
-        if not name.startswith("_") and isinstance(value := getattr(given.config, name), (int, str)):
-            with suppress(AttributeError, TypeError):  # read only
+        with suppress(AttributeError, TypeError):  # not to be read, or read only
+            if not name.startswith("_") and isinstance(value := getattr(given.config, name), (int, str)):
                 setattr(own.config, name, value)
     return own
 

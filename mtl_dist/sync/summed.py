@@ -5,6 +5,7 @@ A reader follows a batch through this file once: after the all-reduce.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,11 +104,11 @@ class Faults:
 
     def losses_are_finite(self) -> bool:
         """Whether the losses of all ranks are."""
-        return all(map(_is_finite, self.values[: self.num_tasks]))
+        return all(map(math.isfinite, self.values[: self.num_tasks]))
 
     def all_finite(self) -> bool:
         """Whether losses and Gram of all ranks are."""
-        return all(map(_is_finite, self.values[: self._tail]))
+        return all(map(math.isfinite, self.values[: self._tail]))
 
     def strangers(self, world_size: int) -> bool:
         """Whether ranks met in different calls, or with different states just loaded."""
@@ -131,10 +132,6 @@ class Faults:
         return Bad(int(value) % base, int(value) // base)
 
 
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
 class Summed:
     """What the ranks sent, summed.
 
@@ -156,11 +153,10 @@ class Summed:
     @property
     def bad(self) -> Tensor:
         """Scalar bool: whether a loss or an entry of the Gram is NaN or infinite."""
-        n = self._layout.num_tasks
-        length = n + n * (n + 1) // 2 if self._with_gram else n
         if self.copy.is_here:
-            return torch.tensor(not _is_finite(sum(self.copy.values()[:length])))
-        whole = self._buffer[:length].sum()
+            return torch.tensor(not self.faults.all_finite())
+        n = self._layout.num_tasks
+        whole = self._buffer[: n + n * (n + 1) // 2 if self._with_gram else n].sum()
         return (whole - whole) != 0  # infinity minus infinity is NaN
 
     def here(self) -> Summed:

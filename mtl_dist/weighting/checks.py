@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 Values = float | Mapping[str, float] | Sequence[float]
 
@@ -78,3 +79,16 @@ def check_choice(rule: object, name: str, value: object, choices: Sequence[objec
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{type(rule).__name__}: {name} must be one of {known}, got {value!r}")
+
+
+def check_other_batches(combinator: object, rule: Any) -> None:
+    """Rejects a rule that is about its own batch, in a combinator that uses what earlier batches gave.
+
+    Raises:
+        ValueError: with both.
+    """
+    if rule.own_batch:
+        raise ValueError(
+            f"{type(combinator).__name__}: {rule!r} weighs by the counts of its own batch, and those of "
+            "earlier batches would be used: leave one of the two out"
+        )

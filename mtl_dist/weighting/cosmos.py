@@ -47,7 +47,7 @@ class COSMOS(Rule):
         return cls(0.5)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """R (1 if it is to be 1/n, because n is known only in the step)."""
+        """The preference r; 1 where it is to be 1/n, because n is known only in the step."""
         return {"weights": per_task(self.weights, tasks, device, "COSMOS: weights")}
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:

@@ -48,7 +48,7 @@ class PBI(Rule):
         return None if self.reference else (0, 0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
-        """W and z."""
+        """The direction w and the ideal point z."""
         return {
             "weights": per_task(self.weights, tasks, device, "PBI: weights"),
             "reference": per_task(self.reference, tasks, device, "PBI: reference", default=0.0),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from torch import nn
 from mtl_dist import Balancer, cli
 from mtl_dist.grouping import Affinities, find_groups
 from mtl_dist.tracking import JsonlWriter, step_row
-from mtl_dist.tracking.report import write_report
+from mtl_dist.tracking.report import groups, write_report
+from mtl_dist.tracking.report.read import RunData
 from mtl_dist.weighting import InverseGradNorm, InverseLoss
 from tests.tracking.made_runs import write_run
 
@@ -57,6 +60,35 @@ def test_means_are_over_the_steps_that_have_a_pair():
     assert found.affinity[1, 0] == pytest.approx((0.4 - 0.2) / 2 * 2 / 4)
     with pytest.raises(ValueError, match="links must be 'cosine' or 'affinity', got 'both'"):
         found.links("both")
+
+
+def test_parts_of_a_run_are_the_run():
+    generator = np.random.default_rng(0)
+    cosines = generator.uniform(-1, 1, (7, 3, 3))
+    cosines[2], cosines[5, 0, 1] = np.nan, np.nan
+    norms, losses = generator.random((2, 7, 3))
+    whole = Affinities.measure("abc", cosines, norms, losses)
+    parts = Affinities.over("abc", [(cosines[s], norms[s], losses[s]) for s in (slice(0, 3), slice(3, 7))])
+    assert parts.steps == whole.steps == 6
+    for name in ("cosines", "conflicts", "affinity"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-12)
+
+
+def test_a_long_run_of_many_tasks_is_read_in_parts(monkeypatch):
+    """All cosines of 10^5 steps and 50 tasks would take 2 GB, and several copies of that."""
+    tasks, steps = [f"task{i}" for i in range(12)], np.arange(4000.0)
+    pairs = itertools.combinations(tasks, 2)
+    columns = {f"mtl/cosine/{a}__{b}": np.full(4000, 0.5, np.float32) for a, b in pairs}
+    columns |= {f"mtl/loss/{task}": np.ones(4000, np.float32) for task in tasks}
+    run = RunData("run", steps, columns, {}, 1, "", ())
+    monkeypatch.setattr(groups, "MOST_AT_ONCE", 1 << 14)
+    tracemalloc.start()
+    found = groups.affinities_of([run])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.steps == 4000
+    assert found.cosines[0, 1] == pytest.approx(0.5)
+    assert peak < 12**2 * 4000 * 8 / 2  # one copy of all cosines is twice that
 
 
 def train(folder, rule, steps=20):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import numpy as np
@@ -13,6 +13,7 @@ from mtl_dist.tracking.report.panels import COSINE, LOSS, NORM, cosine_keys, tas
 from mtl_dist.tracking.report.read import RunData
 
 MOST_DRAWN = 40  # tasks; a larger picture would not be read, and would double the page
+MOST_AT_ONCE = 1 << 20  # cosines in memory, 8 MB
 CELL = 22  # size of a cell, pixels
 LETTER = 7.2  # width of a letter, pixels
 
@@ -26,19 +27,24 @@ def affinities_of(runs: Sequence[RunData]) -> Affinities:
     tasks = tasks_of(runs)
     if not tasks:
         raise ValueError("no run has values of tasks: a run has them from its first step on")
-    cosines: list[Array] = []
-    norms: list[Array] = []
-    losses: list[Array] = []
-    for run in runs:
-        steps = len(run.steps)
-        cosine = np.full((steps, len(tasks), len(tasks)), np.nan)
-        for (i, j), key in cosine_keys(run, tasks).items():
-            cosine[:, i, j] = cosine[:, j, i] = run.columns[key]
-        cosines.append(cosine)
-        for values, prefix in ((norms, NORM), (losses, LOSS)):
-            missing = np.full(steps, np.nan)
-            values.append(np.stack([run.columns.get(prefix + task, missing) for task in tasks], axis=1))
-    return Affinities.measure(tasks, np.concatenate(cosines), np.concatenate(norms), np.concatenate(losses))
+    return Affinities.over(tasks, (part for run in runs for part in _parts(run, tasks)))
+
+
+def _parts(run: RunData, tasks: Sequence[str]) -> Iterator[tuple[Array, Array, Array]]:
+    """Cosines, norms and losses of a run, some steps at a time."""
+    n, keys = len(tasks), cosine_keys(run, tasks)
+    missing = np.full(len(run.steps), np.nan)
+    size = max(1, MOST_AT_ONCE // n**2)
+    for start in range(0, len(run.steps), size):
+        here = slice(start, start + size)
+        cosines = np.full((len(run.steps[here]), n, n), np.nan)
+        for (i, j), key in keys.items():
+            cosines[:, i, j] = cosines[:, j, i] = run.columns[key][here]
+        norms, losses = (
+            np.stack([run.columns.get(prefix + task, missing)[here] for task in tasks], axis=1)
+            for prefix in (NORM, LOSS)
+        )
+        yield cosines, norms, losses
 
 
 def groups_section(runs: Sequence[RunData]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, Needs, State, nest, unnest
-from mtl_dist.weighting.checks import check_count
+from mtl_dist.weighting.checks import check_count, check_other_batches
 from mtl_dist.weighting.helpers import constant
 
 
@@ -34,6 +34,7 @@ class Every(Combinator):
 
     def __post_init__(self) -> None:
         check_count(self, "interval", self.interval)
+        check_other_batches(self, self.rule)
 
     def needs_at(self, step: int) -> Needs:
         """What the inner rule reads at every k-th step, only losses at the others."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, Needs, State, nest, unnest
+from mtl_dist.weighting.checks import check_other_batches
 from mtl_dist.weighting.helpers import constant
 
 
@@ -38,6 +39,9 @@ class LastSeen(Combinator):
     name = "last_seen"
     paper = "combinator"
     cost = "O(n²) + inner rule"
+
+    def __post_init__(self) -> None:
+        check_other_batches(self, self.rule)
 
     @property
     def compares(self) -> bool:  # type: ignore[override]  # an instance's answer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, State, nest, unnest
-from mtl_dist.weighting.checks import check_fraction
+from mtl_dist.weighting.checks import check_fraction, check_other_batches
 from mtl_dist.weighting.helpers import constant
 
 
@@ -33,6 +33,7 @@ class Smooth(Combinator):
 
     def __post_init__(self) -> None:
         check_fraction(self, "decay", self.decay, one=False)
+        check_other_batches(self, self.rule)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """Discounted sums of the weights, sums of the discounts, and the state of the inner rule."""
