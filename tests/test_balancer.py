@@ -388,3 +388,18 @@ def test_repr_tells_the_settings() -> None:
     assert "Smooth(rule=MGDA(" in text
     assert "FeatureProbe" in text
     assert "hold" in text
+
+
+@pytest.mark.parametrize("settings", [{}, {"probe": FeatureTap()}, {"lag": 1}], ids=str)
+def test_features_of_which_one_is_computed_from_another_count_once(settings):
+    """As under the gates of MMoE: the experts, and the inputs that experts and gates read."""
+    x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    trunk = 2 * x
+    features = trunk.square(), trunk
+    heads = {"a": lambda z: z[0].sum() + z[1].sum(), "b": lambda z: (z[0] * z[1]).sum()}
+    balancer = Balancer(["a", "b"], MGDA(), **settings)
+    balancer(features, heads).backward()
+    # what each head reads itself, of both parts
+    rows = [torch.ones(6, dtype=torch.float64), torch.cat([trunk, trunk.square()]).detach()]
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    torch.testing.assert_close(balancer.report.stats.gram, expected)

@@ -61,8 +61,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From `[B, D]` to the experts' features `[B, E, width]` and the same `[B, D]`."""
         experts = self.layer(x).relu().unflatten(1, (self.num_experts, -1))
-        # a view of its own: the gradient at x itself would also hold what passes through the experts
-        return experts, x.view_as(x)
+        return experts, x
 
     def head(self, width: int) -> nn.Module:
         """What a task has of its own: a gate and a tower."""
