@@ -123,7 +123,7 @@ def check_own_batch(rule: Rule, lag: int, window: int | None) -> None:
         given = "lag=1" if lag else f"window={window}"
         raise ValueError(
             f"{rule!r} weighs by the counts of its own batch, and with {given} those of an earlier one would "
-            f"be used: leave {given} out (the rule reads no gradients, so its step costs what a plain one does)"
+            f"be used: leave {given} out"
         )
 
 

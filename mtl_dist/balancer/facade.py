@@ -80,8 +80,8 @@ class Balancer(BalancerCalls):
         lag: 0: the weights of a step follow from its own statistics. 1: from those of the step before (the
             first step as the first window). Then the weights are known before the heads run and reach heads
             and trunk alike, gradients are measured as they pass in the one backward, the all-reduce runs
-            beside the backward, and the rule is solved at the next call: a step costs what a plain step
-            costs. Errors about values come one step later. A weight of zero would hide the gradient of its
+            beside the backward, and the rule is solved at the next call: there is no second pass and no
+            wait. Errors about values come one step later. A weight of zero would hide the gradient of its
             task, so the heads receive at least 2⁻¹⁰ of the largest weight; the trunk receives the weights as
             they are.
         counts: with lag=1, "given": the counts of each step are summed over ranks in the forward. "equal":
