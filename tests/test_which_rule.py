@@ -10,7 +10,18 @@ import pytest
 from benchmarks import which_rule
 from benchmarks.data_sets import DATA_SETS, RANDOM, DataSet
 from benchmarks.trials import Store
-from benchmarks.which_rule import HALF, RATES, REPORTED, TUNING, Trainings, lagged, page, rows
+from benchmarks.which_rule import (
+    HALF,
+    LARGER,
+    RATES,
+    REPORTED,
+    TUNING,
+    Trainings,
+    best_rate,
+    lagged,
+    page,
+    rows,
+)
 from mtl_dist.weighting import RULES
 
 DIGITS = DATA_SETS["multi_digits"]
@@ -55,6 +66,18 @@ def test_each_entry_gets_the_same_number_of_trials(trainings):
         per_entry[entry] += 1
     assert set(per_entry.values()) == {len(RATES) * len(TUNING) + len(REPORTED)}
     assert len(per_entry) == len(DIGITS.tasks) + 3
+
+
+def test_the_grid_grows_where_its_largest_rate_is_the_best():
+    tried: list[float] = []
+
+    def score(rate: float) -> float:
+        tried.append(rate)
+        return rate
+
+    assert best_rate(score) == (LARGER, LARGER)
+    assert tried == [*RATES, LARGER]
+    assert best_rate(lambda rate: -rate) == (RATES[0], -RATES[0])
 
 
 def test_rows_are_ordered_and_failures_are_named(trainings):
