@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.data_sets import DATA_SETS, RANDOM
 from benchmarks.tables import RESULTS
-from benchmarks.trials import mean_and_error
+from benchmarks.trials import decimals, mean_and_error
 from benchmarks.which_rule import Row, rows, stored
 
 BEST_RANDOM = "best random weights"
@@ -59,7 +59,8 @@ def difference(claim: Claim, values: Mapping[str, Sequence[float]]) -> str:
         return ""
     pairs = zip(values[claim.one], values[claim.other], strict=True)
     mean, error = mean_and_error([one - other for one, other in pairs])
-    return f"{mean:+.1f} ± {error:.1f}"
+    digits = decimals(error)
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
 def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

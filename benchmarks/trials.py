@@ -133,6 +133,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
+def decimals(error: float) -> int:
+    """How many decimals say something beside this standard error: at least one."""
+    return max(1, 1 - math.floor(math.log10(error))) if error > 0 else 1
+
+
 def cell(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard error."""
     mean, error = mean_and_error(values)

@@ -42,7 +42,7 @@ import torch
 
 from benchmarks.data_sets import ALONE, DATA_SETS, RANDOM, DataSet, Metrics, data
 from benchmarks.tables import RESULTS
-from benchmarks.trials import Store, Trial, cell, mean_and_error
+from benchmarks.trials import Store, Trial, cell, decimals, mean_and_error
 from mtl_dist import RULES
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -189,6 +189,7 @@ def table(
 ) -> str:
     """One row for each entry: Δm, its metrics, its rate and time."""
     data_set, (some, drawn) = trainings.data_set, shown(found)
+    digits = decimals(statistics.median(mean_and_error(row.values)[1] for row in found))
     titles = [f"{task} {metric.name}" for task, metric in data_set.recipe.metrics.items()]
     lines = [
         f"| rule | reads | Δm % | Δm % with a lag | {' | '.join(titles)} | learning rate | time |",
@@ -202,11 +203,11 @@ def table(
     lines.append(f"| each task alone | | 0 | | {' | '.join(single)} | {of_rates} | |")
     for row in some:
         runs = [trainings.metrics(row.entry, row.rate, seed) for seed in REPORTED]
-        metrics = [f"{statistics.fmean(run[task] for run in runs):.3f}" for task in data_set.tasks]
-        lag = cell(with_lag[row.entry], 1) if row.entry in with_lag else ""
+        metrics = [f"{statistics.fmean(run[task] for run in runs):.4g}" for task in data_set.tasks]
+        lag = cell(with_lag[row.entry], digits) if row.entry in with_lag else ""
         seconds = f"{times[row.entry]:.2f}" if row.entry in times else ""
         lines.append(
-            f"| {label(row, len(drawn))} | {row.reads} | {cell(row.values, 1)} | {lag} | "
+            f"| {label(row, len(drawn))} | {row.reads} | {cell(row.values, digits)} | {lag} | "
             f"{' | '.join(metrics)} | {row.rate:g} | {seconds} |"
         )
     return "\n".join(lines)
@@ -226,13 +227,16 @@ def page(name: str, trainings: Trainings, found: Sequence[Row], failed: Sequence
         "",
         table(trainings, found, lagged(trainings, found), times),
     ]
-    drawn = shown(found)[1]
+    drawn, digits = (
+        shown(found)[1],
+        decimals(statistics.median(mean_and_error(row.values)[1] for row in found)),
+    )
     if drawn:
         means = sorted(statistics.fmean(row.values) for row in drawn)
         lines += [
             "",
             f"Random fixed weights, {len(drawn)} draws over {data_set.decades:g} powers of ten: Δm from "
-            f"{means[0]:.1f} to {means[-1]:.1f}, median {statistics.median(means):.1f}.",
+            f"{means[0]:.{digits}f} to {means[-1]:.{digits}f}, median {statistics.median(means):.{digits}f}.",
         ]
     chosen = [row.entry for row in found if row.entry in data_set.choices]
     if chosen:
@@ -253,13 +257,15 @@ def draw(found: Sequence[Row], with_lag: dict[str, list[float]], file: Path) -> 
     some, drawn = shown(found)
     colors = dict(zip([*KINDS.values(), "nothing"], ("#0072b2", "#d55e00", "#009e73", "0.3"), strict=True))
     named: set[str] = set()
-    figure, axis = plt.subplots(figsize=(6.4, 0.17 * len(some) + 1.3))
-    floor = min(-5.0, 1.3 * statistics.quantiles([statistics.fmean(row.values) for row in some], n=10)[0])
+    figure, axis = plt.subplots(figsize=(7.2, 0.17 * len(some) + 1.5), layout="constrained")
+    means = [statistics.fmean(row.values) for row in some]
+    low, high = statistics.quantiles(means, n=10)[0], max(*means, 0.0)
+    floor = low - 0.2 * (high - low)  # what is far below is written as a number
     for k, row in enumerate(some):
         mean, error = mean_and_error(row.values)
         color = colors[row.reads]
         if mean < floor:
-            axis.text(floor, k, f" ◂ {mean:.0f}", fontsize=7, va="center", color=color)
+            axis.text(floor, k, f" ◂ {mean:.3g}", fontsize=7, va="center", color=color)
             continue
         name = None if row.reads in named else f"reads {row.reads}"
         named.add(row.reads)
@@ -282,8 +288,7 @@ def draw(found: Sequence[Row], with_lag: dict[str, list[float]], file: Path) -> 
     )
     axis.tick_params(axis="x", labelsize=7)
     axis.grid(axis="both", linewidth=0.3)
-    axis.legend(fontsize=7, loc="lower right")
-    figure.tight_layout(pad=0.4)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
