@@ -20,7 +20,8 @@ lower is better. Above 0, the tasks gain from each other.
 
 Random weights are log-uniform, one draw for all seeds. They are what a search by hand would find with as
 many trials (Xin et al. 2022, Kurin et al. 2022): the draw that is best when the rates are tuned has a row.
-The best rule of each kind (reads losses, norms, the Gram matrix) is trained once more with a lag of one step.
+The best rule of each kind (reads losses, norms, the Gram matrix) is tuned and trained once more with a lag of
+one step.
 
 An interrupted run continues when it is started again. Writes
 `benchmarks/results/which_rule/NAME.{md,json,png}`. The picture needs matplotlib.
@@ -123,34 +124,37 @@ def best_rate(score: Callable[[float], float]) -> tuple[float, float]:
     return best, scores[best]
 
 
+def row_of(trainings: Trainings, entry: str, alone: dict[str, float], lag: int = 0) -> Row | None:
+    """One entry at its best rate; None if its trainings fail."""
+
+    def score(rate: float) -> float:
+        values = trainings.deltas(entry, rate, TUNING, alone, lag)
+        return -math.inf if values is None else statistics.fmean(values)
+
+    best, tuned = best_rate(score)
+    values = trainings.deltas(entry, best, REPORTED, alone, lag) if tuned > -math.inf else None
+    return None if values is None else Row(entry, best, tuned, values)
+
+
 def rows(trainings: Trainings, entries: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """All entries, best first, and those whose trainings fail at every rate."""
-    alone, found, failed = trainings.rates_alone(), [], []
-    for entry in entries:
-
-        def score(rate: float, entry: str = entry) -> float:
-            values = trainings.deltas(entry, rate, TUNING, alone)
-            return -math.inf if values is None else statistics.fmean(values)
-
-        best, tuned = best_rate(score)
-        values = trainings.deltas(entry, best, REPORTED, alone) if tuned > -math.inf else None
-        if values is None:
-            failed.append(entry)
-        else:
-            found.append(Row(entry, best, tuned, values))
+    """All entries, best first, and those whose trainings fail."""
+    alone = trainings.rates_alone()
+    made = {entry: row_of(trainings, entry, alone) for entry in entries}
+    found = [row for row in made.values() if row is not None]
+    failed = [entry for entry, row in made.items() if row is None]
     return sorted(found, key=lambda row: -statistics.fmean(row.values)), failed
 
 
-def lagged(trainings: Trainings, found: Sequence[Row]) -> dict[str, list[float]]:
-    """Δm with a lag of the best rule of each kind; the best on the tuning seeds."""
-    alone, values = trainings.rates_alone(), {}
+def lagged(trainings: Trainings, found: Sequence[Row]) -> dict[str, Row]:
+    """With a lag, the rule of each kind that was best when the rates were tuned; its rate is tuned again."""
+    alone, with_lag = trainings.rates_alone(), {}
     for kind in KINDS.values():
         of_kind = [row for row in found if row.reads == kind and not RULES[row.entry].own_batch]
         best = max(of_kind, key=lambda row: row.tuned, default=None)
-        with_lag = best and trainings.deltas(best.entry, best.rate, REPORTED, alone, lag=1)
-        if best and with_lag:
-            values[best.entry] = with_lag
-    return values
+        again = best and row_of(trainings, best.entry, alone, lag=1)
+        if again:
+            with_lag[again.entry] = again
+    return with_lag
 
 
 def step_times(data_set: DataSet, rules: Sequence[str]) -> dict[str, float]:
@@ -185,7 +189,7 @@ def label(row: Row, draws: int) -> str:
 
 
 def table(
-    trainings: Trainings, found: Sequence[Row], with_lag: dict[str, list[float]], times: dict[str, float]
+    trainings: Trainings, found: Sequence[Row], with_lag: dict[str, Row], times: dict[str, float]
 ) -> str:
     """One row for each entry: Δm, its metrics, its rate and time."""
     data_set, (some, drawn) = trainings.data_set, shown(found)
@@ -204,7 +208,8 @@ def table(
     for row in some:
         runs = [trainings.metrics(row.entry, row.rate, seed) for seed in REPORTED]
         metrics = [f"{statistics.fmean(run[task] for run in runs):.4g}" for task in data_set.tasks]
-        lag = cell(with_lag[row.entry], digits) if row.entry in with_lag else ""
+        again = with_lag.get(row.entry)
+        lag = f"{cell(again.values, digits)} (at {again.rate:g})" if again else ""
         seconds = f"{times[row.entry]:.2f}" if row.entry in times else ""
         lines.append(
             f"| {label(row, len(drawn))} | {row.reads} | {cell(row.values, digits)} | {lag} | "
@@ -247,7 +252,7 @@ def page(name: str, trainings: Trainings, found: Sequence[Row], failed: Sequence
     return "\n".join(lines) + "\n"
 
 
-def draw(found: Sequence[Row], with_lag: dict[str, list[float]], file: Path) -> None:
+def draw(found: Sequence[Row], with_lag: dict[str, Row], file: Path) -> None:
     """Δm of all rows with standard errors, and all random weights as ticks. The colour: what a rule reads."""
     import matplotlib as mpl
 
@@ -271,7 +276,7 @@ def draw(found: Sequence[Row], with_lag: dict[str, list[float]], file: Path) -> 
         named.add(row.reads)
         axis.errorbar(mean, k, xerr=error, fmt="o", markersize=4, color=color, label=name)
         if row.entry in with_lag:
-            value = statistics.fmean(with_lag[row.entry])
+            value = statistics.fmean(with_lag[row.entry].values)
             axis.plot(value, k, "o", markersize=6, markerfacecolor="none", color=color)
         if row.entry == "equal":
             axis.axvline(mean, color="0.5", linewidth=0.8, linestyle=":", label="equal")
