@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "which_rule")
     folder = parser.parse_args(argv).out
     names = [name for name in DATA_SETS if (folder / f"{name}.md").exists()]
-    results = {name: entries(rows(*stored(name, folder))[0]) for name in names}
+    results = {name: entries(rows(*stored(name, folder, only_read=True))[0]) for name in names}
     text = (
         f"Δm of one minus that of the other, in percent. `python -m benchmarks.claims`\n\n{table(results)}\n"
     )

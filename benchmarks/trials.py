@@ -102,10 +102,15 @@ def trained(
 
 
 class Store:
-    """Results by name, in a JSON file beside what they were made with. Others than those are thrown away."""
+    """Results by name, in a JSON file beside what they were made with. Others than those are thrown away.
 
-    def __init__(self, path: Path, plan: Schedule, setting: Mapping[str, Any]) -> None:
-        self.path = path
+    A store that is only read makes no result, and raises a KeyError for one that it does not have.
+    """
+
+    def __init__(
+        self, path: Path, plan: Schedule, setting: Mapping[str, Any], only_read: bool = False
+    ) -> None:
+        self.path, self.only_read = path, only_read
         self.setting = {**asdict(plan), **setting}
         before = json.loads(path.read_text()) if path.exists() else {}
         self.results: dict[str, Any] = before["results"] if before.get("setting") == self.setting else {}
@@ -113,6 +118,8 @@ class Store:
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of this name; made and written if there is none yet."""
+        if name not in self.results and self.only_read:
+            raise KeyError(f"{self.path} has no result {name!r}: run the benchmark that writes it")
         if name not in self.results:
             start = time.perf_counter()
             self.results[name] = make()

@@ -299,7 +299,11 @@ def draw(found: Sequence[Row], with_lag: dict[str, Row], file: Path) -> None:
 
 
 def stored(
-    name: str, folder: Path, rules: Sequence[str] | None = None, draws: int | None = None
+    name: str,
+    folder: Path,
+    rules: Sequence[str] | None = None,
+    draws: int | None = None,
+    only_read: bool = False,
 ) -> tuple[Trainings, list[str]]:
     """Trainings on a data set that are in a folder, and the entries: all of its own, if none are named."""
     data_set = DATA_SETS[name]
@@ -307,7 +311,8 @@ def stored(
     setting = {"recipe": repr(data_set.recipe), "rates": list(RATES)}
     numbers = range(data_set.draws if draws is None else draws)
     entries = [*(data_set.rules if rules is None else rules), *(f"{RANDOM}{number}" for number in numbers)]
-    return Trainings(data_set, Store(folder / f"{name}.json", data_set.schedule, setting)), entries
+    store = Store(folder / f"{name}.json", data_set.schedule, setting, only_read)
+    return Trainings(data_set, store), entries
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import which_rule
+from benchmarks import claims, which_rule
 from benchmarks.data_sets import DATA_SETS, RANDOM, DataSet
 from benchmarks.trials import Store
 from benchmarks.which_rule import (
@@ -107,6 +107,26 @@ def test_an_interrupted_run_goes_on(trainings, tmp_path):
     again = replace(trainings, store=Store(tmp_path / "here.json", DIGITS.schedule, {}))
     assert rows(again, ["equal"])[0] == first
     assert MadeUp.asked == []
+
+
+def test_claims_train_nothing(trainings, tmp_path):
+    made_up = replace(trainings, store=Store(tmp_path / "none.json", DIGITS.schedule, {}, only_read=True))
+    with pytest.raises(KeyError, match="run the benchmark that writes it"):
+        rows(made_up, ["equal"])
+    assert MadeUp.asked == []
+
+
+def test_a_claim_is_a_paired_difference(trainings):
+    found, _ = rows(trainings, ["equal", "inverse_loss", f"{RANDOM}0", f"{RANDOM}1"])
+    values = claims.entries(found)
+    assert set(values) == {"equal", "inverse_loss", claims.BEST_RANDOM}
+    text = claims.table({"here": values})
+    (row,) = (line for line in text.splitlines() if "inverse_loss - equal" in line)
+    differences = [a - b for a, b in zip(values["inverse_loss"], values["equal"], strict=True)]
+    shown = float(row.split("|")[3].split("±")[0])
+    assert shown == pytest.approx(sum(differences) / len(differences), rel=0.05)
+    (missing,) = (line for line in text.splitlines() if "- grad_norm" in line)
+    assert missing.endswith("|  |"), "no result, no number"
 
 
 def test_the_picture_names_every_row(trainings, tmp_path):
