@@ -10,6 +10,7 @@ sets without results are left out. Writes `benchmarks/results/which_rule/claims.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,24 @@ def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
+def glance(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Δm of the entries that all data sets have, and the mean of their ranks; the best is first."""
+    common = set.intersection(*(set(values) for values in results.values()))
+    means = {
+        name: {entry: statistics.fmean(values[entry]) for entry in common} for name, values in results.items()
+    }
+    order = {name: sorted(common, key=lambda entry: -of[entry]) for name, of in means.items()}
+    rank = {entry: statistics.fmean(1 + order[name].index(entry) for name in order) for entry in common}
+    lines = [f"| rule | {' | '.join(results)} | mean rank |", "|---|" + "---:|" * (len(results) + 1)]
+    for entry in sorted(common, key=lambda entry: rank[entry]):
+        cells = []
+        for values in results.values():
+            mean, error = mean_and_error(values[entry])
+            cells.append(f"{mean:.{decimals(error)}f} ± {error:.{decimals(error)}f}")
+        lines.append(f"| {entry} | {' | '.join(cells)} | {rank[entry]:.1f} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [name for name in DATA_SETS if (folder / f"{name}.md").exists()]
     results = {name: entries(rows(*stored(name, folder, only_read=True))[0]) for name in names}
     text = (
-        f"Δm of one minus that of the other, in percent. `python -m benchmarks.claims`\n\n{table(results)}\n"
+        "`python -m benchmarks.claims`\n\n"
+        f"Δm of one minus that of the other, in percent:\n\n{table(results)}\n\n"
+        f"Δm in percent of what all data sets have:\n\n{glance(results)}\n"
     )
     (folder / "claims.md").write_text(text, encoding="utf-8")
     print(text)

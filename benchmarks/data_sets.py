@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -46,6 +46,10 @@ SOME = (
     *("mgda", "imtlg", "nash_mtl", "upgrad", "aligned_mtl"),
 )
 _WITHOUT_PRIOR = tuple(name for name in SOME if name != "prior_loss")  # equal weights where tasks are alike
+_DOZEN = (
+    *("equal", "initial_loss", "inverse_loss", "uncertainty", "famo", "inverse_grad_norm", "grad_norm"),
+    *("db_mtl", "mgda", "imtlg", "nash_mtl", "aligned_mtl"),
+)
 OBSERVE_EVERY = 5  # a rule that learns from held-out losses gets them every this many steps
 Metrics = dict[str, float]  # by task
 
@@ -74,6 +78,7 @@ class DataSet:
         draws: how many random fixed weights stand beside them.
         decades: a random weight is log-uniform over so many powers of ten.
         choices: arguments of rules; all others have those of their `example`: the defaults, if there are any.
+        together: a task whose metric needs other tasks too, and those: alone it is trained with them.
         probe: the probe of a rule that reads gradients; None is the balancer's own choice.
         held_out: from a seed, data for rules that observe losses. No sample is in any batch.
     """
@@ -84,6 +89,7 @@ class DataSet:
     choices: Mapping[str, Choice]
     draws: int = 8
     decades: float = 2.0
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     probe: type[Probe] | None = None
     held_out: Callable[[int], BatchData] | None = None
 
@@ -104,7 +110,9 @@ class DataSet:
     def make_rule(self, entry: str, seed: int) -> Rule:
         """The rule with this name, the weights of a task alone, or a draw of fixed weights."""
         if entry.startswith(ALONE):
-            return Fixed({task: float(task == entry.removeprefix(ALONE)) for task in self.tasks})
+            own = entry.removeprefix(ALONE)
+            trained = {own, *self.together.get(own, ())}
+            return Fixed({task: float(task in trained) for task in self.tasks})
         if entry.startswith(RANDOM):
             drawn = random.Random(int(entry.removeprefix(RANDOM)))
             return Fixed({task: 10 ** drawn.uniform(-self.decades, 0) for task in self.tasks})
@@ -240,13 +248,14 @@ DATA_SETS = {
                 "the losses of the heads with constant emissions",
             ),
         },
+        together={"tags": ("words",)},  # a tagged word is right only if its boundaries are
         decades=3.0,
     ),
     "text_mixture": DataSet(
         TextMixture(),
         Schedule(steps=150, batch=32),
-        (*_WITHOUT_PRIOR, "token_share"),
-        {"dwa": _INTERVAL},
+        (*_DOZEN, "token_share"),
+        {},
         probe=SharedLayerProbe,
     ),
 }

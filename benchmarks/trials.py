@@ -141,8 +141,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def decimals(error: float) -> int:
-    """How many decimals say something beside this standard error: at least one."""
-    return max(1, 1 - math.floor(math.log10(error))) if error > 0 else 1
+    """How many decimals say something beside this standard error: its first digit, and at least one."""
+    return max(1, -math.floor(math.log10(error))) if error > 0 else 1
 
 
 def cell(values: Sequence[float], digits: int = 2) -> str:
