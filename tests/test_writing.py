@@ -6,8 +6,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+import warm
 from program import BIN, ROOT, run
 
 PAGE = (ROOT / "docs" / "writing.md").read_text(encoding="utf-8")
@@ -24,6 +26,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def train(folder: Path, num_processes: int, *arguments: str) -> CompletedProcess[str]:
+    """`python -m mtl_dist.train` in the stranger's folder."""
+    return warm.launch(
+        "mtl_dist.train", num_processes, *arguments, env=ENV, modules=warm.TRAINING, cwd=folder
+    )
+
+
 def test_the_rule_keeps_the_laws(folder):
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_rules.py")
     done = run(*command, cwd=folder, env=ENV)
@@ -32,19 +41,18 @@ def test_the_rule_keeps_the_laws(folder):
 
 
 def test_it_trains_on_two_processes_and_resumes(folder):
-    done = run("bash", "-e", "train.sh", cwd=folder, env=ENV)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("20 steps, 2 process(es) on cpu, weighting Largest(power=2.0)") == 1
-    assert done.stdout.count("40 steps, 2 process(es) on cpu, weighting Largest(power=2.0)") == 1
+    for steps, line in zip((20, 40), FILES["train.sh"].splitlines(), strict=True):
+        settings = line.removeprefix("torchrun --standalone --nproc_per_node 2 -m mtl_dist.train ")
+        assert settings != line
+        done = train(folder, 2, *settings.split())
+        assert done.returncode == 0, done.stderr
+        said = f"{steps} steps, 2 process(es) on cpu, weighting Largest(power=2.0)"
+        assert done.stdout.count(said) == 1
     rows = [json.loads(line) for line in (folder / "runs/spots/metrics.jsonl").read_text().splitlines()]
     assert [row["train/global_step"] for row in rows] == [*range(1, 41)], "the second run went on"
     assert rows[-1]["eval/where/rmse"] < rows[19]["eval/where/rmse"], "and it learns"
     for name in ("weighting.power=3.0", "recipe.size=12"):
-        other = run(
-            *(sys.executable, "-m", "mtl_dist.train", "--check", "spots.yaml", "resume_from=latest", name),
-            cwd=folder,
-            env=ENV,
-        )
+        other = train(folder, 1, "--check", "spots.yaml", "resume_from=latest", name)
         assert other.returncode == 2
         assert "restore the setting" in other.stderr
 

@@ -1,8 +1,8 @@
 """The definition of correct: W ranks equal one process on the concatenated batch.
 
 For every rule and probe (equivalence.py), through 20 steps under DDP: losses, Gram matrix, weights, and every
-parameter gradient. Four ranks on two cores spend most of their time on waking each other, so that the one test
-of them here makes 8 steps, in which each task is absent once; all 20 are in the long tests.
+parameter gradient. Four ranks on two cores spend most of their time on waking each other: 8 steps, in which
+each task is absent once, and all 20 in the long tests. So with a lag, whose memory is one step: 12.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from launcher import succeed
 from torch import Tensor
 
-STEPS, STEPS_OF_FOUR = 20, 8
+STEPS, STEPS_OF_FOUR, STEPS_OF_LAG = 20, 8, 12
 # PCD magnifies the rounding of a float32 G where two gradients are nearly parallel: 1.2e-6 at one step of
 # ragged shards, 1.4e-6 at one step under ParameterProbe. In float64 nothing is left of it (below 1e-12).
 FLOAT32 = {"pcd": 2e-6}
@@ -40,10 +40,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # every rule in every scenario, on 4 ranks too, is the long test below
 @pytest.mark.timeout(2 * LIMIT)
-@pytest.mark.parametrize(("num_processes", "cells"), [(2, "rules"), (2, "kinds"), (2, "lag")])
-def test_ranks_equal_one_process(folder: Path, num_processes: int, cells: str) -> None:
-    expected = trajectories(folder, 1, "float32", cells, LIMIT)
-    compare(expected, trajectories(folder, num_processes, "float32", cells, LIMIT), 1e-6, per_parameter=False)
+@pytest.mark.parametrize(
+    ("num_processes", "cells", "steps"),
+    [
+        pytest.param(2, "rules", STEPS, id="2-rules"),
+        pytest.param(2, "kinds", STEPS, id="2-kinds"),
+        pytest.param(2, "lag", STEPS_OF_LAG, id="2-lag"),
+        pytest.param(2, "lag", STEPS, marks=pytest.mark.long, id="2-lag-20"),
+    ],
+)
+def test_ranks_equal_one_process(folder: Path, num_processes: int, cells: str, steps: int) -> None:
+    expected, got = (
+        trajectories(folder, number, "float32", cells, LIMIT, steps) for number in (1, num_processes)
+    )
+    compare(expected, got, 1e-6, per_parameter=False)
 
 
 @pytest.mark.timeout(2 * LIMIT)
