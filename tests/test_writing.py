@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import warm
-from program import BIN, ROOT, run
+from program import BIN, ROOT
 
 PAGE = (ROOT / "docs" / "writing.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', PAGE, flags=re.DOTALL))
@@ -34,8 +33,8 @@ def train(folder: Path, num_processes: int, *arguments: str) -> CompletedProcess
 
 
 def test_the_rule_keeps_the_laws(folder):
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_rules.py")
-    done = run(*command, cwd=folder, env=ENV)
+    options = ("-q", "-p", "no:cacheprovider", "test_my_rules.py")
+    done = warm.launch("pytest", 1, *options, env=ENV, modules=warm.TRAINING, cwd=folder)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
 
@@ -59,12 +58,8 @@ def test_it_trains_on_two_processes_and_resumes(folder):
 
 def test_the_console_command_finds_the_files_too(folder):
     """`mtl-dist` does not have the working folder on its path by itself."""
-    command = (
-        sys.executable,
-        "-c",
-        "import sys; from mtl_dist.cli import main; sys.exit(main(sys.argv[1:]))",
-    )
-    done = run(*command, "train", "--check", folder / "spots.yaml", cwd=BIN, env=ENV)
+    program, check = ROOT / "tests" / "console.py", ("train", "--check", folder / "spots.yaml")
+    done = warm.launch(program, 1, *check, env=ENV, modules=warm.TRAINING, cwd=BIN)
     assert done.returncode == 0, done.stderr
 
 
