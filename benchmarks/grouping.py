@@ -4,8 +4,8 @@
 
 The tasks of a group are similar combinations of four features of their group, with noise. The trunk has
 half as many features as the two groups need together, so the groups compete for it. The losses of the
-second group are ten times as large. `groups_study.py` says what is trained and how it is judged. The error left
-is a part of the variance.
+second group are ten times as large. `groups_study.py` says what is trained and how it is judged. The error
+left is a part of the variance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Regressions(Study):
     """Each group has four features of its own."""
 
     name = "grouping"
-    true = {group: tuple(f"{group}{number}" for number in range(4)) for group in "ab"}  # noqa: RUF012 - constant
+    true = {group: tuple(f"{group}{number}" for number in range(4)) for group in "ab"}
     rates = (1e-3, 3e-3, 1e-2)
     batch = 64
     left = "error left"

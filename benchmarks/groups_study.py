@@ -1,8 +1,8 @@
 """Does training by groups help? What the studies with known groups have in common.
 
-`grouping.py` and `grouping_census.py` say which tasks there are and how they are made. Here is how every variant
-trains: with every learning rate of the grid. Validation data choose the rate for all seeds together, and test
-data give the result: the mean over the tasks of the error that is left, as a part of that of the best constant,
+`grouping.py` and `grouping_census.py` say which tasks there are and how they are made. Every variant trains
+with every learning rate of the grid. Validation data choose the rate for all seeds together, and test data
+give the result: the mean over the tasks of the error that is left, as a part of that of the best constant,
 and Δm against one network per task, with as many features for itself.
 
 `found` are the groups that `find_groups` makes from the cosines of the first run of the seed with equal
