@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.groups_study import Data, Net, Study, main
+from mtl_dist.weighting import MGDA, UPGrad
 
 INPUTS, FEATURES, WIDTH = 12, 4, 64
 NOISE, SCALE = 0.3, 10.0  # of the targets; of the losses of group b
@@ -28,6 +29,7 @@ class Regressions(Study):
     rates = (1e-3, 3e-3, 1e-2)
     batch = 64
     left = "error left"
+    gram = {"mgda": MGDA(), "upgrad": UPGrad()}
 
     def draw(self, seed: int) -> Data:
         """A new problem for each seed."""

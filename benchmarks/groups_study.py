@@ -29,7 +29,7 @@ from benchmarks.tables import RESULTS, facts
 from mtl_dist import Balancer
 from mtl_dist.grouping import Affinities, find_groups
 from mtl_dist.probes import FeatureProbe, ParameterProbe, Probe
-from mtl_dist.weighting import MGDA, Equal, Grouped, InverseGradNorm, Rule, UPGrad
+from mtl_dist.weighting import MGDA, Equal, Grouped, InverseGradNorm, Rule
 
 Groups = Mapping[str, tuple[str, ...]]
 Part = tuple[Tensor, ...]  # what the trunk takes, `[N, ...]` each, and at last the targets `[N, tasks]`
@@ -70,6 +70,7 @@ class Study(ABC):
         batch: number of samples of a step.
         left: what is left of the error, for the head of the table.
         extra: name of a second measure, the higher the better; None: there is none.
+        gram: rules that read the Gram matrix, by name: without groups, and between them.
     """
 
     name: ClassVar[str]
@@ -78,6 +79,7 @@ class Study(ABC):
     batch: ClassVar[int]
     left: ClassVar[str]
     extra: ClassVar[str | None] = None
+    gram: ClassVar[Mapping[str, Rule]] = {"mgda": MGDA()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -154,20 +156,13 @@ def train(
 
 def variants(study: Study, found: Groups) -> dict[str, list[tuple[tuple[str, ...], Rule]]]:
     """Name -> the networks that it trains: tasks and rule of each."""
-    plain: dict[str, Rule] = {
-        "equal": Equal(),
-        "inverse_grad_norm": InverseGradNorm(),
-        "mgda": MGDA(),
-        "upgrad": UPGrad(),
-    }
+    plain: dict[str, Rule] = {"equal": Equal(), "inverse_grad_norm": InverseGradNorm(), **study.gram}
     grouped: dict[str, Rule] = {}
     known = {"true": study.true, "found": found, "wrong": study.wrong}
     for name, groups in known.items():
-        grouped |= {
-            f"equal inside, norms between, {name}": Grouped(Equal(), InverseGradNorm(), groups),
-            f"norms inside, upgrad between, {name}": Grouped(InverseGradNorm(), UPGrad(), groups),
-            f"norms inside, mgda between, {name}": Grouped(InverseGradNorm(), MGDA(), groups),
-        }
+        grouped[f"equal inside, norms between, {name}"] = Grouped(Equal(), InverseGradNorm(), groups)
+        for between, rule in study.gram.items():
+            grouped[f"norms inside, {between} between, {name}"] = Grouped(InverseGradNorm(), rule, groups)
     joint = {name: [(study.tasks, rule)] for name, rule in (plain | grouped).items()}
     split = {
         f"split, {name}": [(tasks, InverseGradNorm()) for tasks in groups.values()]
@@ -202,11 +197,20 @@ def where(study: Study, seeds: int, steps: int) -> dict[str, list[dict[str, obje
     return result
 
 
-def measure(study: Study, seeds: int, steps: int) -> dict[str, Any]:
-    """`errors[variant][rate][seed][task]` on validation and test data, and the groups found."""
-    errors: dict[str, dict[str, Runs]] = {}
-    start = time.perf_counter()
-    for seed in range(seeds):
+def measure(study: Study, seeds: int, steps: int, file: Path) -> dict[str, Any]:
+    """`errors[variant][rate][seed][task]` on validation and test data, and the groups found.
+
+    Every seed is written to `file` when it is done, and an interrupted study goes on after it.
+    """
+    measured: dict[str, Any] = {"facts": facts(), "seconds": 0.0, "steps": steps, "errors": {}}
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["steps"] == steps and "where" not in before:
+            measured = before
+    errors: dict[str, dict[str, Runs]] = measured["errors"]
+    done = len(next(iter(errors["single"].values()))) if errors else 0
+    for seed in range(done, seeds):
+        start = time.process_time()
         data = study.draw(seed)
         found, _ = find(study, data, seed, steps)
         for name, networks in variants(study, found).items():
@@ -219,9 +223,13 @@ def measure(study: Study, seeds: int, steps: int) -> dict[str, Any]:
                     if study.extra is not None:
                         result["extra"] |= study.measured(net, data.test, study.second)
                 errors.setdefault(name, {}).setdefault(f"{rate:g}", []).append(result)
-    places = where(study, seeds, steps)
-    seconds = time.perf_counter() - start
-    return {"facts": facts(), "seconds": seconds, "steps": steps, "where": places, "errors": errors}
+        measured["seconds"] += time.process_time() - start
+        file.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    start = time.process_time()
+    measured["where"] = where(study, seeds, steps)
+    measured["seconds"] += time.process_time() - start
+    file.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    return measured
 
 
 def table(study: Study, measured: dict[str, Any]) -> str:
@@ -248,7 +256,7 @@ def table(study: Study, measured: dict[str, Any]) -> str:
         heads += [f"{study.extra}, group {name}" for name in study.true]
     lines = [
         f"`python -m benchmarks.{study.name}`, {f['date']}: {measured['steps']} steps of Adam, batches of "
-        f"{study.batch}, {len(single)} seeds, {measured['seconds']:.0f} s on one core of {f['processor']}, "
+        f"{study.batch}, {len(single)} seeds, {measured['seconds']:.0f} s of one core of {f['processor']}, "
         f"torch {f['torch']}. ± is the standard error over seeds. Lower is better"
         f"{f', but for the {study.extra}' if study.extra else ''}.",
         "",
@@ -294,9 +302,8 @@ def main(study: Study, description: str, steps: int) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    measured = measure(study, arguments.seeds, arguments.steps)
-    text = table(study, measured)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{study.name}.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    file = arguments.out / f"{study.name}.json"
+    text = table(study, measure(study, arguments.seeds, arguments.steps, file))
     (arguments.out / f"{study.name}.md").write_text(text, encoding="utf-8")
     print(text)
