@@ -52,7 +52,7 @@ class RealAndSynthetic(Study):
 
     name = "grouping_census"
     true = {"real": TASKS, "synthetic": tuple(f"synthetic{k}" for k in range(4))}
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = (3e-3, 1e-2, 3e-2)
     batch = 256
     left = "entropy left"
     extra = "AUC"
@@ -126,4 +126,4 @@ def teacher(rng: torch.Generator, targets: int, parts: list[People]) -> list[Ten
 
 
 if __name__ == "__main__":
-    main(RealAndSynthetic(), __doc__ or "", steps=400)
+    main(RealAndSynthetic(), __doc__ or "", steps=200)
