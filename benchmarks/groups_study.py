@@ -200,15 +200,16 @@ def where(study: Study, seeds: int, steps: int) -> dict[str, list[dict[str, obje
 def measure(study: Study, seeds: int, steps: int, file: Path) -> dict[str, Any]:
     """`errors[variant][rate][seed][task]` on validation and test data, and the groups found.
 
-    Every seed is written to `file` when it is done, and an interrupted study goes on after it.
+    Every seed is written to `file` when it is done. A study that was interrupted or had fewer seeds goes on.
     """
     measured: dict[str, Any] = {"facts": facts(), "seconds": 0.0, "steps": steps, "errors": {}}
+    done = 0
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if before["steps"] == steps and "where" not in before:
-            measured = before
+        known = len(next(iter(before["errors"]["single"].values())))
+        if before["steps"] == steps and (known < seeds or "where" not in before):
+            measured, done = before, known
     errors: dict[str, dict[str, Runs]] = measured["errors"]
-    done = len(next(iter(errors["single"].values()))) if errors else 0
     for seed in range(done, seeds):
         start = time.process_time()
         data = study.draw(seed)
