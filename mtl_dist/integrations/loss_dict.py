@@ -14,7 +14,7 @@ from transformers.loss import loss_for_object_detection
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations._evaluation_rows import Weights
-from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
+from mtl_dist.integrations._trainer import attach, base_model, check_alone, evaluates_as_before, take
 
 # loss functions of transformers whose divisors are those of DETR
 _DETR = ("ForObjectDetectionLoss", "ForSegmentationLoss")
@@ -72,6 +72,12 @@ def balance_loss_dict(
         )
     if parameters is not None and not isinstance(parameters, (nn.Module, Tensor)):
         parameters = list(parameters)
+    if counts is not None and not callable(counts):
+        raise TypeError(
+            "balance_loss_dict: counts= is a function of what the loss function is called with, got "
+            f"{type(counts).__name__}"
+        )
+    check_alone(inner, trainer)
     if counts is None and getattr(inner, "__name__", "") in _DETR:
         counts = partial(_of_detr, balancer.tasks, model.config.eos_coefficient)
         by_rank = partial(_by_boxes_of_this_rank, inner)
@@ -95,15 +101,38 @@ def balance_loss_dict(
         balancer.train(model.training)
         divided: dict[str, Any] = dict.fromkeys(balancer.tasks, 1)
         if counts is not None:
-            divided |= counts(*args, **kwargs)
+            divided |= _checked_counts(counts(*args, **kwargs))
         if trains:
+            _check_trained(type(model).__name__, balancer.tasks, *found[:2])
             return (balancer(found[1], counts=divided, parameters=parameters), *found[1:])
         with torch.no_grad():
             balancer(own[1], counts=divided)
         return found
 
+    take(loss_function, balancer)
     model.loss_function = loss_function
     return balancer
+
+
+def _check_trained(model: str, tasks: Sequence[str], total: Any, losses: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where the total can be trained, and no loss of the dictionary can."""
+    found = [losses[task] for task in tasks if isinstance(losses.get(task), Tensor)]
+    trains = isinstance(total, Tensor) and total.requires_grad
+    if trains and found and not any(loss.requires_grad for loss in found):
+        raise ValueError(
+            f"balance_loss_dict: the losses that {model} returns in its dictionary were detached from the "
+            "graph (for logs), so they train nothing: call the balancer in the model's forward, with the "
+            "losses before that"
+        )
+
+
+def _checked_counts(found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            "balance_loss_dict: counts= must return a number for each task that it names, as a mapping; got "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def _of_detr(
