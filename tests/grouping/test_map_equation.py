@@ -136,3 +136,16 @@ def test_wrong_graphs_are_named(weights, groups, message):
 def test_a_search_needs_a_start():
     with pytest.raises(ValueError, match="starts must be at least 1, got 0"):
         find_groups([[0, 1], [1, 0]], starts=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 1.5}, "seed must be an int"),
+        ({"starts": 2.5}, "starts"),
+    ],
+)
+def test_a_search_takes_whole_numbers(settings, message):
+    with pytest.raises(ValueError, match=message):
+        find_groups(np.ones((3, 3)), **settings)
