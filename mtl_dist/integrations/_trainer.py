@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._evaluation_rows import Weights, checked_weights
 from mtl_dist.integrations._trainer_callback import BalancerCallback, Settings, place_of
@@ -53,6 +54,7 @@ def attach(
         ValueError: a combination that does not work; the message says what to change. Or a task name that
             no column of Trainer's logs can have.
     """
+    check_given(balancer)
     check_task_names(balancer.tasks)
     weights = checked_weights(balancer, eval_weights)
     _check(trainer)

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
@@ -85,6 +86,7 @@ def balance_by_column(
         TypeError: a trainer or model whose losses by row are not known.
         ValueError: no such column, or a combination that does not work; the message says what to change.
     """
+    check_given(balancer)
     _check(trainer)
     if isinstance(balancer.probe, FeatureTap):
         raise ValueError(

@@ -13,11 +13,21 @@ from transformers import Trainer
 from transformers.loss import loss_for_object_detection
 
 from mtl_dist.balancer import Balancer
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._trainer import attach, base_model, check_alone, evaluates_as_before, take
 
 # loss functions of transformers whose divisors are those of DETR
 _DETR = ("ForObjectDetectionLoss", "ForSegmentationLoss")
+# those of its relatives that divide all losses by the boxes
+_BY_BOXES = tuple(
+    f"{kind}Loss"
+    for kind in (
+        "DeformableDetrForObjectDetection",
+        "DeformableDetrForSegmentation",
+        "GroundingDinoForObjectDetection",
+    )
+)
 
 
 def balance_loss_dict(
@@ -39,7 +49,8 @@ def balance_loss_dict(
 
     DETR's own losses on W ranks are not those of one process: that of the classes is divided by a number of
     the rank, and those of the boxes are W times too large (transformers 5.23). Here, both are means over this
-    rank with their counts, and ranks equal one process.
+    rank with their counts, and ranks equal one process. The boxes of Deformable DETR and its relatives are
+    W times too large too; here they are summed over the ranks.
 
     Args:
         trainer: its model has a `loss_function` that returns `(loss, loss_dict, ...)`.
@@ -47,7 +58,8 @@ def balance_loss_dict(
         parameters: where rules that read gradients measure them.
         counts: called with what the loss function is called with; returns, by task, what each loss was
             divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is
-            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by.
+            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by. So
+            models that divide by the boxes of their own rank (RT-DETR, D-FINE) need it to be exact.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -58,6 +70,7 @@ def balance_loss_dict(
         ValueError: a rule that reads gradients without `parameters`, or as `attach`.
         TypeError: a model without such a loss function; some only show it at the first batch.
     """
+    check_given(balancer)
     model = base_model(trainer.model)
     inner = getattr(model, "loss_function", None)
     if not callable(inner):
@@ -78,9 +91,12 @@ def balance_loss_dict(
             f"{type(counts).__name__}"
         )
     check_alone(inner, trainer)
-    if counts is None and getattr(inner, "__name__", "") in _DETR:
+    kind = getattr(inner, "__name__", "")
+    if counts is None and kind in _DETR:
         counts = partial(_of_detr, balancer.tasks, model.config.eos_coefficient)
-        by_rank = partial(_by_boxes_of_this_rank, inner)
+        by_rank = partial(_reducing, _this_rank, inner)
+    elif counts is None and kind in _BY_BOXES:
+        by_rank = partial(_reducing, _all_ranks, inner)
     else:
         by_rank = inner
     own_flag = trainer.model_accepts_loss_kwargs
@@ -151,12 +167,25 @@ def _of_detr(
     return {task: of_classes if task.startswith("loss_ce") else boxes for task in tasks}  # auxiliary ones too
 
 
-def _by_boxes_of_this_rank(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """DETR's loss function, whose division by the boxes of all ranks is the balancer's here."""
+def _reducing(
+    boxes_of: Callable[[Any, Tensor], Tensor], inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A loss function of `transformers` with another number of boxes, which it divides by the world size."""
     module: Any = loss_for_object_detection
     own = module.reduce
-    module.reduce = lambda boxes: boxes * PartialState().num_processes  # it divides by this afterwards
+    module.reduce = partial(boxes_of, own)
     try:
         return inner(*args, **kwargs)
     finally:
         module.reduce = own
+
+
+def _this_rank(_: Any, boxes: Tensor) -> Tensor:
+    """Those of this rank, whose division by the boxes of all ranks is the balancer's."""
+    return boxes * PartialState().num_processes
+
+
+def _all_ranks(reduce: Any, boxes: Tensor) -> Tensor:
+    """The sum over ranks; transformers 5.23 takes their mean, so its losses are W times too large."""
+    summed: Tensor = reduce(boxes, reduction="sum")
+    return summed

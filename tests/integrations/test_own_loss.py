@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,13 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from transformers.loss import loss_for_object_detection
 
 from mtl_dist import Balancer
+from mtl_dist.integrations import accelerate, deepspeed, lightning, loss_dict, transformers
 from mtl_dist.integrations._own_loss import check_own_loss
 from mtl_dist.integrations._row_losses import RowLosses
+from mtl_dist.integrations.loss_dict import _all_ranks, _reducing, _this_rank
 from mtl_dist.integrations.transformers import balance_by_column, balance_loss_dict, detach
 from mtl_dist.weighting import Equal, TokenShare
 from tests.gallery.causal_lm import DOMAINS, arguments, config, padded, table
@@ -228,3 +232,37 @@ def test_one_balancer_for_a_dictionary(tmp_path: Path) -> None:
         balance_loss_dict(trainer, Balancer(["a", "b"], Equal()), name="second")
     trainer.train()
     assert first.step == 2
+
+
+@pytest.mark.parametrize(("boxes_of", "divisors"), [(_this_rank, (3.0, 1.0)), (_all_ranks, (2.0, 2.0))])
+def test_the_boxes_that_losses_are_divided_by(
+    boxes_of: Any, divisors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks with 3 boxes and 1, and `ImageLoss.forward` of transformers, which divides the sum by W."""
+
+    def reduce(boxes: Tensor, reduction: str = "mean") -> Tensor:
+        return torch.tensor([4.0 if reduction == "sum" else 2.0])
+
+    monkeypatch.setattr(loss_for_object_detection, "reduce", reduce)
+    monkeypatch.setattr(loss_dict, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    for boxes, divisor in zip((3.0, 1.0), divisors, strict=True):
+        found = _reducing(boxes_of, lambda n: loss_for_object_detection.reduce(n) / 2, torch.tensor([boxes]))
+        assert found.item() == divisor
+    assert loss_for_object_detection.reduce is reduce
+
+
+@pytest.mark.parametrize(
+    "connect", [accelerate.attach, lightning.attach, deepspeed.attach, transformers.attach]
+)
+def test_a_model_in_the_place_of_its_balancer(connect: Any) -> None:
+    with pytest.raises(TypeError, match=r"got Linear in the place of the balancer: give the Balancer"):
+        connect(nn.Linear(1, 1), object())
+
+
+def test_other_things_in_the_place_of_a_balancer(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(), tmp_path)
+    for balance in (balance_by_column, balance_loss_dict):
+        with pytest.raises(TypeError, match="got LlamaForCausalLM in the place of the balancer"):
+            balance(trainer, trainer.model)
+    with pytest.raises(ValueError, match="a balancer's name has letters, digits, _ and -, got 3"):
+        transformers.attach(Balancer(DOMAINS, Equal()), trainer, name=3)
