@@ -357,8 +357,9 @@ def test_a_nan_raises_at_the_next_call_or_where_it_is_read(rule: Rule) -> None:
         x, y, ids = batch(0)
         y[:, 1] = torch.nan
         net(x, y, ids).backward()
-        with pytest.raises(ValueError, match=r"NaN or infinite: task 'task1' on rank 0.*give on_nonfinite=\"hold\"$"):
+        with pytest.raises(ValueError, match="NaN or infinite: task 'task1' on rank 0") as refused:
             read(net)
+        assert str(refused.value).endswith('give on_nonfinite="hold"')  # with a lag, no step can be skipped
 
 
 @pytest.mark.parametrize("rule", [MGDA(), InverseLoss(), GradNorm()], ids=repr)
