@@ -24,7 +24,7 @@ def check_positive(rule: object, name: str, values: Values, *, zero: bool = Fals
     """
     given: Any = values.values() if isinstance(values, Mapping) else values
     many = isinstance(given, Iterable) and not isinstance(given, str) and _is_per_task(rule, name)
-    numbers = list(given) if many else [values]
+    numbers: list[Any] = list(given) if many else [values]
     if not all(is_finite(number) and (number > 0 or (zero and number == 0)) for number in numbers):
         kind = "non-negative" if zero else "positive"
         raise ValueError(f"{type(rule).__name__}: {name} must be finite and {kind}, got {values!r}")

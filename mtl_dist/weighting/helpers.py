@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def per_task(
         if not partial and set(values) != set(tasks):
             raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {dict(values)}")
         values = [values.get(task, default) for task in tasks]
-    numbers = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    given: Any = values
+    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     if len(numbers) != len(tasks):
         raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {values!r}")
     if not all(map(is_finite, numbers)):
