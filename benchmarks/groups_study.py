@@ -235,7 +235,7 @@ def measure(study: Study, seeds: int, steps: int, file: Path) -> dict[str, Any]:
 
 def table(study: Study, measured: dict[str, Any]) -> str:
     """The table, best first."""
-    errors, places = measured["errors"], measured["where"]
+    errors, places = measured["errors"], measured.get("where", {})
     rows = []
     single = _best(errors["single"])[1]
     for name, by_rate in errors.items():
