@@ -44,12 +44,12 @@ def check_own_loss(model: Any, rows: RowLosses, *, chunked: bool = False) -> Non
         with _as_it_was(model, training=not chunked):
             outputs = model(**batch)
             logits = _of_head(model, batch) if chunked else outputs["logits"]
-            own, found = outputs["loss"], _mean(rows, logits, batch)
+            loss, expected = outputs["loss"], _mean(rows, logits, batch)
     except Exception:  # it needs more than tokens: images, boxes, a padding token
         return
     if (router := outputs.get("aux_loss")) is not None:
-        own = own - router_coefficient(model) * router.to(own.device)
-    own, found = float(own), float(found)
+        loss = loss - router_coefficient(model) * router.to(loss.device)
+    own, found = float(loss), float(expected)
     rounding = 1e-5 if all(p.dtype in (torch.float32, torch.float64) for p in parameters) else 1e-2
     if abs(own - found) <= rounding * abs(found) or own != own:
         return
@@ -76,7 +76,8 @@ def _of_head(model: Any, batch: dict[str, Any]) -> Tensor:
 
 def _mean(rows: RowLosses, logits: Tensor, batch: dict[str, Any]) -> Tensor:
     targets = rows.targets({**batch, TASK_IDS: torch.zeros(_ROWS, dtype=torch.int64)})
-    return (rows.losses(logits, targets) * targets.mask).sum() / targets.mask.sum()
+    mean: Tensor = (rows.losses(logits, targets) * targets.mask).sum() / targets.mask.sum()
+    return mean
 
 
 def _made_up(model: Any, rows: RowLosses) -> dict[str, Any]:
@@ -115,7 +116,8 @@ def _labels_of_rows(config: Any, device: torch.device) -> Tensor:
         return values if number == 1 else values[:, None].expand(_ROWS, number).clone()
     classes = torch.arange(_ROWS, device=device) % number
     if kind == "multi_label_classification":
-        return torch.nn.functional.one_hot(classes, number).float()
+        hot: Tensor = torch.nn.functional.one_hot(classes, number).float()
+        return hot
     return classes
 
 

@@ -182,7 +182,8 @@ def _reducing(
 
 def _this_rank(_: Any, boxes: Tensor) -> Tensor:
     """Those of this rank, whose division by the boxes of all ranks is the balancer's."""
-    return boxes * PartialState().num_processes
+    own: Tensor = boxes * PartialState().num_processes
+    return own
 
 
 def _all_ranks(reduce: Any, boxes: Tensor) -> Tensor:
