@@ -169,7 +169,7 @@ def from_json(value: Any, source: str) -> Packed:
 
 def checked_name(name: str) -> str:
     """A name that is safe in a file's name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"a balancer's name has letters, digits, _ and -, got {name!r}")
     return name
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 from mtl_dist import doctor, train
@@ -21,6 +23,8 @@ COMMANDS: dict[str, tuple[str, AddArguments, RunCommand]] = {
     "rules": ("list the weighting rules", rules.add_arguments, rules.run_command),
 }
 
+_PROGRAMS = ("doctor", "train")  # they do more than write
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
@@ -31,4 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (what, add_arguments, _) in COMMANDS.items():
         add_arguments(commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + "."))
     arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command][2](arguments)
+    if sys.stdout is None:  # closed by the caller; a training writes its results to files too
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    run = COMMANDS[arguments.command][2]
+    return run(arguments) if arguments.command in _PROGRAMS else _written(run, arguments)
+
+
+def _written(run: RunCommand, arguments: argparse.Namespace) -> int:
+    """The exit status of a command that only writes text, where its reader may stop reading."""
+    try:
+        status = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head -1`, which has what it wanted
+        _discard_output()
+        return 0
+    except OSError as error:  # commands tell errors of their own files themselves
+        _discard_output()
+        sys.stderr.write(f"mtl-dist {arguments.command}: cannot write the output: {error.strerror}\n")
+        return 1
+    return status
+
+
+def _discard_output() -> None:
+    """What is left in the buffer would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

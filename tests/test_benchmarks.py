@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import warm
 from program import ROOT, run, run_only
 from torch import Tensor, nn
 
@@ -24,6 +27,11 @@ CPU = torch.device("cpu")
 def _on_the_path(monkeypatch):
     """The benchmarks are scripts that import their neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def on_fork(python: str, script: Path, *options: object, **others: Any) -> subprocess.CompletedProcess[str]:
+    """As `run_only`, of a script on one process, without waiting for imports."""
+    return warm.launch(script, 1, *options, **others)
 
 
 def benchmark(name: str, *options: object, out: Path, timeout: float = 120, run: Callable = run_only) -> str:
@@ -159,7 +167,7 @@ def test_overhead_makes_a_table_and_says_what_it_leaves_out(tmp_path):
     names = ["plain", "plain, again", "plain, and the ranks meet", "losses only, InverseLoss"]
     names += ["FeatureProbe, MGDA", "FeatureTap, MGDA", "lag=1, MGDA"]
     options = ["--heads", "lm", "--tasks", 2, "--rounds", 2, "--warmup", 0, "--batch", 2]
-    text = benchmark("overhead", *options, "--variants", *names, out=tmp_path)
+    text = benchmark("overhead", *options, "--variants", *names, out=tmp_path, run=on_fork)
     table = rows(text)
     left_out = re.findall(r"\* Left out: (.*?)\. ", text)
     missing = {name for these in left_out for name in these.split("; ")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 from program import CONFIG
@@ -70,3 +72,46 @@ def test_help_shows_the_override_syntax(capsys):
         cli.main(["train", "--help"])
     assert caught.value.code == 0
     assert "key=value" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["rules"]) == 0
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["rules"]) == 1
+    assert capsys.readouterr().err == "mtl-dist rules: cannot write the output: No space left on device\n"
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["rules"]) == 0
+    sys.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "message"),
+    [("report", ".", "is one file, and '.' is a folder"), ("report", "", "is one file, and '' is a folder")],
+)
+def test_a_folder_is_no_file_to_write(command, output, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "run", "-o", output]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, '{"train/global_step": "x"} 1'])
+def test_a_damaged_row_is_told_with_its_line(line, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    assert cli.main(["groups", str(tmp_path)]) == 2
+    assert "metrics.jsonl:1: not " in capsys.readouterr().err

@@ -199,3 +199,43 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
 def test_a_file_that_does_not_exist():
     with pytest.raises(ValueError, match=r"no configuration file 'nowhere\.yaml'"):
         load_settings("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nseed: 0\nsteps: 2\n", "'steps' stands in line 1 and again in line 3: keep one of them"),
+        ("weighting:\n  name: mgda\n  name: equal\n", "'name' stands in line 2 and again in line 3"),
+    ],
+)
+def test_a_key_stands_once(tmp_path, text, message):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_settings(file)
+
+
+def test_merged_keys_may_be_overridden(tmp_path):
+    file = tmp_path / "merged.yaml"
+    file.write_text("a: &a {name: mgda, normalization: none}\nb: {<<: *a, name: equal}\n")
+    with pytest.raises(ValueError, match=r"'a' .* is not a setting"):  # so it was read
+        load_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe\x00", "not UTF-8 text: .* at byte 0"), (None, "cannot be read as a config")],
+)
+def test_what_cannot_be_read_is_told_by_its_name(tmp_path, content, message):
+    file = tmp_path / "odd.yaml"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"odd\.yaml.*{message}"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize(
+    "override", ["learning_rate=.inf", "weight_decay=.inf", "timeout_minutes=.inf", "seed=10000000000"]
+)
+def test_numbers_that_no_run_can_have(override):
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        load_settings(SHIPPED, [override])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from program import CONFIG, run, train
+import warm
+from program import CONFIG, train
 
 from mtl_dist.tracking import read_rows
 
@@ -41,9 +41,7 @@ def test_four_virtual_ranks_are_four_processes(tmp_path: Path) -> None:
 
 
 def test_virtual_ranks_are_for_one_process(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run(
-        sys.executable, *torchrun, "-m", "mtl_dist.train", CONFIG, f"output_dir={tmp_path}", "virtual_ranks=2"
-    )
+    settings = [CONFIG, f"output_dir={tmp_path}", "virtual_ranks=2"]
+    done = warm.launch("mtl_dist.train", 2, *settings, modules=warm.TRAINING)
     assert done.returncode != 0
     assert "virtual_ranks=2 needs one process, but 2 were started" in done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from program import BIN, ROOT, run
 
 from mtl_dist.doctor import facts, machines, trial, versions
@@ -65,7 +66,8 @@ def test_the_silent_fallback_to_one_process_fails() -> None:
 
 
 def test_another_number_of_processes_fails() -> None:
-    done = run(BIN / "mtl-dist", "doctor", "--num-processes", 4)
+    program = ROOT / "tests" / "console.py"
+    done = warm.launch(program, 1, "doctor", "--num-processes", 4, modules=warm.TRAINING)
     assert done.returncode == 1
     assert "4 processes were asked for, but this run has 1" in done.stdout
     assert "does not train what you asked for" in done.stdout

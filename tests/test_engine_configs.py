@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from program import BIN, CONFIG, ROOT, run
+from engine_launch import (
+    FOLDER,
+    documented,
+    header,
+    launch,
+    launch_engine,
+    relative,
+    vectors,
+    whole_parameters,
+)
 
 from mtl_dist.tracking import read_rows
 
-FOLDER = ROOT / "configs" / "engine"
-HELPERS = ROOT / "tests" / "configs"
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")  # that run on CPU processes
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 # a rule with a memory, and gradients of every task; a batch of 64 keeps the steps short
@@ -44,26 +49,6 @@ QUICK = ["ddp", "fsdp2", "zero2", "zero3"]
 SLOW = ["zero0", "zero1"]  # every launch of DeepSpeed takes 18 s of CPU, and these are in the matrix too
 
 
-def header(name: str) -> str:
-    text = (FOLDER / name).read_text()
-    return "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-
-
-def documented(name: str) -> str:
-    """The command of a file's header."""
-    (command,) = re.findall(r"^#   (.*accelerate launch .*) CONFIG$", header(name), re.MULTILINE)
-    return command
-
-
-def launch(command: str, folder, *settings: str):
-    """Runs a shell line, with the settings of these tests after it."""
-    overrides = [f"'{override}'" for override in (*SETTINGS, f"output_dir={folder}", *settings)]
-    line = " ".join([command, str(CONFIG), *overrides])
-    # ACCELERATE_USE_CPU is for the header to set; the program is to refuse another number of processes
-    clean = ["env", "-u", "ACCELERATE_USE_CPU", f"PATH={BIN}:/usr/bin:/bin", "MTL_DIST_NUM_PROCESSES=2"]
-    return run(*clean, "bash", "-c", line, timeout=200)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Output folder of three steps under an engine, launched once."""
@@ -72,12 +57,9 @@ def trained(tmp_path_factory):
     def of(name, *settings):
         if (name, *settings) not in folders:
             folder = tmp_path_factory.mktemp(name)
-            command = documented("fsdp2.yaml" if name == "fsdp2" else f"{name}_cpu.yaml")
-            if name == "fsdp2":
-                program = f"--num_processes 2 {HELPERS / 'fsdp_without_gpu.py'}"
-                command = command.replace("--num_processes 8 -m mtl_dist.train", program)
-            done = launch(command, folder, *(settings or ("steps=3", "checkpoint_every=3")))
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            chosen = settings or ("steps=3", "checkpoint_every=3")
+            done = launch_engine(name, folder, *SETTINGS, *chosen)
+            assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
             folders[(name, *settings)] = folder
         return folders[(name, *settings)]
 
@@ -89,13 +71,7 @@ def parameters(tmp_path_factory):
     """All parameters of checkpoints, one vector each."""
 
     def of(*checkpoints):
-        targets = [tmp_path_factory.mktemp("whole") / "parameters.pt" for _ in checkpoints]
-        pairs = [part for pair in zip(checkpoints, targets, strict=True) for part in pair]
-        done = run(sys.executable, HELPERS / "whole_parameters.py", *pairs, env={"DS_ACCELERATOR": "cpu"})
-        assert done.returncode == 0, done.stderr
-        found = [torch.load(target, weights_only=True) for target in targets]
-        assert all(sorted(each) == sorted(found[0]) for each in found)
-        return [torch.cat([each[name].flatten() for name in sorted(each)]) for each in found]
+        return vectors(whole_parameters(tmp_path_factory.mktemp("whole"), *checkpoints))
 
     return of
 
@@ -124,10 +100,6 @@ def statistics(folder):
     kinds = ("mtl/weight/", "mtl/loss/", "mtl/grad_norm/")
     rows = read_rows(folder / "metrics.jsonl")
     return torch.tensor([[v for k, v in sorted(row.items()) if k.startswith(kinds)] for row in rows])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in SLOW)])
@@ -182,7 +154,7 @@ def test_the_stages_are_what_their_names_say():
 @pytest.mark.long
 def test_fsdp2_on_a_cpu_is_refused_rather_than_something_else_run(tmp_path):
     command = documented("fsdp2.yaml").replace("--num_processes 8", "--num_processes 2")
-    done = launch(command, tmp_path, "steps=3")
+    done = launch(command, tmp_path, *SETTINGS, "steps=3")
     assert done.returncode != 0
     assert "ACCELERATE_USE_FSDP asks for FSDP, but Accelerate runs" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -203,7 +175,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(trained, parameters
 @pytest.mark.parametrize("name", ENGINES)
 def test_bf16_trains_near_float32(trained, tmp_path, name):
     command = documented(f"{name}_cpu.yaml").replace(" -m ", " --mixed_precision bf16 -m ")
-    done = launch(command, tmp_path, "steps=20")
+    done = launch(command, tmp_path, *SETTINGS, "steps=20")
     assert done.returncode == 0, done.stderr
     assert recorded(tmp_path) == {**EXPECTED[name], "mixed_precision": "bf16"}
     # bf16 has 8 bits: 0.4 % a rounding, of losses that fall by a factor of ten

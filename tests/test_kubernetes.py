@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
+import warm
 import yaml
-from program import ROOT, run
+from program import ROOT
 
 DOCUMENTS = list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
 MODELS = {
@@ -58,5 +59,5 @@ def test_the_documents_name_each_other():
 def test_what_it_trains_is_right(tmp_path):
     program, *settings = one("TrainJob")["spec"]["trainer"]["args"][1:]
     settings = [setting.replace("/runs/", f"{tmp_path}/") for setting in settings]
-    done = run("python", "-m", program, "--check", *settings)
+    done = warm.launch(program, 1, "--check", *settings, modules=warm.TRAINING)
     assert done.returncode == 0, done.stderr

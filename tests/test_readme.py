@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from program import ROOT, run
+import warm
+from program import ROOT
 
 from mtl_dist import COMBINATORS, RULES
 
@@ -81,9 +81,7 @@ def test_example_runs(tmp_path: Path, num_processes: int) -> None:
     # the model goes before its process group: see mtl_dist/train.py
     leave = "del net, model, optimizer\naccelerator.free_memory()\naccelerator.end_training()\n"
     script.write_text(example + check + leave, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), script]
-    done = run(*command, env={"PYTHONPATH": str(ROOT)})
+    done = warm.launch(script, num_processes, env={"PYTHONPATH": str(ROOT)}, modules=warm.TRAINING)
     assert done.returncode == 0, done.stderr
     assert re.search(r"'parity': 0\.\d+, 'size': 0\.\d+", done.stdout), done.stdout
     assert done.stdout.count("parity") == 1, "printed once, by the main process"
@@ -106,8 +104,9 @@ def test_example_is_short() -> None:
 def test_the_blocks_of_a_page_run(tmp_path: Path, name: str) -> None:
     """One after another, in one process, after the page's hidden preparation."""
     script = tmp_path / "page.py"
-    script.write_text(program(PAGES[name])[0], encoding="utf-8")
-    done = run(sys.executable, "-W", "error::UserWarning:mtl_dist", script, env={"PYTHONPATH": str(ROOT)})
+    strict = "import warnings\nwarnings.filterwarnings('error', '', UserWarning, 'mtl_dist')\n"
+    script.write_text(strict + program(PAGES[name])[0], encoding="utf-8")
+    done = warm.launch(script, 1, env={"PYTHONPATH": str(ROOT)}, modules=warm.TRAINING)
     assert done.returncode == 0, done.stderr
 
 

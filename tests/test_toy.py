@@ -1,4 +1,4 @@
-"""The published pattern of the toy problem, from a fifth of its steps at seven times its rate."""
+"""The published pattern of the toy problem, from a fourteenth of its steps at fourteen times its rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.toy import SCALE, STARTS, all_rules, descend, losses_and_gradien
 def ends():
     names = ("equal", "cagrad", "mgda", "imtlg", "nash_mtl", "famo")
     rules = all_rules()
-    paths = descend({name: rules[name] for name in names}, steps=5000, lr=7e-3)
+    paths = descend({name: rules[name] for name in names}, steps=2500, lr=1.4e-2)
     return {name: path[-1] for name, path in paths.items()}
 
 

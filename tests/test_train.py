@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import warm
 from accelerate.state import AcceleratorState
 from program import BIN, CONFIG, run, train
 
@@ -196,8 +197,7 @@ def test_a_launch_that_fell_back_to_one_process_is_refused(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = ["-m", "mtl_dist.train", CONFIG, f"output_dir={tmp_path}", "batch_size=63"]
-    done = run(BIN / "python", *torchrun, *program)
+    settings = [CONFIG, f"output_dir={tmp_path}", "batch_size=63"]
+    done = warm.launch("mtl_dist.train", 2, *settings, modules=warm.TRAINING)
     assert done.returncode != 0
     assert "batch_size=63 is global and must be divisible by the 2 processes" in done.stderr

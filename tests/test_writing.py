@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
-from program import BIN, ROOT, run
+import warm
+from program import BIN, ROOT
 
 PAGE = (ROOT / "docs" / "writing.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', PAGE, flags=re.DOTALL))
@@ -24,39 +25,41 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def train(folder: Path, num_processes: int, *arguments: str) -> CompletedProcess[str]:
+    """`python -m mtl_dist.train` in the stranger's folder."""
+    return warm.launch(
+        "mtl_dist.train", num_processes, *arguments, env=ENV, modules=warm.TRAINING, cwd=folder
+    )
+
+
 def test_the_rule_keeps_the_laws(folder):
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_rules.py")
-    done = run(*command, cwd=folder, env=ENV)
+    options = ("-q", "-p", "no:cacheprovider", "test_my_rules.py")
+    done = warm.launch("pytest", 1, *options, env=ENV, modules=warm.TRAINING, cwd=folder)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
 
 
 def test_it_trains_on_two_processes_and_resumes(folder):
-    done = run("bash", "-e", "train.sh", cwd=folder, env=ENV)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("20 steps, 2 process(es) on cpu, weighting Largest(power=2.0)") == 1
-    assert done.stdout.count("40 steps, 2 process(es) on cpu, weighting Largest(power=2.0)") == 1
+    for steps, line in zip((20, 40), FILES["train.sh"].splitlines(), strict=True):
+        settings = line.removeprefix("torchrun --standalone --nproc_per_node 2 -m mtl_dist.train ")
+        assert settings != line
+        done = train(folder, 2, *settings.split())
+        assert done.returncode == 0, done.stderr
+        said = f"{steps} steps, 2 process(es) on cpu, weighting Largest(power=2.0)"
+        assert done.stdout.count(said) == 1
     rows = [json.loads(line) for line in (folder / "runs/spots/metrics.jsonl").read_text().splitlines()]
     assert [row["train/global_step"] for row in rows] == [*range(1, 41)], "the second run went on"
     assert rows[-1]["eval/where/rmse"] < rows[19]["eval/where/rmse"], "and it learns"
     for name in ("weighting.power=3.0", "recipe.size=12"):
-        other = run(
-            *(sys.executable, "-m", "mtl_dist.train", "--check", "spots.yaml", "resume_from=latest", name),
-            cwd=folder,
-            env=ENV,
-        )
+        other = train(folder, 1, "--check", "spots.yaml", "resume_from=latest", name)
         assert other.returncode == 2
         assert "restore the setting" in other.stderr
 
 
 def test_the_console_command_finds_the_files_too(folder):
     """`mtl-dist` does not have the working folder on its path by itself."""
-    command = (
-        sys.executable,
-        "-c",
-        "import sys; from mtl_dist.cli import main; sys.exit(main(sys.argv[1:]))",
-    )
-    done = run(*command, "train", "--check", folder / "spots.yaml", cwd=BIN, env=ENV)
+    program, check = ROOT / "tests" / "console.py", ("train", "--check", folder / "spots.yaml")
+    done = warm.launch(program, 1, *check, env=ENV, modules=warm.TRAINING, cwd=BIN)
     assert done.returncode == 0, done.stderr
 
 

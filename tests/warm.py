@@ -29,15 +29,15 @@ LIGHTNING = (*TORCH, "lightning")
 AT_IMPORT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 START_LIMIT = 120.0  # seconds for the imports, on a busy machine
 
-_servers: dict[tuple[str, ...], Server] = {}
+_forks: list[Forks] = []  # one, once it is needed
 
 
-class Server:
-    """A process with these modules imported, and what the imports printed."""
+class Forks:
+    """A process with `TORCH` imported, and below it one for every group of modules that was asked for."""
 
-    def __init__(self, modules: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
         folder = Path(__file__).parent
-        command = [*SUPERVISED, sys.executable, "-u", str(folder / "warm_server.py"), *modules]
+        command = [*SUPERVISED, sys.executable, "-u", str(folder / "warm_server.py"), *TORCH]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the server
         self.process = subprocess.Popen(
@@ -50,11 +50,18 @@ class Server:
             text=True,
             start_new_session=True,
         )
+        self.servers: dict[tuple[str, ...], str] = {}  # by their modules, what the imports printed
         try:
             self.said = self.answer(START_LIMIT)["said"]
         except BaseException:
             self.close()
             raise
+
+    def start(self, modules: tuple[str, ...]) -> None:
+        """The server of these modules, which is a fork."""
+        if modules not in self.servers:
+            said = self.ask({"modules": modules}, START_LIMIT)["said"]
+            self.servers[modules] = self.said + said
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -86,41 +93,43 @@ def launch(
     timeout: float = 120,
     env: dict[str, str] | None = None,
     modules: tuple[str, ...] = TORCH,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Output of a script, or of a module by its name: one process, or several as torchrun starts them."""
     for name, value in AT_IMPORT.items():
         assert (env or {}).get(name, value) == value, f"{name} is read at import"
     prepare_deepspeed()
-    server = _servers.get(modules) or Server(modules)
-    _servers[modules] = server
+    if not _forks:
+        _forks.append(Forks())
+    forks = _forks[0]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         out.touch()
         err.touch()
         store, variables = (None, {}) if num_processes == 1 else as_torchrun(num_processes)
         request = {
+            "modules": modules,
             "script": str(script),
             "arguments": [str(argument) for argument in arguments],
             "num_processes": num_processes,
             "env": {**environment(), **AT_IMPORT, **(env or {}), **variables},
-            "cwd": str(ROOT),
+            "cwd": str(cwd),
             "out": str(out),
             "err": str(err),
         }
         try:
-            statuses = server.ask(request, timeout)["statuses"]
+            forks.start(modules)
+            statuses = forks.ask(request, timeout)["statuses"]
         except BaseException as error:  # pytest's own time limit and Ctrl-C among them
-            del _servers[modules]
-            server.close()
+            close()
             if not isinstance(error, TimeoutError):
                 raise
             texts = f"{out.read_text()}\n{err.read_text()}"
             raise AssertionError(f"{script} {arguments} hung for {timeout} s\n{texts}") from None
         del store
         status = next((status for status in statuses if status), 0)
-        return subprocess.CompletedProcess(
-            (script, *arguments), status, out.read_text(), server.said + err.read_text()
-        )
+        said = forks.servers[modules] + err.read_text()
+        return subprocess.CompletedProcess((script, *arguments), status, out.read_text(), said)
 
 
 def as_torchrun(num_processes: int) -> tuple[TCPStore, dict[str, str]]:
@@ -145,5 +154,5 @@ def as_torchrun(num_processes: int) -> tuple[TCPStore, dict[str, str]]:
 
 def close() -> None:
     """Ends all servers."""
-    while _servers:
-        _servers.popitem()[1].close()
+    while _forks:
+        _forks.pop().close()

@@ -1,10 +1,12 @@
 """Imports what takes seconds, once, then forks ranks that run a script: `warm_server.py MODULE...`.
 
-A line of JSON on standard input asks for a launch, and is answered by one line when all its ranks have
-ended. The ranks are processes with the environment that torchrun would give them; only their imports were
-made before. Two things differ from torchrun's: they order sets of strings alike, as the seed of hashes is
-the server's, and the modules that were imported here do not see what a launch adds to the environment. So
-nothing here may read it when it is imported, but for what every server is given: see warm.py.
+A line of JSON on standard input asks for a server, or for a launch. A server is a fork that imports further
+modules; the answer is what the imports printed. A launch is made by the server whose modules it names, and
+answered when all its ranks have ended. The ranks are processes with the environment that torchrun would give
+them; only their imports were made before. Two things differ from torchrun's: they order sets of strings
+alike, as the seed of hashes is the server's, and the modules that were imported here do not see what a launch
+adds to the environment. So nothing here may read it when it is imported, but for what every server is given:
+see warm.py.
 """
 
 from __future__ import annotations
@@ -32,8 +34,42 @@ LAST_WORDS = 1.0  # seconds that the other ranks have to tell what they saw, whe
 def main() -> None:
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     own_descendants(os.getppid())
-    said = warm(sys.argv[1:])
-    tell(replies, {"said": said})
+    tell(replies, {"said": warm(sys.argv[1:])})
+    servers: dict[tuple[str, ...], tuple[io.TextIOBase, io.TextIOBase]] = {}
+    while line := requests.readline():
+        modules = tuple(json.loads(line)["modules"])
+        server = servers.get(modules) or fork_server((requests, replies))
+        if server is None:  # this is a server or a rank that has done its work
+            return
+        asked, answers = servers[modules] = server
+        asked.write(line)
+        asked.flush()
+        answer = answers.readline()
+        if not answer:  # the server has failed, and said why
+            return
+        replies.write(answer)
+        replies.flush()
+
+
+def fork_server(others: tuple[io.TextIOBase, ...]) -> tuple[io.TextIOBase, io.TextIOBase] | None:
+    """Ends of the pipes to it and from it; None in it. `others` are not for it."""
+    parent, requests, replies = os.getpid(), os.pipe(), os.pipe()
+    if os.fork() == 0:
+        for file in others:
+            file.close()
+        os.close(requests[1])
+        os.close(replies[0])
+        own_descendants(parent)
+        serve(os.fdopen(requests[0]), os.fdopen(replies[1], "w"))
+        return None
+    os.close(requests[0])
+    os.close(replies[1])
+    return os.fdopen(requests[1], "w"), os.fdopen(replies[0])
+
+
+def serve(requests: io.TextIOBase, replies: io.TextIOBase) -> None:
+    """Answers the first request by its imports, the others by a launch each."""
+    tell(replies, {"said": warm(json.loads(requests.readline())["modules"])})
     while line := requests.readline():
         request = json.loads(line)
         ranks = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -24,7 +24,12 @@ CountsOf = Literal["given", "equal"]
 
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The task names as a tuple: unique and not empty."""
-    names = tuple(tasks)
+    if isinstance(tasks, (set, frozenset)):
+        raise ValueError(
+            "tasks is a set, which has another order in every process, so ranks and checkpoints would "
+            f"disagree: give a list, got {tasks!r}"
+        )
+    names = tuple(tasks) if isinstance(tasks, Iterable) else ()
     if isinstance(tasks, str) or not names or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"tasks must be a sequence of names, got {tasks!r}")
     if len(set(names)) < len(names):
@@ -34,7 +39,7 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 
 def checked_rule(rule: Rule, tasks: tuple[str, ...]) -> Rule:
     """A rule that is the same on all ranks and in all its checkpoints: an object that does not change."""
-    checked_component(rule, "weighting")
+    checked_component(rule, Rule, "weighting", "MGDA()")
     before, cpu = canonical(rule), torch.device("cpu")
     with cpu:
         weights_for_made_up_batches(rule, rule.init(tasks, cpu), len(tasks))
@@ -61,11 +66,16 @@ def weights_for_made_up_batches(rule: Rule, state: State, n: int) -> list[Tensor
     return found
 
 
-def checked_component(component: Any, name: str) -> None:
+def checked_component(component: Any, kind: type, name: str, example: str) -> None:
     """Raises unless a rule or probe is an object whose settings have the same words in every process."""
     if isinstance(component, type):
         raise ValueError(
             f"{name} is the class {component.__name__}: give an object, such as {component.__name__}()"
+        )
+    if not isinstance(component, kind):
+        raise ValueError(
+            f"{name} must be a {kind.__name__.lower()} of mtl_dist, such as {example}, or of a class derived "
+            f"from {kind.__module__}.{kind.__qualname__}; got {component!r}"
         )
     for part in without_words(component):
         raise ValueError(
@@ -101,7 +111,7 @@ def checked_window(window: int | None, probe: Probe) -> int | None:
 
 def checked_lag(lag: int, counts: CountsOf, on_nonfinite: OnNonfinite) -> tuple[int, CountsOf]:
     """A lag of 0 or 1 step, and how counts reach the other ranks."""
-    if isinstance(lag, bool) or lag not in (0, 1):
+    if isinstance(lag, bool) or not isinstance(lag, int) or lag not in (0, 1):
         raise ValueError(f"lag must be 0 or 1, the steps between statistics and their use, got {lag!r}")
     if counts not in ("given", "equal"):
         raise ValueError(f'counts must be "given" or "equal", got {counts!r}')

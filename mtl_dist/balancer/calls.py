@@ -105,7 +105,8 @@ class BalancerCalls(BalancerMembers):
             loss = balancer(trunk(x), heads)
 
         Args:
-            counts: as for the call; 0 for a task that is not named.
+            counts: as for the call; 0 for a task that is not named. Nothing is awaited in eval mode, or where
+                the weights are held.
 
         Raises:
             ValueError: no count is awaited here (lag=0, or equal counts), or counts that cannot be.
@@ -118,7 +119,8 @@ class BalancerCalls(BalancerMembers):
             raise ValueError('expect: only lag=1 with counts="given" waits for counts alone: leave it out')
         if self._expected is not None:
             raise RuntimeError("expect: counts were told already: make the training call that has them first")
-        if not (self.training and torch.is_grad_enabled()):
+        held = self._updates_left is not None and self._updates_left <= 0
+        if held or not (self.training and torch.is_grad_enabled()):
             return
         self._connect()
         self._underway.arrive()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,18 +31,24 @@ class ClientLosses:
         cls, tasks: Sequence[str], ignore: Collection[str], base: Mapping[str, float] | None
     ) -> ClientLosses:
         """Raises `ValueError` for an ignored task, and for weights that are not those of the tasks."""
-        names = frozenset([ignore] if isinstance(ignore, str) else ignore)
+        names = frozenset(
+            ignore if isinstance(ignore, Iterable) and not isinstance(ignore, str) else [ignore]
+        )
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"ignore= must hold names, got {ignore!r}")
         if both := sorted(names & set(tasks)):
             raise ValueError(f"ignore= holds {both}, which are tasks: take them out of one of the two")
         if base is None:
             return cls(names, None, tuple(tasks))
+        if not isinstance(base, Mapping):
+            raise ValueError(f"base= must be a mapping from task to weight, got {base!r}")
         given = {name: weight for name, weight in base.items() if name not in names}
         if set(given) != set(tasks):
             raise ValueError(
                 f"base= must give one weight for each task {list(tasks)}, got {sorted(given)}: name in "
                 "ignore= what is no task"
             )
-        if not all(0 < weight < math.inf for weight in given.values()):
+        if not all(_is_positive(weight) for weight in given.values()):
             raise ValueError(
                 f"base= must hold finite numbers > 0, got {given}: a loss of weight 0 is no task, so name it "
                 "in ignore="
@@ -94,3 +100,10 @@ class ClientLosses:
 
 def _then(head: Any, follow: Callable[[Any], Any]) -> Any:
     return (lambda features: follow(head(features))) if callable(head) else head
+
+
+def _is_positive(weight: Any) -> bool:
+    try:
+        return not isinstance(weight, (bool, str)) and 0 < float(weight) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False

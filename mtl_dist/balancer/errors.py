@@ -41,6 +41,7 @@ def explain_nonfinite(
     *,
     losses_only: bool,
     scale: Tensor | None = None,
+    late: bool = False,
 ) -> ValueError | None:
     """The error for a NaN or infinity: which task, which rank; None: there is none.
 
@@ -51,6 +52,7 @@ def explain_nonfinite(
             consequence.
         losses_only: whether gradients may be infinite.
         scale: what the step's scalar was differentiated with; None: not measured so.
+        late: whether the step cannot be skipped any more.
     """
     faults = [one.faults for one in summed]
     if all(one.losses_are_finite() if losses_only else one.all_finite() for one in faults):
@@ -70,7 +72,7 @@ def explain_nonfinite(
     return ValueError(
         f"mtl_dist, step {step}: a loss or its gradient at the features is NaN or infinite: "
         f"{where}. Look at that task's data and learning rate, or give "
-        'on_nonfinite="skip" or "hold"'
+        + ('on_nonfinite="hold"' if late else 'on_nonfinite="skip" or "hold"')
     )
 
 

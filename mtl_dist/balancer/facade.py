@@ -36,7 +36,7 @@ from mtl_dist.balancer.zero_gradients import zeroed
 from mtl_dist.checks import Check, DiagonalWatch, OneTaskWatch, Watches
 from mtl_dist.engines import EngineView, is_rehearsal, will_run_again
 from mtl_dist.losses import Counts, Heads, LayerInput, read_heads, unchanged
-from mtl_dist.probes import FeatureProbe, Probe, without_graph
+from mtl_dist.probes import FeatureProbe, Probe, tell_detached, without_graph
 from mtl_dist.sync import Call, Identity, Kind, Synchronizer
 from mtl_dist.weighting import Every, Needs, Rule
 
@@ -126,7 +126,7 @@ class Balancer(BalancerCalls):
         self._client = client if client.ignore or client.base is not None else None
         self._probe_given = probe is not None
         self.probe = probe if probe is not None else FeatureProbe()
-        checked_component(self.probe, "probe")
+        checked_component(self.probe, Probe, "probe", "FeatureProbe()")
         self.weighting = _spaced(checked_rule(weighting, self.tasks), self.probe)
         self.on_nonfinite = checked_policy(on_nonfinite, self.probe)
         self.lag, self.counts = checked_lag(lag, counts, on_nonfinite)
@@ -339,6 +339,8 @@ class Balancer(BalancerCalls):
 
     def _shared(self, features: Any, layer: nn.Module | None) -> Any:
         """The features in the form that the probe takes."""
+        if layer is not None and not callable(layer):
+            raise TypeError(f"layer= is the last shared layer, a module, got {type(layer).__name__}")
         probe = self.probe
         if callable(features) and probe.takes_functions:
             return features if layer is None else lambda: layer(features())
@@ -355,6 +357,7 @@ class Balancer(BalancerCalls):
                 "measured, balancer(losses, parameters=net.parameters())"
             )
         losses = heads.at(given, self._device_of(given))
+        tell_detached(losses, step)
         if parameters is not None and step.measure:
             probe = probe_at_parameters(self.probe, self._probe_given, self.window)
             reduced = probe.of_losses(losses, parameters, step)

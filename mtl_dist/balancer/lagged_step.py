@@ -208,7 +208,7 @@ class Underway:
         self._steps: deque[LaggedStep] = deque()
 
     def __reduce__(self) -> tuple[type[Underway], tuple[()]]:
-        """Statistics on their way belong to this process."""
+        """What is not measured belongs to this process; a copied balancer waits for the rest before."""
         return Underway, ()
 
     def ahead(self, progress: RuleProgress) -> int:

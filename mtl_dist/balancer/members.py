@@ -62,6 +62,11 @@ class BalancerMembers(TypedCall):
             )
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has what was measured: with lag=1, it waits for statistics that are on their way."""
+        self._underway.arrive()
+        return self.__dict__.copy()
+
     @property
     def uses(self) -> Uses:
         """How often it was called in training, and how often a backward passed through its total."""

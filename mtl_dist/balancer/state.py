@@ -37,8 +37,10 @@ def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v.detach().clone() for k, v in state.items() if k.startswith(prefix)}
 
 
-def _check_same(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`."""
+def _check_same(expected: Mapping[str, Any], given: Any) -> None:
+    """Raises `ValueError` unless `given` has the tasks, rule, keys and shapes of `expected`, undamaged."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a state is a mapping, as state_dict() gives it, got {type(given).__name__}")
     for key in ("tasks", "rule"):
         if given.get(key) != expected[key]:
             raise ValueError(
@@ -51,3 +53,10 @@ def _check_same(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) and getattr(given[key], "shape", None) != value.shape:
             shape = getattr(given[key], "shape", type(given[key]).__name__)
             raise ValueError(f"state {key!r} must have shape {tuple(value.shape)}, got {shape}")
+    step = given["step"]
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"state 'step' must be a number of steps >= 0, got {step!r}: the state is damaged")
+    if not given["weights"].isfinite().all():
+        raise ValueError(
+            f"state 'weights' must be finite, got {given['weights'].tolist()}: the state is damaged"
+        )

@@ -204,6 +204,7 @@ class Step:
                 reduced.summed,
                 losses_only=self.engine.facts.scaled is not None,
                 scale=self.scale,
+                late=self.progress.lag or self.scale is not None,
             )
             self.errors.judge(copy, explain)
         return self._bad

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Saves the workspace, or writes it to a file. Returns 2 for wrong arguments, 1 if W&B rejects it."""
+    """Saves the workspace, or writes it to a file. Returns 1 if W&B rejects it, 2 for what else is wrong."""
     try:
         workspace = build_workspace(arguments.entity, arguments.project, arguments.tasks, arguments.name)
     except ValueError as error:
@@ -32,7 +32,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.json is not None:
         text = json.dumps(workspace_spec(workspace), indent=1) + "\n"
-        arguments.json.write_text(text, encoding="utf-8")
+        try:
+            arguments.json.write_text(text, encoding="utf-8")
+        except OSError as error:
+            sys.stderr.write(f"mtl-dist dashboard: cannot write {arguments.json}: {error.strerror}\n")
+            return 2
         sys.stdout.write(f"wrote {arguments.json}\n")
         return 0
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,10 @@ def codelength(weights: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float
             group.
     """
     links = read_links(weights)
-    nodes = [node for group in groups for node in group]
-    if sorted(nodes) != list(range(len(links))):
-        raise ValueError(
-            f"groups must name every node from 0 to {len(links) - 1} once, got {[list(g) for g in groups]}"
-        )
+    nodes = [node for group in groups for node in group] if _are_lists(groups) else []
+    whole = all(isinstance(node, (int, np.integer)) for node in nodes)
+    if not whole or sorted(nodes) != list(range(len(links))):
+        raise ValueError(f"groups must name every node from 0 to {len(links) - 1} once, got {groups!r}")
     label = np.empty(len(links), dtype=np.intp)
     for number, group in enumerate(groups):
         label[list(group)] = number
@@ -54,7 +53,10 @@ def read_links(weights: npt.ArrayLike) -> Array:
     Raises:
         ValueError: see `codelength`.
     """
-    links = np.array(weights, dtype=np.float64)
+    given = np.asarray(weights)
+    if given.dtype.kind not in "biuf":
+        raise ValueError(f"weights must be a matrix of real numbers, got {given.dtype}")
+    links = given.astype(np.float64)
     if links.ndim != 2 or links.shape[0] != links.shape[1]:
         raise ValueError(f"weights must be a square matrix, got the shape {list(links.shape)}")
     np.fill_diagonal(links, 0.0)
@@ -64,6 +66,10 @@ def read_links(weights: npt.ArrayLike) -> Array:
         raise ValueError("weights must be symmetric: use (w + w.T) / 2 for a matrix w that is not")
     total = links.sum()
     return links / total if total > 0 else links
+
+
+def _are_lists(groups: object) -> bool:
+    return isinstance(groups, Collection) and all(isinstance(group, Collection) for group in groups)
 
 
 def sums(label: npt.NDArray[np.intp], values: Array, num: int) -> Array:

@@ -31,10 +31,13 @@ def find_groups(weights: npt.ArrayLike, seed: int = 0, starts: int = 40) -> tupl
         The groups, each in ascending order, sorted by their first node; and the codelength.
 
     Raises:
-        ValueError: weights that are not symmetric, negative or not finite, or `starts < 1`.
+        ValueError: weights that are not symmetric, negative or not finite, `starts < 1`, or `seed < 0`.
     """
-    if starts < 1:
-        raise ValueError(f"starts must be at least 1, got {starts}")
+    for name, value, low in (("starts", starts, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
     links, rng = read_links(weights), np.random.default_rng(seed)
     alone: Labels = np.arange(len(links))
     # all in one group is a candidate too: no single move leads there from a plain local minimum

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 from weakref import ReferenceType, ref
 
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
+
+
+def check_given(balancer: Any) -> None:
+    """Raises `TypeError` for what is no balancer, such as the model that holds it."""
+    if not isinstance(balancer, Balancer):
+        raise TypeError(
+            f"got {type(balancer).__name__} in the place of the balancer: give the Balancer, such as "
+            "model.balancer"
+        )
 
 
 class Attached:

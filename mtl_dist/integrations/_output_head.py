@@ -42,8 +42,10 @@ def output_head(model: Any) -> nn.Module:
     return module
 
 
-def check_chunked(trainer: Any, model: Any, balancer: Balancer, rows: RowLosses) -> None:
+def check_chunked(trainer: Any, model: Any, balancer: Balancer, rows: RowLosses, chunk: Any) -> None:
     """Raises `ValueError` where the loss cannot be computed from the input of the output head, in chunks."""
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"chunk= is a number of tokens >= 1, or None, got {chunk!r}")
     config = model.config.get_text_config()
     head = output_head(model)
     changed = [name for name in _CHANGES if getattr(config, name, None) not in (None, 0, 1)]

@@ -7,18 +7,21 @@ import logging
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
+from weakref import ref
 
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._evaluation_rows import Weights, checked_weights
 from mtl_dist.integrations._trainer_callback import BalancerCallback, Settings, place_of
 from mtl_dist.tracking import Row, check_task_names
 
 _LOGGER = logging.getLogger("mtl_dist")
+_BALANCER = "_mtl_dist_balancer"  # attribute of a function that balances
 
 
 def attach(
@@ -51,6 +54,7 @@ def attach(
         ValueError: a combination that does not work; the message says what to change. Or a task name that
             no column of Trainer's logs can have.
     """
+    check_given(balancer)
     check_task_names(balancer.tasks)
     weights = checked_weights(balancer, eval_weights)
     _check(trainer)
@@ -154,6 +158,23 @@ def _collect_evaluations(trainer: Trainer, callback: BalancerCallback) -> None:
         return output._replace(metrics={**(output.metrics or {}), **row})
 
     trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]  # what a subclass would override
+
+
+def check_alone(replaced: Any, trainer: Trainer) -> None:
+    """Raises `ValueError` where another balancer that is still attached has taken the place already."""
+    taken = getattr(replaced, _BALANCER, None)
+    live = attached_to(trainer.accelerator).live()
+    names = [name for name, balancer in live.items() if taken is not None and balancer is taken()]
+    if names:
+        raise ValueError(
+            f"the loss of this model is balanced by {names[0]!r} already, and a second balancer would take "
+            f"its place: call this once, or detach({names[0]!r}, trainer) before"
+        )
+
+
+def take(replacing: Any, balancer: Balancer) -> None:
+    """Notes on the function that takes a place whose balancer it is."""
+    setattr(replacing, _BALANCER, ref(balancer))
 
 
 def base_model(model: Any) -> Any:

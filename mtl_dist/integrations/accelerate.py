@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_loss_scaler
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._checkpoints import attached_to
 from mtl_dist.integrations._idle import IdleWatch, call_after
 from mtl_dist.integrations._sequences import split_sequences, sums_gradients
@@ -84,6 +85,7 @@ def connect(
     balancer: Balancer, accelerator: Accelerator, *, name: str, accumulation: int | None = None
 ) -> None:
     """What `attach` does, without watching whether the balancer is used: for integrations that watch."""
+    check_given(balancer)
     check_launch(accelerator)
     balancer.set_engine(engine_of(accelerator, accumulation))
     balancer.set_group(data_parallel_group(accelerator) if balancer.group is None else balancer.group)

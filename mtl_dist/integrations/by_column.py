@@ -25,18 +25,19 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations import accelerate
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._fused_head import FusedHead, is_sft, repacked
 from mtl_dist.integrations._output_head import check_chunked, output_head, whole_head
+from mtl_dist.integrations._own_loss import check_own_loss, router_coefficient
 from mtl_dist.integrations._pairs import Pairs, check_pairs, count_pairs, is_dpo
 from mtl_dist.integrations._row_losses import IGNORED, RowLosses, Targets
 from mtl_dist.integrations._sequences import split_sequences
-from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
+from mtl_dist.integrations._step_counts import StepCounts
+from mtl_dist.integrations._trainer import attach, base_model, check_alone, evaluates_as_before, take
 from mtl_dist.losses import Called, cross_entropy_in_chunks
 from mtl_dist.probes import FeatureTap, ParameterProbe
-from mtl_dist.stats import stats_dtype
-from mtl_dist.sync import all_reduce_sum, collective_device
 
 
 def balance_by_column(
@@ -85,6 +86,7 @@ def balance_by_column(
         TypeError: a trainer or model whose losses by row are not known.
         ValueError: no such column, or a combination that does not work; the message says what to change.
     """
+    check_given(balancer)
     _check(trainer)
     if isinstance(balancer.probe, FeatureTap):
         raise ValueError(
@@ -100,13 +102,16 @@ def balance_by_column(
         trainer.train_dataset = repacked(trainer, dataset, column, balancer.tasks)
     _check_column(trainer, column)
     if chunk is not None:
-        check_chunked(trainer, model, balancer, rows)
+        check_chunked(trainer, model, balancer, rows, chunk)
+    if not (pairs or is_sft(trainer)):  # TRL's trainers compute the loss themselves
+        check_own_loss(model, rows, chunked=chunk is not None)
+    check_alone(model.forward, trainer)
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
     evaluates_as_before(trainer, own_flag)
     _keeps_column(trainer, column, balancer)
-    step_counts = _StepCounts(count_pairs if pairs else rows.counts, balancer)
-    _reads_ahead(trainer, step_counts)
+    step_counts = StepCounts(count_pairs if pairs else rows.counts, balancer, column)
+    step_counts.read_ahead(trainer)
     facts = accelerate.engine_of(trainer.accelerator, trainer.args.gradient_accumulation_steps)
     balancer.set_engine(replace(facts, counts=step_counts))
     if pairs:
@@ -151,6 +156,7 @@ class _Forward:
                 self._balance_losses(self._losses_of(outputs, targets), targets)
             return outputs
 
+        take(forward, self._balancer)
         self._model.forward = forward
 
     def _trained(self, targets: Targets, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -175,7 +181,7 @@ class _Forward:
             if fused and self.fused is not None:
                 outputs = self.fused.outputs(outputs, targets)
         if (router := outputs.get("aux_loss")) is not None:
-            total = total + _router_coefficient(self._model) * router.to(total.device)
+            total = total + router_coefficient(self._model) * router.to(total.device)
         if self.fused is not None:
             self.fused.take(total)
         return type(outputs)(**{**outputs, "loss": total})
@@ -248,37 +254,6 @@ def _numbers(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor._version
 
 
-class _StepCounts:
-    """`Engine.counts`: the count of each task in the running step, over ranks, per micro-batch."""
-
-    def __init__(self, count: Callable[[Mapping[str, Any], int], Tensor], balancer: Balancer) -> None:
-        self._count, self._balancer = count, balancer
-        self._counts: Tensor | None = None
-
-    def read(self, batches: list[Any]) -> None:
-        """Reads all micro-batches of a step. One all-reduce, so all ranks must call it."""
-        group, n = self._balancer.group, len(self._balancer.tasks)
-        device = collective_device(group)
-        counts = torch.zeros(n, dtype=stats_dtype(device), device=device)
-        for batch in batches:
-            if isinstance(batch, Mapping) and TASK_IDS in batch:
-                counts += self._count(batch, n).to(counts)
-        self._counts = all_reduce_sum(counts, group) / max(1, len(batches))
-
-    def __call__(self) -> Tensor:
-        """`[n]`.
-
-        Raises:
-            RuntimeError: no step has begun.
-        """
-        if self._counts is None:
-            raise RuntimeError(
-                "balance_by_column: the model was trained outside of trainer.train(), which reads the "
-                "batches of each optimizer step first: use eval mode or torch.no_grad() for other forwards"
-            )
-        return self._counts
-
-
 def _check(trainer: Any) -> None:
     """Raises for trainers whose loss is not that of the model."""
     if trainer.model is None or trainer.model_init is not None:
@@ -320,26 +295,9 @@ def _check_column(trainer: Trainer, column: str) -> None:
     raise ValueError(f"the training data set has columns {list(names)}, and no {column!r}: {remedy}")
 
 
-def _router_coefficient(model: Any) -> float:
-    """What the model multiplies the loss of its router by."""
-    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
-
-
 def _keeps_column(trainer: Trainer, column: str, balancer: Balancer) -> None:
     """The column reaches the collator, and the collator turns it into task ids."""
     trainer._set_signature_columns_if_needed()  # no public name for this yet
     names: Any = trainer._signature_columns
     names.append(column)
     trainer.data_collator = ColumnCollator(trainer.data_collator, column, balancer.tasks)
-
-
-def _reads_ahead(trainer: Trainer, counts: _StepCounts) -> None:
-    inner = trainer.get_batch_samples
-
-    @wraps(inner)
-    def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
-        batches, number = inner(*args, **kwargs)
-        counts.read(batches)
-        return batches, number
-
-    trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]  # what a subclass would do

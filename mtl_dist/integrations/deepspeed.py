@@ -22,6 +22,7 @@ import torch.distributed as dist
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine, deepspeed_facts
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._idle import IdleWatch, call_after
 from mtl_dist.integrations._sequences import sums_gradients
 
@@ -46,6 +47,7 @@ def attach(balancer: Balancer, engine: Any, *, late: bool = False) -> Balancer:
         TypeError: `engine` is not a `DeepSpeedEngine`, or it is a `PipelineEngine`.
         ValueError: a combination that does not work; the message says what to change.
     """
+    check_given(balancer)
     check_engine(engine)
     balancer.set_engine(deepspeed_facts(engine))
     balancer.set_group(data_parallel_group(engine))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from mtl_dist import checkpoint
 from mtl_dist.balancer import Balancer
 from mtl_dist.engines import Engine
-from mtl_dist.integrations._attached import Attached
+from mtl_dist.integrations._attached import Attached, check_given
 from mtl_dist.integrations._fabric import attach_to_fabric, detach_from_fabric, is_fabric
 from mtl_dist.integrations._idle import IdleWatch
 from mtl_dist.integrations._log_window import LogWindow
@@ -57,6 +57,7 @@ def attach(balancer: Balancer, trainer: Any, *, name: str = "balancer", late: bo
         TypeError: `trainer` is neither.
         ValueError: a combination that does not work; the message says what to change.
     """
+    check_given(balancer)
     check_task_names(balancer.tasks)
     if is_fabric(trainer):
         _check_strategy(trainer.strategy)

@@ -13,11 +13,21 @@ from transformers import Trainer
 from transformers.loss import loss_for_object_detection
 
 from mtl_dist.balancer import Balancer
+from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._evaluation_rows import Weights
-from mtl_dist.integrations._trainer import attach, base_model, evaluates_as_before
+from mtl_dist.integrations._trainer import attach, base_model, check_alone, evaluates_as_before, take
 
 # loss functions of transformers whose divisors are those of DETR
 _DETR = ("ForObjectDetectionLoss", "ForSegmentationLoss")
+# those of its relatives that divide all losses by the boxes
+_BY_BOXES = tuple(
+    f"{kind}Loss"
+    for kind in (
+        "DeformableDetrForObjectDetection",
+        "DeformableDetrForSegmentation",
+        "GroundingDinoForObjectDetection",
+    )
+)
 
 
 def balance_loss_dict(
@@ -39,7 +49,8 @@ def balance_loss_dict(
 
     DETR's own losses on W ranks are not those of one process: that of the classes is divided by a number of
     the rank, and those of the boxes are W times too large (transformers 5.23). Here, both are means over this
-    rank with their counts, and ranks equal one process.
+    rank with their counts, and ranks equal one process. The boxes of Deformable DETR and its relatives are
+    W times too large too; here they are summed over the ranks.
 
     Args:
         trainer: its model has a `loss_function` that returns `(loss, loss_dict, ...)`.
@@ -47,7 +58,8 @@ def balance_loss_dict(
         parameters: where rules that read gradients measure them.
         counts: called with what the loss function is called with; returns, by task, what each loss was
             divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is
-            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by.
+            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by. So
+            models that divide by the boxes of their own rank (RT-DETR, D-FINE) need it to be exact.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -58,6 +70,7 @@ def balance_loss_dict(
         ValueError: a rule that reads gradients without `parameters`, or as `attach`.
         TypeError: a model without such a loss function; some only show it at the first batch.
     """
+    check_given(balancer)
     model = base_model(trainer.model)
     inner = getattr(model, "loss_function", None)
     if not callable(inner):
@@ -72,9 +85,18 @@ def balance_loss_dict(
         )
     if parameters is not None and not isinstance(parameters, (nn.Module, Tensor)):
         parameters = list(parameters)
-    if counts is None and getattr(inner, "__name__", "") in _DETR:
+    if counts is not None and not callable(counts):
+        raise TypeError(
+            "balance_loss_dict: counts= is a function of what the loss function is called with, got "
+            f"{type(counts).__name__}"
+        )
+    check_alone(inner, trainer)
+    kind = getattr(inner, "__name__", "")
+    if counts is None and kind in _DETR:
         counts = partial(_of_detr, balancer.tasks, model.config.eos_coefficient)
-        by_rank = partial(_by_boxes_of_this_rank, inner)
+        by_rank = partial(_reducing, _this_rank, inner)
+    elif counts is None and kind in _BY_BOXES:
+        by_rank = partial(_reducing, _all_ranks, inner)
     else:
         by_rank = inner
     own_flag = trainer.model_accepts_loss_kwargs
@@ -95,15 +117,38 @@ def balance_loss_dict(
         balancer.train(model.training)
         divided: dict[str, Any] = dict.fromkeys(balancer.tasks, 1)
         if counts is not None:
-            divided |= counts(*args, **kwargs)
+            divided |= _checked_counts(counts(*args, **kwargs))
         if trains:
+            _check_trained(type(model).__name__, balancer.tasks, *found[:2])
             return (balancer(found[1], counts=divided, parameters=parameters), *found[1:])
         with torch.no_grad():
             balancer(own[1], counts=divided)
         return found
 
+    take(loss_function, balancer)
     model.loss_function = loss_function
     return balancer
+
+
+def _check_trained(model: str, tasks: Sequence[str], total: Any, losses: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where the total can be trained, and no loss of the dictionary can."""
+    found = [losses[task] for task in tasks if isinstance(losses.get(task), Tensor)]
+    trains = isinstance(total, Tensor) and total.requires_grad
+    if trains and found and not any(loss.requires_grad for loss in found):
+        raise ValueError(
+            f"balance_loss_dict: the losses that {model} returns in its dictionary were detached from the "
+            "graph (for logs), so they train nothing: call the balancer in the model's forward, with the "
+            "losses before that"
+        )
+
+
+def _checked_counts(found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            "balance_loss_dict: counts= must return a number for each task that it names, as a mapping; got "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def _of_detr(
@@ -122,12 +167,26 @@ def _of_detr(
     return {task: of_classes if task.startswith("loss_ce") else boxes for task in tasks}  # auxiliary ones too
 
 
-def _by_boxes_of_this_rank(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """DETR's loss function, whose division by the boxes of all ranks is the balancer's here."""
+def _reducing(
+    boxes_of: Callable[[Any, Tensor], Tensor], inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A loss function of `transformers` with another number of boxes, which it divides by the world size."""
     module: Any = loss_for_object_detection
     own = module.reduce
-    module.reduce = lambda boxes: boxes * PartialState().num_processes  # it divides by this afterwards
+    module.reduce = partial(boxes_of, own)
     try:
         return inner(*args, **kwargs)
     finally:
         module.reduce = own
+
+
+def _this_rank(_: Any, boxes: Tensor) -> Tensor:
+    """Those of this rank, whose division by the boxes of all ranks is the balancer's."""
+    own: Tensor = boxes * PartialState().num_processes
+    return own
+
+
+def _all_ranks(reduce: Any, boxes: Tensor) -> Tensor:
+    """The sum over ranks; transformers 5.23 takes their mean, so its losses are W times too large."""
+    summed: Tensor = reduce(boxes, reduction="sum")
+    return summed

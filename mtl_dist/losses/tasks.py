@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, TypeGuard
@@ -118,13 +118,13 @@ class HeadMapping(Heads):
 
     def at(self, given: Any, device: torch.device | None = None) -> TaskLosses:
         """Every function on the same features."""
-        check_names(self.functions, "heads", self.tasks)
+        _check_functions(self.functions, self.tasks)
         values = {task: self.functions[task](given) for task in self.tasks if task in self.functions}
         return collect(values, self.counts, self.tasks, device, self.refuse)
 
     def on_views(self, branches: Branches) -> TaskLosses:
         """Every function on its own copy of the features."""
-        check_names(self.functions, "heads", self.tasks)
+        _check_functions(self.functions, self.tasks)
         values = {
             task: self.functions[task](copy)
             for task, copy in zip(self.tasks, branches.copies, strict=True)
@@ -206,7 +206,8 @@ def collect(
             number of samples; a NaN loss whose count is 0, where only the device knows the count.
     """
     check_names(losses, "loss mapping", tasks)
-    check_names(counts or {}, "count mapping", tasks)
+    if counts is not None:
+        check_names(counts, "count mapping", tasks)
     values = tuple([_scalar(task, losses.get(task)) for task in tasks])
     if device is None:
         device = next((value.device for value in values if value is not None), torch.device("cpu"))
@@ -286,14 +287,30 @@ def _look(flag: Tensor, explain: Callable[[], Exception]) -> None:
         raise explain()
 
 
-def check_names(given: Iterable[str], what: str, tasks: Sequence[str]) -> None:
-    """Raises `ValueError` for a name that is not a task: such a task would silently be absent for ever."""
-    unknown = sorted(set(given) - set(tasks))
+def check_names(given: Any, what: str, tasks: Sequence[str]) -> None:
+    """Raises `ValueError` for a name that is no task: such a task would silently be absent for ever.
+
+    Raises `TypeError` for what is no mapping.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"the {what} must be a mapping by task name, got {type(given).__name__}")
+    unknown = sorted(set(given) - set(tasks), key=repr)
     if unknown:
         raise ValueError(
             f"unknown task {unknown} in the {what}; the tasks are {list(tasks)}. What is no task is named in "
             "Balancer(..., ignore=...)"
         )
+
+
+def _check_functions(heads: Mapping[str, Any], tasks: Sequence[str]) -> None:
+    """Raises as `check_names`, and `TypeError` for heads that are no functions."""
+    check_names(heads, "heads", tasks)
+    for task, head in heads.items():
+        if not callable(head):
+            raise TypeError(
+                f"the head of task {task!r} must be a function from the features to its loss, got "
+                f"{type(head).__name__}: give lambda z: loss(head(z)), or losses alone, balancer(losses)"
+            )
 
 
 def _scalar(task: str, value: Tensor | None) -> Tensor | None:
@@ -322,7 +339,7 @@ def _count(task: str, counts: Counts) -> float | Tensor:
             return count.detach().reshape(())
     try:
         number = math.nan if isinstance(count, (str, bytes)) else float(count)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise ValueError(_no_count(task, repr(count)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtl_dist.probes.base import Probe, Reduced, StepContext
 from mtl_dist.probes.feature import FeatureProbe
-from mtl_dist.probes.guards import in_words, without_graph
+from mtl_dist.probes.guards import in_words, tell_detached, without_graph
 from mtl_dist.probes.parameter import ParameterProbe
 from mtl_dist.probes.shared_layer import SharedLayerProbe
 from mtl_dist.probes.tap import FeatureTap
@@ -18,5 +18,6 @@ __all__ = [
     "SharedLayerProbe",
     "StepContext",
     "in_words",
+    "tell_detached",
     "without_graph",
 ]

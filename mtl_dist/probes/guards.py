@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtl_dist.losses import FeatureGradients, LocalLosses, TaskLosses, Views, nan_and_empty
 from mtl_dist.probes.base import StepContext
+from mtl_dist.stats import HOST
 
 _LOGGER = logging.getLogger("mtl_dist")
 
@@ -100,6 +101,26 @@ def without_graph(total: Tensor, losses: LocalLosses, step: StepContext) -> Tens
             step.rank,
         )
     return total.requires_grad_()
+
+
+def tell_detached(losses: LocalLosses, step: StepContext) -> None:
+    """Each rank says once of a loss that it trains nothing, where others do. A loss of exactly 0 may.
+
+    Such a 0 stands for a batch without samples of the task in many models.
+    """
+    if not isinstance(losses, TaskLosses) or not losses.outputs:
+        return
+    for task, value in enumerate(losses.values):
+        if value is None or value.requires_grad or task in losses.empty:
+            continue
+        if ("detached", task) not in step.engine.told and (value.device.type != HOST or value != 0):
+            step.engine.told.add(("detached", task))
+            _LOGGER.warning(
+                "mtl_dist, rank %d: the loss of task %r has no graph, so it trains nothing: was it detached, "
+                "or computed under no_grad? For a batch without samples give None, or counts={task: 0}",
+                step.rank,
+                step.tasks[task],
+            )
 
 
 def guard(losses: TaskLosses, gradients: FeatureGradients, step: StepContext) -> None:

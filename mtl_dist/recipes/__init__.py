@@ -13,7 +13,7 @@ from mtl_dist.recipes._base import (
     eval_sums,
 )
 from mtl_dist.recipes.census import Census
-from mtl_dist.recipes.hierarchical_vae import DigitsVAE
+from mtl_dist.recipes.hierarchical_vae import ImageVAE
 from mtl_dist.recipes.multi_digits import MultiDigits
 from mtl_dist.recipes.multi_fashion import MultiFashion
 from mtl_dist.recipes.sequence_labelling import SequenceLabelling
@@ -23,7 +23,7 @@ from mtl_dist.recipes.text_mixture import TextMixture
 
 RECIPES: dict[str, type[Recipe]] = {
     "census": Census,
-    "hierarchical_vae": DigitsVAE,
+    "hierarchical_vae": ImageVAE,
     "multi_digits": MultiDigits,
     "multi_fashion": MultiFashion,
     "sequence_labelling": SequenceLabelling,
@@ -37,7 +37,7 @@ __all__ = [
     "Batch",
     "BatchData",
     "Census",
-    "DigitsVAE",
+    "ImageVAE",
     "Metric",
     "MultiDigits",
     "MultiFashion",

@@ -50,7 +50,8 @@ class RowReader:
             except ValueError as error:
                 broken = broken or error
                 continue
-            if row.get(STEP_KEY, math.inf) <= step:
+            done = row.get(STEP_KEY)
+            if isinstance(done, (int, float)) and done <= step:
                 if broken is not None:
                     raise broken
                 yield row
@@ -66,7 +67,7 @@ class RowReader:
     def _row(self, line: str, number: int) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets of that depth
             raise ValueError(f"{self.path}:{number}: not JSON: {line[:80]!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}:{number}: not a row: {line[:80]!r}")

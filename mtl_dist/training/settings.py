@@ -88,7 +88,7 @@ class Settings(BaseModel):
     Recipe, rule and probe are built once, while the settings are loaded. The run uses these objects.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     recipe: RecipeSetting
     weighting: RuleSetting = Field("equal", validate_default=True)
@@ -96,7 +96,7 @@ class Settings(BaseModel):
     on_nonfinite: Literal["raise", "skip", "hold"] = "raise"
     lag: Literal[0, 1] = 0
     counts: Literal["given", "equal"] = "given"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # NumPy takes no larger ones
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     accumulation: int = Field(1, gt=0)
@@ -216,16 +216,37 @@ def build_trackers(settings: Settings) -> list[Tracker]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
         raise ValueError(
             f"no configuration file {str(path)!r}; the shipped ones are in configs/recipe"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a mapping of settings, got {values!r}")
     return values
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Plain values, and every key once: YAML's own loader takes the last of two without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises `ConstructorError` for a key that stands twice."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":  # merged keys may be overridden
+                continue
+            if (before := lines.get(key.value)) is not None:
+                line = key.start_mark.line + 1
+                problem = f"{key.value!r} stands in line {before} and again in line {line}: keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -235,7 +256,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ValueError(f"override {override!r}: write key=value, such as weighting.name=mgda")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _OnceLoader)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
     for depth, key in enumerate(keys[:-1]):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mtl_dist.canonical import ByValue
 from mtl_dist.stats import TaskStats
+from mtl_dist.weighting.checks import check_inner
 
 State = dict[str, Tensor]
 
@@ -150,6 +151,9 @@ class Combinator(Rule):
     """
 
     rule: Rule
+
+    def __post_init__(self) -> None:
+        check_inner(self, "rule", self.rule)
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on the instance; other rules set it per class

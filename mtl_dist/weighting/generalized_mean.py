@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_number
 from mtl_dist.weighting.helpers import mean_present
 
 
@@ -38,8 +39,7 @@ class GeneralizedMean(Rule):
     positive_losses = True
 
     def __post_init__(self) -> None:
-        if math.isnan(self.power):
-            raise ValueError(f"GeneralizedMean: power must be a number or an infinity, got {self.power}")
+        check_number(self, "power", self.power, infinite=True)
 
     @classmethod
     def example(cls, tasks: Sequence[str]) -> Self:

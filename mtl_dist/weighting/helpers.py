@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mtl_dist.solvers import Array, Bools
 from mtl_dist.stats import HOST, TaskStats, stats_dtype
+from mtl_dist.weighting.checks import is_finite
 
 _STRIDE = 0x9E3779B97F4A7C15  # a large odd number: neighbouring (seed, step) pairs give unrelated seeds
 
@@ -52,16 +54,18 @@ def per_task(
     if values is None:
         return constant(default, len(tasks), device)
     if isinstance(values, Mapping):
-        if partial and (unknown := sorted(set(values) - set(tasks))):
+        if partial and (unknown := sorted(set(values) - set(tasks), key=repr)):
             raise ValueError(f"{name} must name tasks of {list(tasks)}, got {unknown}")
         if not partial and set(values) != set(tasks):
             raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {dict(values)}")
         values = [values.get(task, default) for task in tasks]
-    if len(values) != len(tasks):
-        raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {list(values)}")
-    tensor = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {tensor.tolist()}")
+    given: Any = values
+    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if len(numbers) != len(tasks):
+        raise ValueError(f"{name} must give one value for each task {list(tasks)}, got {values!r}")
+    if not all(map(is_finite, numbers)):
+        raise ValueError(f"{name} must be finite numbers, got {numbers!r}")
+    tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     return tensor.to(device, stats_dtype(device))
 
 

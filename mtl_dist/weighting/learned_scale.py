@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.adam import Adam
 from mtl_dist.weighting.base import Rule, State, nest, unnest
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_number, check_positive
 from mtl_dist.weighting.helpers import constant
 
 
@@ -38,6 +38,7 @@ class LearnedScale(Rule):
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", self.lr)
+        check_number(self, "start", self.start)
 
     @property
     def _adam(self) -> Adam:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_dist.solvers import Array, among_nonzero, fair_weights
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Needs, Rule, State
-from mtl_dist.weighting.checks import check_positive
+from mtl_dist.weighting.checks import check_number, check_positive
 from mtl_dist.weighting.helpers import constant, on_present, per_task, softmax_present
 
 
@@ -50,7 +50,8 @@ class PIVRG(Rule):
     def __post_init__(self) -> None:
         if self.baselines is not None:
             check_positive(self, "baselines", self.baselines)
-        if not 1 < self.bound < math.inf:
+        check_number(self, "bound", self.bound)
+        if self.bound <= 1:
             raise ValueError(f"PIVRG: bound must be finite and above 1, got {self.bound}")
         check_positive(self, "temperature", self.temperature)
 

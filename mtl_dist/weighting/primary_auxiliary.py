@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -49,6 +49,9 @@ class PrimaryAuxiliary(Rule):
     auxiliary: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        for name, given in (("primary", self._primary), ("auxiliary", self.auxiliary or ())):
+            if isinstance(given, (str, Mapping)) or not _are_names(given):
+                raise ValueError(f"PrimaryAuxiliary: {name} must hold names of tasks, got {given!r}")
         names = self._primary
         if not names:
             raise ValueError(f"PrimaryAuxiliary: primary must name at least one task, got {self.primary}")
@@ -57,8 +60,8 @@ class PrimaryAuxiliary(Rule):
             raise ValueError(f"PrimaryAuxiliary: each task must be listed once, got {both}")
 
     @property
-    def _primary(self) -> tuple[str, ...]:
-        return (self.primary,) if isinstance(self.primary, str) else tuple(self.primary)
+    def _primary(self) -> Sequence[str]:
+        return (self.primary,) if isinstance(self.primary, str) else self.primary
 
     @classmethod
     def example(cls, tasks: Sequence[str]) -> Self:
@@ -84,3 +87,7 @@ def _solve(gram: Array, primary: Array) -> Array:
     if not primary.any():
         return np.zeros(len(gram))
     return min_norm_weights(gram, primary > 0)
+
+
+def _are_names(given: object) -> bool:
+    return isinstance(given, Collection) and all(isinstance(name, str) for name in given)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Rule, State
-from mtl_dist.weighting.checks import check_fraction, check_positive
+from mtl_dist.weighting.checks import check_count, check_fraction, check_positive
 from mtl_dist.weighting.helpers import constant, softmax_present, step_generator
 
 
@@ -47,6 +47,7 @@ class ReLoBRaLo(Rule):
         check_positive(self, "tau", self.tau)
         check_fraction(self, "alpha", self.alpha)
         check_fraction(self, "beta", self.beta)
+        check_count(self, "seed", self.seed, low=0)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:
         """λ, the losses of the first and of the last step, and whether there was a last step."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Rule, State
+from mtl_dist.weighting.checks import check_count
 from mtl_dist.weighting.helpers import softmax_present, step_generator
 
 
@@ -34,6 +35,9 @@ class RLW(Rule):
     }
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self, "seed", self.seed, low=0)
 
     def update(self, stats: TaskStats, state: State) -> tuple[Tensor, State]:
         """`α = softmax(z)` over the tasks present."""

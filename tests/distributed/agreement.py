@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mtl_dist import RULES, Balancer, FeatureProbe
 from mtl_dist.weighting import Rule
 
-STEPS = 50
+STEPS = 30
 PLANTED = "draws from the process's own generator"
 # all rules, other settings that draw or observe, and the planted fault
 SUBJECTS = (*RULES, "relobralo(beta=0.5)", "famo(feedback=after)", PLANTED)
@@ -40,7 +40,7 @@ class OwnDraws(Rule):
 
 
 def train(rule: Rule, rank: int) -> dict[str, object]:
-    """50 steps from this rank's own seed, in all three generators that a rule might draw from."""
+    """STEPS steps from this rank's own seed, in all three generators that a rule might draw from."""
     seed = 17 + 1000 * rank
     torch.manual_seed(seed)
     random.seed(seed)

@@ -6,12 +6,12 @@ import torch.distributed as dist
 from ranks import start, stop
 
 from mtl_dist import Balancer
-from mtl_dist.recipes import DigitsVAE
+from mtl_dist.recipes import ImageVAE
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting import KLBalance
 
 RULE = KLBalance({"kl_0": 1.0, "kl_1": 1.0, "kl_2": 4.0, "kl_3": 4.0}, warmup=10, floor=0.1)
-RECIPE = DigitsVAE(num_train=64, channels=8, latents=2, spectral=0.0)
+RECIPE = ImageVAE(num_train=64, channels=8, latents=2, spectral=0.0)
 
 
 class Recorder(torch.nn.Module):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import warm
 from program import ROOT
 
 LIMIT = 200.0
@@ -91,29 +87,9 @@ FOUR = ["mesh", "subgroup_of_a_subgroup", "some_ranks_have_no_balancer"]
 
 def launch(folder: Path, number: int, cases: list[str]) -> list[dict]:
     """What the ranks of `number` processes saw."""
-    script = Path(__file__).with_name("meetings.py")
-    with ExitStack() as stack:
-        logs = [stack.enter_context((folder / f"log.{rank}").open("w")) for rank in range(number)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), *cases],
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(number), "PYTHONPATH": str(ROOT)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        end = time.monotonic() + LIMIT
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            if any(process.poll() for process in processes):  # one died: the others would wait for it
-                break
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-        for process in processes:
-            process.kill()
-            process.wait()
-    said = "\n".join((folder / f"log.{rank}").read_text() for rank in range(number))
-    assert codes == [0] * number, said
+    script, path = Path(__file__).with_name("meetings.py"), {"PYTHONPATH": str(ROOT)}
+    done = warm.launch(script, number, folder, *cases, timeout=LIMIT, env=path)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(number)]
 
 

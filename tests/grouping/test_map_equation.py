@@ -136,3 +136,28 @@ def test_wrong_graphs_are_named(weights, groups, message):
 def test_a_search_needs_a_start():
     with pytest.raises(ValueError, match="starts must be at least 1, got 0"):
         find_groups([[0, 1], [1, 0]], starts=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 1.5}, "seed must be an int"),
+        ({"starts": 2.5}, "starts"),
+    ],
+)
+def test_a_search_takes_whole_numbers(settings, message):
+    with pytest.raises(ValueError, match=message):
+        find_groups(np.ones((3, 3)), **settings)
+
+
+@pytest.mark.parametrize("weights", [None, "ab", [["a", "b"], ["c", "d"]], np.ones((2, 2)) * 1j])
+def test_links_are_real_numbers(weights):
+    with pytest.raises(ValueError, match="weights must be a matrix of real numbers, got"):
+        find_groups(weights)
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 2], "012", [[0.0, 1.0, 2.0]], [["0", "1", "2"]]])
+def test_groups_are_lists_of_nodes(groups):
+    with pytest.raises(ValueError, match="groups must name every node from 0 to 2 once, got"):
+        codelength(np.ones((3, 3)), groups)

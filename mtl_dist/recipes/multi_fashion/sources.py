@@ -36,9 +36,10 @@ class Source:
     labels: tuple[Tensor, Tensor]
 
 
-def missing(folder: Path, kinds: tuple[str, ...]) -> list[str]:
-    """The archives that are not in `folder`."""
-    return [ARCHIVES[kind] for kind in dict.fromkeys(kinds) if not (folder / ARCHIVES[kind]).is_file()]
+def missing_in_words(folder: Path, kinds: tuple[str, ...]) -> str:
+    """The archives that are not in `folder`, and how to get them; empty if all are there."""
+    gone = [ARCHIVES[kind] for kind in dict.fromkeys(kinds) if not (folder / ARCHIVES[kind]).is_file()]
+    return f"{', '.join(gone)} in {str(folder)!r}; with npm, get them by: {SET_UP}" if gone else ""
 
 
 @cache

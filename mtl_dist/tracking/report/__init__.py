@@ -31,6 +31,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path | None = None) 
         raise ValueError("a report needs at least one run folder")
     runs = [Path(folder) for folder in folders]
     target = Path(path) if path is not None else (runs[0] if len(runs) == 1 else Path()) / REPORT
+    if not target.name or target.is_dir():
+        raise ValueError(f"the report is one file, and {str(path)!r} is a folder: name a file in it")
     text = render(read_runs(runs))
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")

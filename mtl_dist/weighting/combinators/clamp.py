@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, State, nest, unnest
+from mtl_dist.weighting.checks import check_number
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Clamp(Combinator):
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.low <= self.high:  # rejects NaN too
+        super().__post_init__()
+        check_number(self, "low", self.low, infinite=True)
+        check_number(self, "high", self.high, infinite=True)
+        if not self.low <= self.high:
             raise ValueError(f"Clamp: low must be <= high, got low={self.low}, high={self.high}")
 
     @property

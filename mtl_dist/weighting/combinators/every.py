@@ -33,6 +33,7 @@ class Every(Combinator):
     interval: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "interval", self.interval)
         check_other_batches(self, self.rule)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtl_dist.stats import TaskStats
 from mtl_dist.weighting.base import Combinator, Needs, Rule, State, nest, unnest
+from mtl_dist.weighting.checks import check_inner
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Grouped(Combinator):
     groups: Mapping[str, Sequence[str]]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_inner(self, "between", self.between)
+        if not isinstance(self.groups, Mapping) or any(map(_is_name, self.groups.values())):
+            raise ValueError(
+                "Grouped: groups must be a mapping from the name of a group to a list of its tasks, got "
+                f"{self.groups!r}"
+            )
         tasks = [task for group in self.groups.values() for task in group]
         if not tasks or not all(self.groups.values()) or len(set(tasks)) < len(tasks):
             raise ValueError(f"Grouped: every group must have tasks of its own, got {dict(self.groups)}")
@@ -150,3 +158,7 @@ def _only(stats: TaskStats, members: Tensor) -> TaskStats:
         gram=None if stats.gram is None else stats.gram * torch.outer(members, members),
         counts=stats.counts * members,
     )
+
+
+def _is_name(group: object) -> bool:
+    return isinstance(group, str) or not isinstance(group, Collection)

@@ -39,6 +39,7 @@ class KeepNorm(Combinator):
     like: Plain = "sum"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "like", self.like, get_args(Plain))
 
     @property

@@ -41,6 +41,7 @@ class LastSeen(Combinator):
     cost = "O(n²) + inner rule"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_other_batches(self, self.rule)
 
     @property

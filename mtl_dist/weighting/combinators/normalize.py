@@ -31,6 +31,7 @@ class Normalize(Combinator):
     total: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.total is not None:
             check_positive(self, "total", self.total)
 

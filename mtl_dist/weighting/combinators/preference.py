@@ -34,6 +34,7 @@ class Preference(Combinator):
     weights: Mapping[str, float] | Sequence[float]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "weights", self.weights, zero=True)
 
     def init(self, tasks: Sequence[str], device: torch.device) -> State:

@@ -32,6 +32,7 @@ class Smooth(Combinator):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction(self, "decay", self.decay, one=False)
         check_other_batches(self, self.rule)
 

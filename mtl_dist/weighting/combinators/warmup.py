@@ -32,6 +32,7 @@ class Warmup(Combinator):
     steps: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "steps", self.steps, low=0)
 
     @property

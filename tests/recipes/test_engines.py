@@ -1,0 +1,65 @@
+"""Recipes under FSDP2, ZeRO-2 and ZeRO-3: two ranks train what one process trains, or say why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from engine_launch import launch_engine, relative, vectors, whole_parameters
+from program import train
+from short import LAST, SHORT, STEPS, rows, settings_of, weights_of
+from standins import configuration
+
+pytestmark = pytest.mark.long
+
+NAMES = ("census", "hierarchical_vae", "sequence_labelling")  # gates, noise and buffers, ragged sentences
+ENGINES = {
+    "fsdp2": {"distributed_type": "FSDP", "zero_stage": None},
+    "zero2": {"distributed_type": "DEEPSPEED", "zero_stage": 2},
+    "zero3": {"distributed_type": "DEEPSPEED", "zero_stage": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder, YAML and settings of a run on one process."""
+    known = {}
+
+    def of(name: str) -> tuple[Path, Path, tuple[str, ...]]:
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            config, settings = configuration(name, folder), (*settings_of(name, folder), *STEPS)
+            train(folder / "one", 1, *settings, config=config)
+            known[name] = folder, config, settings
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_train_what_one_process_trains(alone, name: str, engine: str) -> None:
+    folder, config, settings = alone(name)
+    done = launch_engine(engine, folder / engine, *settings, config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((folder / engine / "summary.json").read_text())["engine"]
+    assert facts["num_processes"] == 2
+    assert {key: facts[key] for key in ENGINES[engine]} == ENGINES[engine]
+    for one, two in zip(rows(folder / "one"), rows(folder / engine), strict=True):
+        assert weights_of(one) == pytest.approx(weights_of(two), rel=1e-6)
+    one, two = vectors(whole_parameters(folder, folder / "one" / LAST, folder / engine / LAST))
+    assert relative(two, one) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_the_spectral_regularisation_of_partitioned_weights_is_refused(tmp_path, engine: str) -> None:
+    """128 channels: convolutions of 147 456 weights. Both engines keep what is smaller than 100 000 whole."""
+    config = configuration("hierarchical_vae", tmp_path)
+    large = (*SHORT["hierarchical_vae"], *STEPS, "recipe.channels=128", "steps=1", "checkpoint_every=0")
+    done = launch_engine(engine, tmp_path / "refused", *large, config=config)
+    assert done.returncode != 0
+    assert "spectral regularisation needs whole weights, but the engine partitions them" in done.stderr
+    assert "set recipe.spectral=0, or use DDP or ZeRO-2" in done.stderr
+    done = launch_engine(engine, tmp_path / "trained", *large, "recipe.spectral=0", config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
