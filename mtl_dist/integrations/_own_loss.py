@@ -110,14 +110,13 @@ def _names_tokens(model: Any) -> bool:
 
 
 def _labels_of_rows(config: Any, device: torch.device) -> Tensor:
-    kind, number = config.problem_type, config.num_labels
+    kind, number = config.problem_type, int(config.num_labels)
     if kind == "regression" or (kind is None and number == 1):
         values = torch.tensor([0.5, -1.0], device=device)
         return values if number == 1 else values[:, None].expand(_ROWS, number).clone()
     classes = torch.arange(_ROWS, device=device) % number
     if kind == "multi_label_classification":
-        hot: Tensor = torch.nn.functional.one_hot(classes, number).float()
-        return hot
+        return torch.nn.functional.one_hot(classes, number).float()
     return classes
 
 
