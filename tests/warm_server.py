@@ -76,8 +76,8 @@ def serve(requests: io.TextIOBase, replies: io.TextIOBase) -> None:
         for rank in range(request["num_processes"]):
             pid = os.fork()
             if pid == 0:
-                os.close(requests.fileno())
-                os.close(replies.fileno())
+                requests.close()  # the files, not their numbers, which a socket of the rank may get
+                replies.close()
                 become(request, rank)
                 return
             ranks[pid] = rank
