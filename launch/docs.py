@@ -78,6 +78,7 @@ NAV = [
     ("Debug", "debugging.md"),
     ("What is refused", "refusals.md"),
     ("Write your own", "writing.md"),
+    ("Choosing a rule", "choosing.md"),
     ("Results", "results.md"),
     ("Glossary", "glossary.md"),
     ("Architecture", "architecture.md"),
