@@ -35,7 +35,7 @@ def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
         train(folder, num_processes, *own, *STEPS, config=config)
     for one, two in zip(*map(rows, folders), strict=True):
         assert one.keys() == two.keys()
-        # a weight of 1e-4 beside others of 1 is a difference of sums in float32, which round at the size of these
+        # a weight of 1e-4 beside others of 1 is a difference of float32 sums, which round at that size
         assert weights_of(one) == pytest.approx(weights_of(two), rel=1e-6, abs=1e-9)
         evaluated = {key: value for key, value in one.items() if "eval/" in key}
         assert evaluated == pytest.approx({key: two[key] for key in evaluated}, rel=1e-4, abs=1e-6)
