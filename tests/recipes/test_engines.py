@@ -52,14 +52,17 @@ def test_two_ranks_train_what_one_process_trains(alone, name: str, engine: str) 
     assert relative(two, one) < 1e-6
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_the_spectral_regularisation_of_partitioned_weights_is_refused(tmp_path, engine: str) -> None:
-    """128 channels: convolutions of 147 456 weights. Both engines keep what is smaller than 100 000 whole."""
-    config = configuration("hierarchical_vae", tmp_path)
-    large = (*SHORT["hierarchical_vae"], *STEPS, "recipe.channels=128", "steps=1", "checkpoint_every=0")
-    done = launch_engine(engine, tmp_path / "refused", *large, config=config)
-    assert done.returncode != 0
-    assert "spectral regularisation needs whole weights, but the engine partitions them" in done.stderr
-    assert "set recipe.spectral=0, or use DDP or ZeRO-2" in done.stderr
-    done = launch_engine(engine, tmp_path / "trained", *large, "recipe.spectral=0", config=config)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_large_weights_under_the_spectral_regularisation_are_exact_or_refused(tmp_path) -> None:
+    """128 channels: convolutions of 147 456 weights. ZeRO-3 keeps what is smaller than 100 000 whole."""
+    name, engine = "hierarchical_vae", "zero3"
+    config = configuration(name, tmp_path)
+    large = (*SHORT[name], "recipe.channels=128", "steps=4", *STEPS[1:])
+    done = launch_engine(engine, tmp_path / engine, *large, config=config)
+    if done.returncode != 0:  # the weights of this moment are partitioned: that depends on the engine's cache
+        assert "spectral regularisation needs whole weights, but the engine partitions them" in done.stderr
+        assert "set recipe.spectral=0, or use DDP or ZeRO-2" in done.stderr
+        return
+    train(tmp_path / "one", 1, *large, config=config)
+    one, two = vectors(whole_parameters(tmp_path, tmp_path / "one" / LAST, tmp_path / engine / LAST))
+    assert len(one) > 1_000_000
+    assert relative(two, one) < 1e-6
