@@ -5,8 +5,8 @@
 
 For one seed, both trainings of a rule have the same data, order and initial parameters, and one learning rate
 for all. Multi-Digits: Δm % against each task alone, as in `which_rule.py` (higher is better). Text mixture:
-mean bits per byte (lower is better). The difference is lag 1 minus lag 0 with the
-same seed, with its standard error over seeds. An interrupted run continues when it is started again. Writes
+mean bits per byte (lower is better). The difference is lag 1 minus lag 0 with the same seed, with its
+standard error over seeds. An interrupted run continues when it is started again. Writes
 `benchmarks/results/lag.{md,json}`.
 """
 

@@ -184,6 +184,11 @@ def shown(found: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in found if row not in drawn or row is best], drawn
 
 
+def digits_of(found: Sequence[Row]) -> int:
+    """Decimals of Δm, by the typical standard error."""
+    return decimals(statistics.median(mean_and_error(row.values)[1] for row in found))
+
+
 def label(row: Row, draws: int) -> str:
     return f"best of {draws} random weights" if row.entry.startswith(RANDOM) else row.entry
 
@@ -193,7 +198,7 @@ def table(
 ) -> str:
     """One row for each entry: Δm, its metrics, its rate and time."""
     data_set, (some, drawn) = trainings.data_set, shown(found)
-    digits = decimals(statistics.median(mean_and_error(row.values)[1] for row in found))
+    digits = digits_of(found)
     titles = [f"{task} {metric.name}" for task, metric in data_set.recipe.metrics.items()]
     lines = [
         f"| rule | reads | Δm % | Δm % with a lag | {' | '.join(titles)} | learning rate | time |",
@@ -232,10 +237,7 @@ def page(name: str, trainings: Trainings, found: Sequence[Row], failed: Sequence
         "",
         table(trainings, found, lagged(trainings, found), times),
     ]
-    drawn, digits = (
-        shown(found)[1],
-        decimals(statistics.median(mean_and_error(row.values)[1] for row in found)),
-    )
+    drawn, digits = shown(found)[1], digits_of(found)
     if drawn:
         means = sorted(statistics.fmean(row.values) for row in drawn)
         lines += [
