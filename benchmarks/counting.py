@@ -80,11 +80,20 @@ class counting(TorchDispatchMode):  # used as a function, like torch.no_grad
         result = func(*args, **(kwargs or {}))
         if func.namespace in _COLLECTIVES:
             self._counts.collectives += 1
-        elif func in _READS or (func in _COPIES and _blocks(func, args, kwargs or {}, result)):
+        elif (func in _READS and _from_device(args)) or (
+            func in _COPIES and _blocks(func, args, kwargs or {}, result)
+        ):
             self._counts.reads += 1
         elif not func.is_view:
             self._counts.operators += 1
         return result
+
+
+def _from_device(args: tuple[Any, ...]) -> bool:
+    """Whether a read waits for an accelerator; on a machine without one, every read stands for one that does."""
+    return not torch.cuda.is_available() or any(
+        isinstance(value, Tensor) and value.device.type != "cpu" for value in args
+    )
 
 
 def _blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:

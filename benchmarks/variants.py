@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 import tempfile
@@ -93,6 +94,8 @@ def left_out(name: str, engine: str, ranks: int) -> str | None:
     variant = (BALANCED | MORE).get(name)
     if variant is not None and variant.missing:
         return f"this Balancer has no argument {variant.missing[0]!r}"
+    if name == TORCHJD and importlib.util.find_spec("torchjd") is None:
+        return "torchjd is not installed"
     if name in BARE and engine not in ("plain", "ddp"):
         return f"{engine} takes one backward"
     if name == MEETING and ranks == 1:

@@ -138,7 +138,7 @@ def test_the_small_form_of_the_whole_run(tmp_path: Path) -> None:
     assert ", 0 failed, in " in last
     assert "not run" not in last
     assert {path.stem for path in tmp_path.glob("*.json")} == {
-        *("doctor", "core", "syncs", "matrix", "overhead", "models")
+        *("doctor", "core", "syncs", "matrix", "training", "overhead", "models")
     }
     text = (tmp_path / "report.md").read_text()
     assert "## matrix: 4 passed, 0 skipped, 0 failed" in text

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import machine
-from benchmarks.gpu.engines import ROOT, ended
+from benchmarks.gpu.engines import ROOT, ended, with_paths
 from benchmarks.gpu.parts import PARTS, work
 from benchmarks.gpu.record import FAILED
 from benchmarks.gpu.report import counted, page, verdict
@@ -77,7 +77,7 @@ def run_part(name: str, options: argparse.Namespace, left: float, *, brief: bool
         str(options.out),
     ]
     path = options.out / f"{name}.json"
-    said = ended([*command, *(["--brief"] if brief else [])], seconds + 25, {"PYTHONPATH": str(ROOT)})
+    said = ended([*command, *(["--brief"] if brief else [])], seconds + 25, with_paths(ROOT))
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"facts": {}, "results": {}}
     found["results"].pop("the part itself", None)
     if "ended with 0:" not in said:

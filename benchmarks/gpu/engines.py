@@ -133,7 +133,7 @@ def _launch(
             [sys.executable, *(torchrun if world_size > 1 else []), *script],
             limit,
             {
-                "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+                **with_paths(*PATHS),
                 "EXPECTED_WORLD_SIZE": str(world_size),
                 "CELLS_DEVICE": device.type,
                 "DS_ACCELERATOR": device.type,
@@ -148,6 +148,11 @@ def _launch(
                 break
             found.append([torch.load(path) for path in paths])
         return found, trouble
+
+
+def with_paths(*folders: Path) -> dict[str, str]:
+    """`PYTHONPATH` with these folders before those that it has."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))}
 
 
 def ended(command: Sequence[str], limit: float, environment: dict[str, str]) -> str:

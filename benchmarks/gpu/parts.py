@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import core, engines, machine, models, syncs
+from benchmarks.gpu import core, engines, machine, models, syncs, training
 from benchmarks.gpu.record import CannotRun, Found, Record
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,10 @@ def _matrix(record: Record, device: torch.device, brief: bool) -> None:
     engines.run(record, device, brief=brief)
 
 
+def _training(record: Record, device: torch.device, brief: bool) -> None:
+    training.run(record, device, brief=brief)
+
+
 def _models(record: Record, device: torch.device, brief: bool) -> None:
     models.run(record, device, brief=brief)
 
@@ -84,7 +88,7 @@ def _overhead(record: Record, device: torch.device, brief: bool) -> None:
             out = record.path.parent / f"overhead-{heads}"
             (out / "overhead.md").unlink(missing_ok=True)
             command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--heads", heads]
-            command += [*(SMALL if brief else ("--rounds", "15")), "--out", str(out)]
+            command += [*(SMALL if brief else ("--rounds", "40")), "--out", str(out)]
             return {"text": _output(command, PARTS["overhead"].seconds)}
 
         record.run(heads, table)
@@ -95,8 +99,9 @@ PARTS = {
     "core": Part("every rule and probe on the device equals the CPU", 100, _core),
     "syncs": Part("how often a step waits for the device", 60, _syncs),
     "matrix": Part("engines on all GPUs equal one process", 200, _matrix),
+    "training": Part("the training program under every engine, as accelerate launches it", 110, _training),
     "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 70, _overhead),
-    "models": Part("the cost at 10 million to 2.4 billion parameters", 110, _models, ranks=True),
+    "models": Part("the cost at 10 million to 2.4 billion parameters", 170, _models, ranks=True),
 }
 
 

@@ -91,5 +91,8 @@ def unwrapped_facts(
         assert isinstance(model, FSDPModule)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         return {"type": kind, "class": "FSDPModule"}, partial(full, model)
+    if accelerator.num_processes == 1:  # Accelerate makes no DDP of a single process
+        assert model is accelerator.unwrap_model(model)
+        return {"type": kind, "class": type(model).__name__}, partial(full, model)
     assert isinstance(model, DistributedDataParallel)
     return {"type": kind, "class": "DistributedDataParallel"}, partial(full, model.module)

@@ -141,7 +141,7 @@ class ParameterProbe(Probe):
             if step.engine.units is not None:
                 raise ValueError(ELSEWHERE.format(engine="FSDP2"))
             reduced = step.reduce(losses.stats())
-            check_same_parameters(trunk, step, counts.device)
+            check_same_parameters(trunk, step, counts.device, reduced.world_size)
             weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
             blocks = rows_of_losses(trunk, losses, scale, weighing)
             gram, faulty = summed_gram(blocks, step, len(counts), counts.device, self._sketch(step))
@@ -152,7 +152,7 @@ class ParameterProbe(Probe):
         self, reduced: Reduced, measured: Measured, trunks: Sequence[Trunk], step: StepContext
     ) -> Reduced:
         counts = measured.losses.counts
-        check_same_parameters(trunks[0], step, counts.device)
+        check_same_parameters(trunks[0], step, counts.device, reduced.world_size)
         sketch = self._sketch(step)
         weighing = Weighing.of(counts, reduced.total.counts, reduced.world_size)
         with step.engine.before_backward(measured.losses, trunks[0].leaves) as scale, buffers_kept():
