@@ -90,7 +90,7 @@ class counting(TorchDispatchMode):  # used as a function, like torch.no_grad
 
 
 def _from_device(args: tuple[Any, ...]) -> bool:
-    """Whether a read waits for an accelerator; on a machine without one, every read stands for one that does."""
+    """Whether a read waits for an accelerator. On a machine without one, every read stands for such a one."""
     return not torch.cuda.is_available() or any(
         isinstance(value, Tensor) and value.device.type != "cpu" for value in args
     )

@@ -1,7 +1,8 @@
-"""Part `training`: the training program under every engine of configs/engine, as `accelerate launch` starts it.
+"""Part `training`: the training program under every file of configs/engine, by `accelerate launch`.
 
-Each training has the losses and weights of one that nothing launched, at every step: the batch is cut over all
-GPUs. Mixed precision is compared with float32, as far as its digits go. One training is interrupted and goes on.
+At every step each training has the losses and weights of one that nothing launched; the batch is cut over all
+GPUs. Mixed precision is compared with float32 as far as its digits go. One training is interrupted, and goes
+on.
 """
 
 from __future__ import annotations
