@@ -45,7 +45,8 @@ class LaggedStep(Step):
     report: ArrivingReport | None = None
     _dtype: torch.dtype = torch.float32
     _packed: tuple[LocalStats, Tensor | None] | None = None
-    _finish: Callable[[], Reduced] | None = None
+    _measured: Reduced | None = None
+    _finish: Callable[[], Summed] | None = None
     _finish_explicit: Callable[[], Summed] | None = None
 
     def weights(self, losses: LocalLosses) -> Tensor:
@@ -68,7 +69,7 @@ class LaggedStep(Step):
     def decide(self, reduced: Reduced, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[n]` weights of this step, for probes that measure before the backward."""
         self._dtype = dtype
-        self._finish = reduced.here
+        self._measured = reduced
         self._start_explicit()
         weights = self.progress.weights_on(reduced.total.counts)
         return weights.masked_fill(reduced.total.counts <= 0, 0)
@@ -112,17 +113,16 @@ class LaggedStep(Step):
     @property
     def is_measured(self) -> bool:
         """Whether its statistics are there, so that they can be sent."""
-        return self._packed is not None or self._finish is not None
+        return self._packed is not None or self._measured is not None
 
     def start(self) -> None:
         """Sends the statistics, if they were not sent yet."""
         if self._finish is None and self._packed is not None:
             local, faulty = self._packed
             self.reduced = True
-            finish = self.synchronizer.start_reduce(
+            self._finish = self.synchronizer.start_reduce(
                 local, faulty, self._failed, self._call, with_gram=local.gram is not None
             )
-            self._finish = lambda: self._received(finish())
             self._start_explicit()
 
     def _start_explicit(self) -> None:
@@ -137,13 +137,17 @@ class LaggedStep(Step):
 
     def finish(self) -> None:
         """Waits for the statistics, and lets the rule learn from them."""
-        assert self._finish is not None
-        arrived = self.learn(self._finish(), self._dtype, self.closed)
+        arrived = self.learn(self._arrived(), self._dtype, self.closed)
         if self.report is not None:
             self.report.arrived = arrived
             self.progress.report = self.report  # the object that was asked for, so that it is not read twice
 
-    def _received(self, summed: Summed) -> Reduced:
+    def _arrived(self) -> Reduced:
+        """The statistics on the host, which waits for them."""
+        if self._measured is not None:
+            return self._measured.here()
+        assert self._finish is not None
+        summed = self._finish()
         self.synchronizer.notice.hear(summed, late=True)
         self.look_at_ranks(summed, self._call)
         if self.equal_counts and self.world_size > 1:
