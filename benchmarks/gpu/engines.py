@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ Ranks = list[dict[str, Any]]
 
 
 def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
-    """Every cell that has no result yet, family by family. On a CPU two processes meet over Gloo."""
+    """Every cell that has no result yet, some families at a time. On a CPU two processes meet over Gloo."""
     world_size = torch.cuda.device_count() if device.type == "cuda" else 2
     cells = [cell for cell in (BRIEF if brief else gpu_matrix()) if record.wants(cell.name)]
+    wanted: list[tuple[list[Cell], int]] = []
     for family in ("plain", *FAMILIES):
         group = [cell for cell in cells if cell.family == family]
         missing = [name for name in NEEDED.get(family, ()) if importlib.util.find_spec(name) is None]
@@ -57,7 +59,15 @@ def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
                     cell.name, {"outcome": SKIPPED, "reason": f"{' and '.join(missing)} not installed"}
                 )
         elif group:
-            _run_family(record, group, 1 if family == "plain" else world_size, device)
+            wanted.append((group, 1 if family == "plain" else world_size))
+    with ThreadPoolExecutor(at_once()) as pool:
+        for _ in pool.map(lambda each: _run_family(record, *each, device), wanted):
+            pass
+
+
+def at_once() -> int:
+    """How many launches may run at a time: each has some processes that import for seconds."""
+    return max(1, min(6, (os.cpu_count() or 1) // 2))
 
 
 def _run_family(record: Record, cells: list[Cell], world_size: int, device: torch.device) -> None:
@@ -74,8 +84,7 @@ def _run_family(record: Record, cells: list[Cell], world_size: int, device: torc
             found["error"] = verdict.error
         else:
             found |= {"reason": verdict.reason[:1000], "where": ranks[0].get("traceback", "")[-2000:]}
-        record.results[cell.name] = found
-    record.save()
+        record.put(cell.name, found)
     failed = [cell for cell in cells if record.results[cell.name]["outcome"] == FAILED]
     _try_without_us(record, failed, world_size, device)
 

@@ -48,7 +48,7 @@ class Size:
     heads: int
     samples: int
     length: int
-    rounds: int = 12
+    rounds: int
 
     @property
     def parameters(self) -> int:
@@ -57,8 +57,8 @@ class Size:
 
 
 SIZES = {
-    "10M": Size(384, 6, 6, 512, 256),
-    "100M": Size(768, 14, 12, 128, 256),
+    "10M": Size(384, 6, 6, 512, 256, rounds=8),
+    "100M": Size(768, 14, 12, 128, 256, rounds=8),
     "1B": Size(2048, 20, 16, 64, 256, rounds=6),
     "2.4B": Size(2560, 30, 20, 32, 256, rounds=4),
 }
@@ -78,7 +78,6 @@ VARIANTS: dict[str, Callable[[], Balanced] | None] = {
     "lag=1, losses only, GeometricMean": lambda: (GeometricMean(), None, EQUAL),
     "lag=1, InverseGradNorm": lambda: (InverseGradNorm(), None, EQUAL),
     "lag=1, MGDA": lambda: (MGDA(), None, EQUAL),
-    "lag=1, MGDA, FeatureTap": lambda: (MGDA(), FeatureTap(), EQUAL),
     TORCHJD: None,
     BACKWARDS: None,
 }

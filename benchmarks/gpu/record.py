@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ def quiet() -> Iterator[None]:
 class Record:
     """The results of a part by the name of the check. What has an outcome is not run again, unless it failed.
 
+    Threads may share it.
+
     Args:
         path: of the JSON file.
         rank: only rank 0 writes. All ranks read the same file first, so they run the same checks.
@@ -49,6 +52,7 @@ class Record:
             json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
         )
         self.facts: Found = {}
+        self._lock = threading.Lock()
 
     def wants(self, name: str) -> bool:
         """Whether there is no result yet, or one that failed."""
@@ -73,7 +77,8 @@ class Record:
 
     def put(self, name: str, found: Found) -> None:
         """Keeps one result, in the file too."""
-        self.results[name] = found
+        with self._lock:
+            self.results[name] = found
         self.save()
 
     def save(self) -> None:
@@ -81,7 +86,8 @@ class Record:
         if self.rank:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"facts": self.facts, "results": self.results}
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path)
+        with self._lock:
+            whole = {"facts": self.facts, "results": self.results}
+            unfinished = self.path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, self.path)
