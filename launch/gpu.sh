@@ -12,7 +12,7 @@ installs nothing and needs no network. Without a GPU it runs its small form on t
 part and report.md, which name the hardware, and ends in a verdict; the exit status is 1 unless everything passed.
 A run that was interrupted goes on where it stopped.
 
-  --part NAME    doctor, core, syncs, matrix, overhead or models; default: all of them
+  --part NAME    doctor, core, syncs, matrix, overhead, models or clients; default: all of them
   --out FOLDER   where the results go (default: runs/gpu)
   --brief        the small form
   --again        forget what these parts have found so far
@@ -40,7 +40,7 @@ if [ -n "${MTL_DIST_PYTHON:-}" ]; then candidates=("$MTL_DIST_PYTHON"); fi
 for python in "${candidates[@]}"; do
   if command -v "$python" >/dev/null 2>&1 && has_torch "$python"; then
     cd "$ROOT"
-    export PYTHONPATH="$ROOT" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     exec "$python" -m benchmarks.gpu "$@"
   fi
 done

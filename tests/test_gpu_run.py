@@ -113,10 +113,11 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 def test_a_part_that_dies_fails_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     options = type("Options", (), {"out": tmp_path})
-    run_part("core", options, 5.0, brief=True)
-    found = json.loads((tmp_path / "core.json").read_text())["results"]["the part itself"]
-    assert found["outcome"] == "failed"
-    assert "ended with 1" in found["reason"]
+    for left, reason in ((5.0, "ended with 1"), (4.0, "not reached within the time of the run")):
+        run_part("core", options, left, brief=True)
+        found = json.loads((tmp_path / "core.json").read_text())["results"]["the part itself"]
+        assert found["outcome"] == "failed"
+        assert reason in found["reason"]
 
 
 def test_without_torch_one_line_says_so(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_the_small_form_of_the_whole_run(tmp_path: Path) -> None:
     assert ", 0 failed, in " in last
     assert "not run" not in last
     assert {path.stem for path in tmp_path.glob("*.json")} == {
-        *("doctor", "core", "syncs", "matrix", "overhead", "models")
+        *("doctor", "core", "syncs", "matrix", "overhead", "models", "clients")
     }
     text = (tmp_path / "report.md").read_text()
     assert "## matrix: 4 passed, 0 skipped, 0 failed" in text

@@ -151,12 +151,16 @@ def _launch(
 
 
 def ended(command: Sequence[str], limit: float, environment: dict[str, str]) -> str:
-    """Runs a command with all that it starts, for `limit` seconds at most; how it ended, and what it said."""
+    """Runs a command with all that it starts, for `limit` seconds at most; how it ended, and what it said.
+
+    What it finds in PYTHONPATH is the environment's, then what this process finds there.
+    """
+    path = filter(None, (environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import core, engines, machine, models, syncs
+from benchmarks.gpu import clients, core, engines, machine, models, syncs
 from benchmarks.gpu.record import CannotRun, Found, Record
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +72,10 @@ def _models(record: Record, device: torch.device, brief: bool) -> None:
     models.run(record, device, brief=brief)
 
 
+def _clients(record: Record, device: torch.device, brief: bool) -> None:
+    clients.run(record, device, brief=brief)
+
+
 HEADS = ("linear", "decoder", "lm")
 SMALL = ("--batch", "4", "--tasks", "2", "--rounds", "1", "--variants", "plain", "lag=1, MGDA")
 
@@ -97,6 +101,7 @@ PARTS = {
     "matrix": Part("engines on all GPUs equal one process", 200, _matrix),
     "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 70, _overhead),
     "models": Part("the cost at 10 million to 2.4 billion parameters", 110, _models, ranks=True),
+    "clients": Part("real trainers on one GPU, by themselves and with the library", 120, _clients),
 }
 
 
