@@ -12,10 +12,12 @@ import pytest
 import torch
 from program import ROOT, run_only
 
-from benchmarks.gpu import core, models, report, syncs
+from benchmarks.gpu import clients, core, models, report, syncs
 from benchmarks.gpu.__main__ import refuse_other_machine, run_part
+from benchmarks.gpu.engines import ended
 from benchmarks.gpu.machine import facts
 from benchmarks.gpu.record import CannotRun, Record
+from tests.gallery.judge import PACKAGES
 
 CPU = torch.device("cpu")
 
@@ -74,6 +76,47 @@ def test_every_variant_of_a_small_model_is_measured(tmp_path: Path, monkeypatch:
     assert plain["operators"] < taps["operators"] < found[models.BACKWARDS]["operators"]
     text = report.page(tmp_path, {"gpus": [], "processor": "x", "torch": "2"}, ["models"], brief=True)
     assert text.count("\n| ") == len(models.VARIANTS) + 1
+
+
+def test_clients_train_and_say_what_they_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "mmoe", ("torch", "no_such_package"))
+    record = Record(tmp_path / "clients.json")
+    clients.run(record, CPU, brief=True)
+    assert outcomes(record) == {"mmoe": "skipped", "vqgan": "passed"}, record.results
+    assert record.results["mmoe"]["reason"] == "no_such_package not installed"
+    page = report.page(tmp_path, {"gpus": [], "processor": "x", "torch": "2"}, ["clients"], brief=True)
+    assert "| vqgan | 0.0e+00 | bit for bit | 0.0 |" in page
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome", "reason"),
+    [
+        ("No module named 'torch.more'", "skipped", "torch cannot be imported"),
+        (
+            "No module named 'other'",
+            "failed",
+            "ended with 1: ...ModuleNotFoundError: No module named 'other'",
+        ),
+    ],
+)
+def test_an_import_that_fails_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, outcome: str, reason: str
+) -> None:
+    monkeypatch.setitem(PACKAGES, "mmoe", ("torch",))
+    monkeypatch.setattr(clients, "BRIEF", ("mmoe",))
+    text = f"the launch ended with 1: ...ModuleNotFoundError: {said}\n".replace("...M", "...\nM")
+    monkeypatch.setattr(clients, "ended", lambda *_: text)
+    record = Record(tmp_path / "clients.json")
+    clients.run(record, CPU, brief=True)
+    found = record.results["mmoe"]
+    assert found["outcome"] == outcome
+    assert reason in found["reason"].replace("\n", "")
+
+
+def test_packages_of_the_callers_path_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/one:/two")
+    command = [sys.executable, "-c", "import sys; print(sys.path[1:4])"]
+    assert "['/zero', '/one', '/two']" in ended(command, 20, {"PYTHONPATH": "/zero"})
 
 
 def test_a_record_goes_on_where_it_stopped(tmp_path: Path) -> None:

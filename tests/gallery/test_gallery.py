@@ -30,7 +30,7 @@ APART = {"sentences"}
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
     """What each rank wrote."""
     out = folder / f"{client}-{num_processes}"
-    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "GALLERY_DEVICE": "cpu"}
     modules = warm.TORCH  # imported before ranks are forked
     for package, more in (("transformers", warm.TRAINER), ("lightning", warm.LIGHTNING)):
         modules = more if package in PACKAGES[client] else modules
