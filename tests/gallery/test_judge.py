@@ -16,7 +16,8 @@ def facts(*, own: float = 0.0, loss: float = 0.0, rule: float = 1.0, resumed: fl
     """Of one process, in which ways are off by these numbers."""
 
     def way(value: float, loss: float = 0.0) -> dict[str, Any]:
-        return {"parameters": torch.tensor([1.0, 2.0 + value], dtype=torch.float64), "losses": [3.0, 2.0 + loss]}
+        parameters = torch.tensor([1.0, 2.0 + value], dtype=torch.float64)
+        return {"parameters": parameters, "losses": [3.0, 2.0 + loss]}
 
     ways = {"plain": way(0.0), "own": way(own, loss), "rule": way(rule), "resumed": way(rule + resumed)}
     return {**ways, "other bits": []}
