@@ -12,7 +12,7 @@ installs nothing and needs no network. Without a GPU it runs its small form on t
 part and report.md, which name the hardware, and ends in a verdict; the exit status is 1 unless everything passed.
 A run that was interrupted goes on where it stopped.
 
-  --part NAME    doctor, core, syncs, matrix, training, overhead or models; default: all of them
+  --part NAME    doctor, core, syncs, matrix, training, clients, overhead or models; default: all of them
   --out FOLDER   where the results go (default: runs/gpu)
   --brief        the small form
   --again        forget what these parts have found so far

@@ -12,10 +12,12 @@ import pytest
 import torch
 from program import ROOT, run_only
 
-from benchmarks.gpu import core, models, report, syncs
+from benchmarks.gpu import clients, core, models, report, syncs
 from benchmarks.gpu.__main__ import refuse_other_machine, run_part
+from benchmarks.gpu.engines import ended
 from benchmarks.gpu.machine import facts
 from benchmarks.gpu.record import CannotRun, Record
+from tests.gallery.judge import PACKAGES
 
 CPU = torch.device("cpu")
 
@@ -76,6 +78,47 @@ def test_every_variant_of_a_small_model_is_measured(tmp_path: Path, monkeypatch:
     assert text.count("\n| ") == len(models.VARIANTS) + 1
 
 
+def test_clients_train_and_say_what_they_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "mmoe", ("torch", "no_such_package"))
+    record = Record(tmp_path / "clients.json")
+    clients.run(record, CPU, brief=True)
+    assert outcomes(record) == {"mmoe": "skipped", "vqgan": "passed"}, record.results
+    assert record.results["mmoe"]["reason"] == "no_such_package not installed"
+    page = report.page(tmp_path, {"gpus": [], "processor": "x", "torch": "2"}, ["clients"], brief=True)
+    assert "| vqgan | 0.0e+00 | bit for bit | 0.0 |" in page
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome", "reason"),
+    [
+        ("No module named 'torch.more'", "skipped", "torch cannot be imported"),
+        (
+            "No module named 'other'",
+            "failed",
+            "ended with 1: ...ModuleNotFoundError: No module named 'other'",
+        ),
+    ],
+)
+def test_an_import_that_fails_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, outcome: str, reason: str
+) -> None:
+    monkeypatch.setitem(PACKAGES, "mmoe", ("torch",))
+    monkeypatch.setattr(clients, "BRIEF", ("mmoe",))
+    text = f"the launch ended with 1: ...ModuleNotFoundError: {said}\n".replace("...M", "...\nM")
+    monkeypatch.setattr(clients, "ended", lambda *_: text)
+    record = Record(tmp_path / "clients.json")
+    clients.run(record, CPU, brief=True)
+    found = record.results["mmoe"]
+    assert found["outcome"] == outcome
+    assert reason in found["reason"].replace("\n", "")
+
+
+def test_packages_of_the_callers_path_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/one:/two")
+    command = [sys.executable, "-c", "import sys; print(sys.path[1:4])"]
+    assert "['/zero', '/one', '/two']" in ended(command, 20, {"PYTHONPATH": "/zero"})
+
+
 def test_a_record_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def breaks() -> None:
         raise RuntimeError("no")
@@ -113,10 +156,11 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 def test_a_part_that_dies_fails_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     options = type("Options", (), {"out": tmp_path})
-    run_part("core", options, 5.0, brief=True)
-    found = json.loads((tmp_path / "core.json").read_text())["results"]["the part itself"]
-    assert found["outcome"] == "failed"
-    assert "ended with 1" in found["reason"]
+    for left, reason in ((5.0, "ended with 1"), (4.0, "not reached within the time of the run")):
+        run_part("core", options, left, brief=True)
+        found = json.loads((tmp_path / "core.json").read_text())["results"]["the part itself"]
+        assert found["outcome"] == "failed"
+        assert reason in found["reason"]
 
 
 def test_without_torch_one_line_says_so(tmp_path: Path) -> None:
@@ -138,7 +182,7 @@ def test_the_small_form_of_the_whole_run(tmp_path: Path) -> None:
     assert ", 0 failed, in " in last
     assert "not run" not in last
     assert {path.stem for path in tmp_path.glob("*.json")} == {
-        *("doctor", "core", "syncs", "matrix", "training", "overhead", "models")
+        *("doctor", "core", "syncs", "matrix", "training", "clients", "overhead", "models")
     }
     text = (tmp_path / "report.md").read_text()
     assert "## matrix: 4 passed, 0 skipped, 0 failed" in text

@@ -142,7 +142,7 @@ def _launch(
             [sys.executable, *(torchrun if world_size > 1 else []), *script],
             limit,
             {
-                **with_paths(*PATHS),
+                "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
                 "EXPECTED_WORLD_SIZE": str(world_size),
                 "CELLS_DEVICE": device.type,
                 "DS_ACCELERATOR": device.type,
@@ -159,18 +159,17 @@ def _launch(
         return found, trouble
 
 
-def with_paths(*folders: Path) -> dict[str, str]:
-    """`PYTHONPATH` with these folders before those that it has."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))}
-
-
 def ended(command: Sequence[str], limit: float, environment: dict[str, str]) -> str:
-    """Runs a command with all that it starts, for `limit` seconds at most; how it ended, and what it said."""
+    """Runs a command with all that it starts, for `limit` seconds at most; how it ended, and what it said.
+
+    What it finds in PYTHONPATH is the environment's, then what this process finds there.
+    """
+    path = filter(None, (environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

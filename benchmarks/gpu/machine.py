@@ -15,6 +15,8 @@ import torch
 from benchmarks.tables import facts as host_facts
 
 PACKAGES = ("accelerate", "deepspeed", "transformers", "numpy", "triton", "torchjd", "pydantic")
+PACKAGES += ("datasets", "trl", "peft", "sentence-transformers", "lightning", "scipy")  # of clients
+PACKAGES += ("torchvision", "ultralytics")
 
 
 def device() -> torch.device:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import core, engines, machine, models, syncs, training
+from benchmarks.gpu import clients, core, engines, machine, models, syncs, training
 from benchmarks.gpu.record import CannotRun, Found, Record
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,10 @@ def _models(record: Record, device: torch.device, brief: bool) -> None:
     models.run(record, device, brief=brief)
 
 
+def _clients(record: Record, device: torch.device, brief: bool) -> None:
+    clients.run(record, device, brief=brief)
+
+
 HEADS = ("linear", "decoder", "lm")
 SMALL = ("--batch", "4", "--tasks", "2", "--rounds", "1", "--variants", "plain", "lag=1, MGDA")
 
@@ -109,6 +113,7 @@ PARTS = {
     "syncs": Part("how often a step waits for the device", 60, _syncs),
     "matrix": Part("engines on all GPUs equal one process", 150, _matrix),
     "training": Part("the training program under every engine, as accelerate launches it", 90, _training),
+    "clients": Part("real trainers on one GPU, by themselves and with the library", 90, _clients),
     "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 90, _overhead),
     "models": Part("the cost at 10 million to 2.4 billion parameters", 170, _models, ranks=True),
 }

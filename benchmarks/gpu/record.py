@@ -33,6 +33,19 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+def outcome(check: Callable[[], Found | None]) -> Found:
+    """What a check returned or raised, and its seconds."""
+    began = time.perf_counter()
+    try:
+        found: Found = {"outcome": PASSED, **(check() or {})}
+    except CannotRun as reason:
+        found = {"outcome": SKIPPED, "reason": str(reason)}
+    except Exception as error:
+        where = traceback.format_exc(limit=-3)[-2000:]
+        found = {"outcome": FAILED, "reason": f"{type(error).__name__}: {error}"[:1000], "where": where}
+    return {**found, "seconds": round(time.perf_counter() - began, 3)}
+
+
 class Record:
     """The results of a part by the name of the check. What has an outcome is not run again, unless it failed.
 
@@ -65,15 +78,7 @@ class Record:
         if time.monotonic() > self.until:
             self.put(name, {"outcome": FAILED, "reason": "not reached within the time of this part"})
             return
-        began = time.perf_counter()
-        try:
-            found: Found = {"outcome": PASSED, **(check() or {})}
-        except CannotRun as reason:
-            found = {"outcome": SKIPPED, "reason": str(reason)}
-        except Exception as error:
-            where = traceback.format_exc(limit=-3)[-2000:]
-            found = {"outcome": FAILED, "reason": f"{type(error).__name__}: {error}"[:1000], "where": where}
-        self.put(name, {**found, "seconds": round(time.perf_counter() - began, 3)})
+        self.put(name, outcome(check))
 
     def put(self, name: str, found: Found) -> None:
         """Keeps one result, in the file too."""

@@ -111,4 +111,13 @@ def _models(results: dict[str, Found]) -> list[str]:
     return lines
 
 
-TABLES = {"doctor": _texts, "overhead": _tables, "syncs": _waits, "models": _models}
+def _clients(results: dict[str, Found]) -> list[str]:
+    rows = ["| client | parameters differ from its own by | a resumed run is the same | MB |"]
+    rows.append("|---|---:|---|---:|")
+    for client, found in results.items():
+        if found["outcome"] == PASSED:
+            rows.append(f"| {client} | {found['error']:.1e} | {found['resumed']} | {found['gpu_mb']} |")
+    return [*rows, ""]
+
+
+TABLES = {"doctor": _texts, "overhead": _tables, "syncs": _waits, "models": _models, "clients": _clients}

@@ -13,15 +13,15 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.engines import ROOT, at_once, ended, with_paths
-from benchmarks.gpu.record import CannotRun, Found, Record
+from benchmarks.gpu.engines import ROOT, at_once, ended
+from benchmarks.gpu.record import CannotRun, Found, Record, outcome
 
 RECIPE = ROOT / "configs" / "recipe" / "multi_digits.yaml"
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
@@ -53,9 +53,9 @@ def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
             name: work for name, work in trainings(folder, expected, device, brief) if record.wants(name)
         }
         with ThreadPoolExecutor(at_once()) as pool:
-            started = {name: pool.submit(work) for name, work in works.items()}
-            for name, future in started.items():
-                record.run(name, future.result)
+            checks = {pool.submit(outcome, work): name for name, work in works.items()}
+            for done in as_completed(checks):
+                record.put(checks[done], done.result())
 
 
 def trainings(
@@ -87,7 +87,7 @@ def rows_of(out: Path, command: list[str], *settings: str) -> Rows:
         AssertionError: it failed.
     """
     own = [f"output_dir={out}", f"steps={STEPS}", f"checkpoint_every={SAVED}", "eval_every=0", *settings]
-    said = ended([*command, str(RECIPE), *own], LIMIT, with_paths(ROOT))
+    said = ended([*command, str(RECIPE), *own], LIMIT, {"PYTHONPATH": str(ROOT)})
     assert "ended with 0:" in said, said
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from mtl_dist import Balancer, Rule, SharedLayerProbe
 from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.weighting import MGDA, KeepNorm, TokenShare
-from tests.gallery.run import RANK, WORLD_SIZE, flat
+from tests.gallery.run import DEVICE, RANK, WORLD_SIZE, flat
 
 PLAIN, RULE = TokenShare(), KeepNorm(MGDA(), like="tokens")
 LINES = 3
@@ -56,7 +56,8 @@ def config(**others: Any) -> LlamaConfig:
 
 def arguments(folder: Path, steps: int, **others: Any) -> TrainingArguments:
     """Of a run with accumulation, in which ranks share each batch of 4."""
-    place = {"use_cpu": True, **({"ddp_backend": "gloo"} if WORLD_SIZE > 1 else {})}
+    on_cpu = DEVICE == "cpu"
+    place = {"use_cpu": on_cpu, **({"ddp_backend": "gloo"} if on_cpu and WORLD_SIZE > 1 else {})}
     settings = {"max_steps": steps, "save_steps": 2, "logging_steps": 1, "optim": "sgd", "report_to": "none"}
     settings |= {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 1e6}
     settings |= {"per_device_train_batch_size": 4 // WORLD_SIZE, "gradient_accumulation_steps": 2}

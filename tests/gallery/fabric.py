@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtl_dist import Balancer, Rule
 from mtl_dist.integrations.lightning import attach
 from mtl_dist.weighting import MGDA, Fixed, Smooth
-from tests.gallery.run import STEPS, WORLD_SIZE, flat, mine
+from tests.gallery.run import DEVICE, STEPS, WORLD_SIZE, flat, mine
 
 PLAIN, RULE = Fixed([1.0, 1.0]), Smooth(MGDA(), 0.5)
 LINES = 3
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
-    fabric = Fabric(accelerator="cpu", devices=WORLD_SIZE, strategy="ddp" if WORLD_SIZE > 1 else "auto")
+    fabric = Fabric(accelerator=DEVICE, devices=WORLD_SIZE, strategy="ddp" if WORLD_SIZE > 1 else "auto")
     if WORLD_SIZE > 1:
         fabric.launch()
     torch.manual_seed(0)

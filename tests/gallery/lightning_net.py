@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from mtl_dist import Rule
 from mtl_dist.integrations.lightning import attach
 from tests.gallery import fabric
-from tests.gallery.run import SAVED, WORLD_SIZE, flat, mine
+from tests.gallery.run import DEVICE, SAVED, WORLD_SIZE, flat, mine
 
 PLAIN, RULE = fabric.PLAIN, fabric.RULE
 LINES = 3
@@ -42,7 +42,7 @@ def train(rule: Rule | None, folder: Path, steps: int, resume: bool) -> dict[str
     # 6 batches an epoch, so epochs end inside an accumulation
     loader = DataLoader([mine(batch) for batch in batches], batch_size=None)
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=DEVICE,
         devices=WORLD_SIZE,
         strategy="ddp" if WORLD_SIZE > 1 else "auto",
         max_steps=steps,

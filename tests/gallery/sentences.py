@@ -22,7 +22,7 @@ from mtl_dist import Balancer, Rule
 from mtl_dist.integrations.sentence_transformers import attach
 from mtl_dist.weighting import InverseGradNorm, LastSeen, Relative, TokenShare
 from tests.gallery.causal_lm import arguments
-from tests.gallery.run import RANK, flat
+from tests.gallery.run import DEVICE, RANK, flat
 
 PLAIN, RULE = TokenShare(), Relative(LastSeen(InverseGradNorm()), to="sts")
 LINES = 2
@@ -41,7 +41,7 @@ def encoder(folder: Path) -> SentenceTransformer:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
     ).save_pretrained(folder)
     transformer = Transformer(str(folder))
-    return SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
+    return SentenceTransformer(modules=[transformer, Pooling(16)], device=DEVICE)
 
 
 def pairs(seed: int, rows: int, binary: bool) -> Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -10,30 +9,14 @@ import pytest
 import torch
 import warm
 from program import ROOT
-from torch import Tensor
+
+from tests.gallery.judge import EXACT, PACKAGES, missing, off, resumes, trains_as_alone
 
 FOLDER = Path(__file__).parent
 SCRIPT = FOLDER / "run.py"
-EXACT = 1e-6
-# what is imported before ranks are forked, and what must be installed
-CLIENTS = {
-    "causal_lm": (warm.TRAINER, ()),
-    "detr": (warm.TRAINER, ("scipy",)),
-    "diffusion": (warm.TORCH, ()),
-    "graphs": (warm.TORCH, ()),
-    "mmoe": (warm.TORCH, ()),
-    "multi_token": (warm.TRAINER, ()),
-    "pinn": (warm.TORCH, ()),
-    "vqgan": (warm.TORCH, ()),
-    "dpo": (warm.TRAINER, ("trl", "peft")),
-    "faster_rcnn": (warm.TORCH, ("torchvision",)),
-    "yolo": (warm.TORCH, ("ultralytics",)),
-    "fabric": (warm.LIGHTNING, ()),
-    "lightning_net": (warm.LIGHTNING, ()),
-    "sentences": (warm.TRAINER, ("sentence_transformers",)),
-    "sft_lora": (warm.TRAINER, ("trl", "peft")),
-    "sft_padding_free": (warm.TRAINER, ("trl", "peft")),
-}
+CLIENTS = sorted(PACKAGES)
+EXTRAS = {"trl": "clients", "peft": "clients", "sentence_transformers": "clients", "scipy": "clients"}
+EXTRAS |= {"torchvision": "detectors", "ultralytics": "detectors"}
 # those that take longer, or need the extra `clients`
 LONG = {"detr", "diffusion", "dpo", "faster_rcnn", "graphs", "lightning_net", "multi_token", "sentences"}
 LONG |= {"sft_lora", "sft_padding_free", "vqgan", "yolo"}
@@ -47,16 +30,13 @@ APART = {"sentences"}
 def trained(client: str, folder: Path, num_processes: int) -> list[dict]:
     """What each rank wrote."""
     out = folder / f"{client}-{num_processes}"
-    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    modules, _ = CLIENTS[client]
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "GALLERY_DEVICE": "cpu"}
+    modules = warm.TORCH  # imported before ranks are forked
+    for package, more in (("transformers", warm.TRAINER), ("lightning", warm.LIGHTNING)):
+        modules = more if package in PACKAGES[client] else modules
     done = warm.launch(SCRIPT, num_processes, client, out, env=environment, timeout=280, modules=modules)
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(num_processes)]
-
-
-def off(expected: Tensor, got: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    return float((expected - got).abs().max() / expected.abs().max())
 
 
 @pytest.mark.timeout(600)
@@ -64,14 +44,11 @@ def off(expected: Tensor, got: Tensor) -> float:
     "client", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CLIENTS]
 )
 def test_client(client: str, tmp_path: Path) -> None:
-    for package in CLIENTS[client][1]:
-        if importlib.util.find_spec(package) is None:
-            extra = "detectors" if package in ("torchvision", "ultralytics") else "clients"
-            pytest.skip(f'{package} is not installed: pip install "mtl-dist[{extra}]"')
+    for package in missing(client):
+        assert package in EXTRAS, f"{package} is not installed, which all tests need"
+        pytest.skip(f'{package} is not installed: pip install "mtl-dist[{EXTRAS[package]}]"')
     (alone,) = trained(client, tmp_path, 1)
-    assert off(alone["plain"]["parameters"], alone["own"]["parameters"]) <= EXACT, "not the client's numbers"
-    assert alone["own"]["losses"] == pytest.approx(alone["plain"]["losses"], rel=EXACT)
-    assert off(alone["own"]["parameters"], alone["rule"]["parameters"]) > 1e-4, "the rule changes nothing"
+    trains_as_alone(alone)
     for facts in trained(client, tmp_path, 2):
         if client in APART:
             assert off(facts["plain"]["parameters"], facts["own"]["parameters"]) <= EXACT
@@ -81,9 +58,7 @@ def test_client(client: str, tmp_path: Path) -> None:
             for way in ("own", "rule"):
                 assert off(alone[way]["parameters"], facts[way]["parameters"]) <= EXACT, way
         for one in (alone, facts):
-            assert torch.equal(one["resumed"]["parameters"], one["rule"]["parameters"]), (
-                "resume is not bitwise"
-            )
+            assert resumes(one) == "bit for bit"
 
 
 BOUNDS = {"causal_lm": 5, "sft_lora": 8, "sft_padding_free": 8}  # of lines; 3 elsewhere

@@ -1,5 +1,8 @@
 """torchvision beside a torch that its compiled operators were not built for: imported without them.
 
+And without the compiler, which torchvision calls for RoI align in their place, also on a GPU that is asked
+for the same bits each time: the first call takes a minute.
+
 The wheel of the registry needs torch with CUDA of its version. Without its library, torchvision does not even
 import (`operator torchvision::nms does not exist`), nor does what imports it. Its models need one operator
 that has no form in Python, `nms`.
@@ -7,7 +10,8 @@ that has no form in Python, `nms`.
 
 from __future__ import annotations
 
-import sys
+import importlib
+import inspect
 
 import torch
 from torch import Tensor
@@ -21,16 +25,23 @@ def prepare_torchvision() -> None:
         if "torchvision::nms" not in str(error):
             raise
     else:
+        if torch.are_deterministic_algorithms_enabled():
+            align_eagerly()
         return
     for name in ("nms", "qnms"):  # those that torchvision registers more about
         schema = "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor"
         torch.library.define(f"torchvision::{name}", schema)
-    torch.library.impl("torchvision::nms", "cpu", nms)
+    torch.library.impl("torchvision::nms", ("cpu", "cuda"), nms)
     import torchvision.ops
 
     torchvision.ops.boxes._assert_has_ops = lambda: None  # it asks for all operators
-    align = sys.modules["torchvision.ops.roi_align"]  # a function of the same name hides it
-    align._roi_align = align._roi_align.__wrapped__  # not compiled, which takes a minute
+    align_eagerly()
+
+
+def align_eagerly() -> None:
+    """RoI align by torch's operators, not compiled."""
+    align = importlib.import_module("torchvision.ops.roi_align")  # a function of the same name hides it
+    align._roi_align = inspect.unwrap(align._roi_align)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

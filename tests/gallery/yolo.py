@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mtl_dist import Balancer, Rule
 from mtl_dist.weighting import Fixed, InverseGradNorm, KeepNorm
 from tests.gallery.loop import generator, group_norms, train_loop
-from tests.gallery.run import RANK, STEPS, WORLD_SIZE
+from tests.gallery.run import DEVICE, RANK, STEPS, WORLD_SIZE
 from tests.gallery.without_ops import prepare_torchvision
 
 PLAIN, RULE = Fixed([1.0, 1.0, 1.0]), KeepNorm(InverseGradNorm())
@@ -34,6 +34,7 @@ def detector(folder: Path) -> nn.Module:
 
     net = DetectionModel("yolo11n.yaml", ch=3, nc=4, verbose=False)
     group_norms(net)
+    net.to(DEVICE)  # the criterion reads where it is
     net.args = get_cfg()  # box 7.5, cls 0.5, dfl 1.5
     net.criterion = net.init_criterion()
     return net
@@ -53,8 +54,8 @@ class Client(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         images, objects = batch["boxes"].shape[:2]
-        flat = {"batch_idx": torch.arange(images).repeat_interleave(objects), "img": batch["img"]}
-        flat |= {"cls": batch["cls"].flatten(), "bboxes": batch["boxes"].flatten(0, 1)}
+        flat = {"cls": batch["cls"].flatten(), "bboxes": batch["boxes"].flatten(0, 1), "img": batch["img"]}
+        flat["batch_idx"] = torch.arange(images, device=DEVICE).repeat_interleave(objects)
         losses, items = self.yolo.loss(flat)
         if self.balancer is None:
             return losses.sum()
