@@ -57,10 +57,10 @@ class Size:
 
 
 SIZES = {
-    "10M": Size(384, 6, 6, 512, 256, rounds=8),
-    "100M": Size(768, 14, 12, 128, 256, rounds=8),
-    "1B": Size(2048, 20, 16, 64, 256, rounds=6),
-    "2.4B": Size(2560, 30, 20, 32, 256, rounds=4),
+    "10M": Size(384, 6, 6, 512, 256, rounds=5),
+    "100M": Size(768, 14, 12, 128, 256, rounds=5),
+    "1B": Size(2048, 20, 16, 32, 256, rounds=4),
+    "2.4B": Size(2560, 30, 20, 16, 256, rounds=4),
 }
 TINY = {"tiny": Size(32, 1, 2, 4, 8, rounds=2)}
 
@@ -277,7 +277,8 @@ def summary(mine: dict[int, float], plain: dict[int, float]) -> Found:
     """Milliseconds, and the ratio paired by rounds with half of its 95 % interval."""
     ratio, error = median_and_error([milli / plain[number] for number, milli in mine.items()])
     milli, _ = median_and_error(list(mine.values()))
-    return {"ms": round(milli, 3), "ratio": round(ratio, 4), "ratio_error": round(error, 4)}
+    error_known = round(error, 4) if len(mine) > 1 else None
+    return {"ms": round(milli, 3), "ratio": round(ratio, 4), "ratio_error": error_known}
 
 
 def parts(*, brief: bool) -> Iterator[tuple[str, Size]]:

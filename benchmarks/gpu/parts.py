@@ -115,7 +115,7 @@ PARTS = {
     "training": Part("the training program under every engine, as accelerate launches it", 90, _training),
     "clients": Part("real trainers on one GPU, by themselves and with the library", 90, _clients),
     "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 90, _overhead),
-    "models": Part("the cost at 10 million to 2.4 billion parameters", 170, _models, ranks=True),
+    "models": Part("the cost at 10 million to 2.4 billion parameters", 150, _models, ranks=True),
 }
 
 

@@ -104,7 +104,9 @@ def _models(results: dict[str, Found]) -> list[str]:
             if row["outcome"] == SKIPPED:
                 lines.append(f"| {name} | {row['reason']} | | | | | |")
                 continue
-            ratio = f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
+            ratio = f"{row['ratio']:.3f}"
+            if row["ratio_error"] is not None:
+                ratio += f" ± {row['ratio_error']:.3f}"
             cells = (row["ms"], ratio, row["memory_mb"], row["operators"], row["reads"], row["collectives"])
             lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         lines.append("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ def make_accelerator(cell: Cell) -> Accelerator:
     """A fresh accelerator of the kind asked for; its kind and world size are asserted."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    for engine in ("FSDP", "DEEPSPEED"):  # a plugin of an earlier cell leaves it for the whole process
+        os.environ.pop(f"ACCELERATE_USE_{engine}", None)
     engine = cell.engine.removeprefix("accelerate ")
     options: dict[str, Any] = {
         "mixed_precision": cell.precision.replace("fp32", "no"),
