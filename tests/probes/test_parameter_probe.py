@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe
 from mtl_dist.probes.parameter.rows import Trunk, Weighing, parameter_rows
-from mtl_dist.probes.parameter.segments import plan
+from mtl_dist.probes.parameter.segments import bucket_size, plan, variable
 from mtl_dist.weighting import MGDA, Equal, GeometricMean, InverseGradNorm
 
 NAMES = ("a", "b", "c")
@@ -215,6 +215,23 @@ def test_a_graph_with_narrow_places_is_traversed_once_a_task_and_bucket_by_bucke
     assert len(visits) == len(NAMES) * nodes or trunk == "residual"
     # a residual block is one piece, of more parameters than the bucket: some nodes are visited once more
     assert len(visits) < 2 * len(NAMES) * nodes
+
+
+def test_a_large_trunk_is_traversed_once_a_task() -> None:
+    """A bucket of fixed size is less than a layer, whose graph each of its parameters traverses again."""
+    with torch.device("meta"):
+        layer = nn.TransformerEncoderLayer(1024, 8, 4096, batch_first=True, norm_first=True, dropout=0.0)
+        trunk = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
+        z = trunk(torch.randn(2, 3, 1024))
+    total = sum(p.numel() for p in trunk.parameters())
+    for bucket, split in ((None, False), (1 << 22, True)):
+        segments = plan((z,), lambda _: True, bucket).segments
+        assert any(len(segment.groups) > 1 for segment in segments) == split
+        groups = [group for segment in segments for group in segment.groups]
+        sizes = [sum(variable(leaf).numel() for leaf in group) for group in groups]
+        assert sum(sizes) == total
+        assert max(sizes) <= (total / 8 if bucket is None else 1 << 22)
+    assert [bucket_size(sizes) for sizes in ([], [1 << 23], [1 << 30])] == [1 << 22, 1 << 22, 1 << 27]
 
 
 def test_blocks_are_segments() -> None:

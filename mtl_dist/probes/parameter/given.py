@@ -12,7 +12,7 @@ from mtl_dist.engines import edge_of, is_partitioned, is_sharded, nodes
 from mtl_dist.losses import LocalLosses, TaskLosses
 from mtl_dist.probes.base import StepContext
 from mtl_dist.probes.parameter.rows import Trunk
-from mtl_dist.probes.parameter.segments import Plan, Segment, grouped
+from mtl_dist.probes.parameter.segments import Plan, Segment, bucket_size, grouped
 
 _LOGGER = logging.getLogger("mtl_dist")
 
@@ -22,12 +22,12 @@ ELSEWHERE = (
 )
 
 
-def named(parameters: Any, bucket: int) -> Trunk:
+def named(parameters: Any, bucket: int | None) -> Trunk:
     """The parameters as the ends of a graph that is not walked.
 
     Args:
         parameters: a module, a tensor, or tensors.
-        bucket: elements of parameters that a group should hold at most.
+        bucket: elements of parameters that a group should hold at most; None: see `bucket_size`.
 
     Raises:
         TypeError: something else.
@@ -55,7 +55,8 @@ def named(parameters: Any, bucket: int) -> Trunk:
             "with balancer(features, heads)"
         )
     leaves = [edge_of(one)[0] for one in trained]
-    segment = Segment((), (), tuple(grouped(leaves, bucket)))
+    size = bucket_size([sum(one.numel() for one in trained)]) if bucket is None else bucket
+    segment = Segment((), (), tuple(grouped(leaves, size)))
     return Trunk((), Plan((segment,), units=False, parameters=tuple(trained)))
 
 

@@ -45,9 +45,9 @@ class ParameterProbe(Probe):
     * Time: one pass through the heads (activations only; n passes if one function gives the losses of all
       tasks) and n backward passes through the trunk. Trunks without narrow places (see `segments.py`) take
       more, about half the trunk for every further bucket.
-    * Memory: n gradients of one bucket, or of the largest parameter, and n gradients of the activations at
-      a cut; never n·P.
-    * Communication: n·P numbers in reduce-scatters (exact), or n·m (sketch); and n² + O(n) numbers. Ranks
+    * Memory: n gradients of one bucket (about a layer of a large trunk; at most n P / 8 numbers, unless one
+      parameter is larger), and n gradients of the activations at a cut.
+    * Communication: n P numbers in reduce-scatters (exact), or n m (sketch); and n² + O(n) numbers. Ranks
       compare their lists of parameters first, and the host waits for that.
 
     Features may be given as a function, `balancer(lambda: self.trunk(x), heads)`. This is needed where the
@@ -67,7 +67,9 @@ class ParameterProbe(Probe):
         sketch: m, size of a random linear sketch that replaces the exact gradients. Entries of the Gram,
             divided by the product of the two norms, then have an error of standard deviation at most √(2/m).
             None: exact.
-        bucket: number of parameter elements whose gradients are held and reduced at a time.
+        bucket: number of parameter elements whose gradients are held and reduced at a time. None: as
+            many as the largest part of the graph between two narrow places, but at most an eighth of the
+            shared parameters, and at least 4 million.
         parameters: a function that returns the parameters that count (such as those of the last shared
             layer, which costs less); None: all that the features depend on, found in their graph.
         reevaluate: evaluate the trunk again for each task; None: where the engine needs it.
@@ -80,7 +82,7 @@ class ParameterProbe(Probe):
 
     every: int = 1
     sketch: int | None = None
-    bucket: int = 1 << 22
+    bucket: int | None = None
     parameters: Parameters | None = field(default=None, repr=False)
     reevaluate: bool | None = None
     seed: int = 0
@@ -89,11 +91,11 @@ class ParameterProbe(Probe):
     grams_add: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "bucket"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ParameterProbe: {name} must be at least 1, got {getattr(self, name)}")
-        if self.sketch is not None and self.sketch < 1:
-            raise ValueError(f"ParameterProbe: sketch must be None or at least 1, got {self.sketch}")
+        if self.every < 1:
+            raise ValueError(f"ParameterProbe: every must be at least 1, got {self.every}")
+        for name in ("bucket", "sketch"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"ParameterProbe: {name} must be None or at least 1, got {given}")
 
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """`Σ α_i s_i l_i`."""

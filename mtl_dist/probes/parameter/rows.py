@@ -32,7 +32,12 @@ class Trunk:
 
     @classmethod
     def below(
-        cls, leaves: tuple[Tensor, ...], wanted: Callable[[Tensor], bool], bucket: int, *, once: bool = False
+        cls,
+        leaves: tuple[Tensor, ...],
+        wanted: Callable[[Tensor], bool],
+        bucket: int | None,
+        *,
+        once: bool = False,
     ) -> Trunk:
         """The trunk that made `leaves`, with a `plan` of these arguments.
 
@@ -134,13 +139,23 @@ def _rows(
         lengths = [_real_length(leaf) for leaf in group]
         double = any(variable(leaf).dtype in (torch.float64, torch.complex128) for leaf in group)
         dtype = torch.float64 if double else torch.float32
-        rows = torch.zeros(len(factors), sum(lengths), dtype=dtype, device=factors.device)
+        rows = torch.empty(len(factors), sum(lengths), dtype=dtype, device=factors.device)
         for row, factor, found in zip(rows, factors, tasks, strict=True):
             for part, gradient in zip(row.split(lengths), found, strict=True):
-                if gradient is not None:
-                    part.copy_(_real(gradient))
-            row.mul_(factor)
+                _fill(part, gradient, factor)
         yield rows
+
+
+def _fill(part: Tensor, gradient: Tensor | None, factor: Tensor) -> None:
+    """Writes `factor * gradient`; None is zero."""
+    if gradient is None:
+        part.zero_()
+        return
+    own = _real(gradient)
+    if own.dtype == part.dtype and own.device == part.device:
+        torch.mul(own, factor, out=part)  # in one pass
+    else:
+        part.copy_(own).mul_(factor)
 
 
 def _weighed(gradient: Tensor, share: Tensor) -> Tensor:

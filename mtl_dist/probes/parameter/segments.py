@@ -23,6 +23,7 @@ from torch.autograd.graph import Node
 from mtl_dist.engines import UNIT_NODE, Edge, edge_of, is_there, whole_shape
 
 _LEAF = "torch::autograd::AccumulateGrad"
+_SMALLEST, _PART = 1 << 22, 8  # of a bucket: elements, and part of all parameters
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,20 @@ def shape_of(leaf: Node) -> tuple[int, ...]:
     return whole_shape(variable(leaf))
 
 
+def bucket_size(sizes: Sequence[int]) -> int:
+    """Elements of parameters that a group should hold at most, where nothing else was asked for.
+
+    As many as the largest piece of the graph has, so that no piece is traversed twice; an eighth of all for
+    networks with a larger piece.
+
+    Args:
+        sizes: elements of the parameters of each piece.
+    """
+    return max(_SMALLEST, min(max(sizes, default=0), -(-sum(sizes) // _PART)))
+
+
 def plan(
-    features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int, *, once: bool = False
+    features: Sequence[Tensor], wanted: Callable[[Tensor], bool], bucket: int | None, *, once: bool = False
 ) -> Plan:
     """Segments of the graph below `features` that leads to `wanted` leaves, in the order of a backward.
 
@@ -92,7 +105,8 @@ def plan(
     Args:
         features: where gradients start.
         wanted: which leaf tensors are meant.
-        bucket: elements of parameters that a group should hold at most; one parameter may be larger.
+        bucket: elements of parameters that a group should hold at most; one parameter may be larger. None:
+            see `bucket_size`.
         once: never traverse a node twice, and rather have larger groups.
 
     Raises:
@@ -106,13 +120,15 @@ def plan(
     roots = [edge for edge in dict.fromkeys(roots) if edge[0] in heights]
     segments: list[Segment] = []
     pending = list(roots)
-    for piece in _merged(_pieces(roots, heights, units=units), bucket):
+    pieces = list(_pieces(roots, heights, units=units))
+    size = bucket_size([piece.size() for piece in pieces]) if bucket is None else bucket
+    for piece in _merged(pieces, size):
         inside = {*piece.nodes, *piece.leaves}
         entries = [edge for edge in pending if edge[0] in inside]
         leaving = (edge for node in piece.nodes for edge in _children(node, heights))
         exits = list(dict.fromkeys(edge for edge in leaving if edge[0] not in inside))
         pending = list(dict.fromkeys([*(edge for edge in pending if edge[0] not in inside), *exits]))
-        groups = [tuple(piece.leaves)] if once else grouped(piece.leaves, bucket)
+        groups = [tuple(piece.leaves)] if once else grouped(piece.leaves, size)
         segments.append(Segment(tuple(entries), tuple(exits), tuple(groups)))
     return Plan(tuple(segments), units, parameters)
 
