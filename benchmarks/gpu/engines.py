@@ -67,7 +67,7 @@ def run(record: Record, device: torch.device, *, brief: bool = False) -> None:
 
 def at_once() -> int:
     """How many launches may run at a time: each has some processes that import for seconds."""
-    return max(1, min(6, (os.cpu_count() or 1) // 2))
+    return max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def _run_family(record: Record, cells: list[Cell], world_size: int, device: torch.device) -> None:

@@ -57,10 +57,10 @@ class Size:
 
 
 SIZES = {
-    "10M": Size(384, 6, 6, 512, 256, rounds=5),
-    "100M": Size(768, 14, 12, 128, 256, rounds=5),
-    "1B": Size(2048, 20, 16, 32, 256, rounds=4),
-    "2.4B": Size(2560, 30, 20, 16, 256, rounds=4),
+    "10M": Size(384, 6, 6, 512, 256, rounds=4),
+    "100M": Size(768, 14, 12, 128, 256, rounds=4),
+    "1B": Size(2048, 20, 16, 32, 256, rounds=3),
+    "2.4B": Size(2560, 30, 20, 16, 256, rounds=3),
 }
 TINY = {"tiny": Size(32, 1, 2, 4, 8, rounds=2)}
 

@@ -95,7 +95,7 @@ def _clients(record: Record, device: torch.device, brief: bool) -> None:
     clients.run(record, device, brief=brief)
 
 
-HEADS = ("linear", "decoder", "lm")
+HEADS = ("linear", "decoder")
 SMALL = ("--batch", "4", "--tasks", "2", "--rounds", "1", "--variants", "plain", "lag=1, MGDA")
 
 
@@ -120,8 +120,8 @@ PARTS = {
     "matrix": Part("engines on all GPUs equal one process", 150, _matrix),
     "training": Part("the training program under every engine, as accelerate launches it", 90, _training),
     "clients": Part("real trainers on one GPU, by themselves and with the library", 90, _clients),
-    "overhead": Part("the cost of a step beside a plain step, three kinds of heads", 90, _overhead),
-    "models": Part("the cost at 10 million to 2.4 billion parameters", 150, _models, ranks=True),
+    "overhead": Part("the cost of a step beside a plain step, two kinds of heads", 80, _overhead),
+    "models": Part("the cost at 10 million to 2.4 billion parameters", 140, _models, ranks=True),
 }
 
 
