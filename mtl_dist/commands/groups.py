@@ -53,9 +53,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def groups_record(
-    runs: Sequence[RunData], links: Links, seed: int
-) -> tuple[dict[str, Any], Affinities]:
+def groups_record(runs: Sequence[RunData], links: Links, seed: int) -> tuple[dict[str, Any], Affinities]:
     """What the command tells, and the matrices behind it.
 
     Raises:

@@ -65,8 +65,8 @@ class Affinities:
             losses: `[S, n]`.
 
         Raises:
-            ValueError: another shape, or a value that cannot be: a cosine outside [-1, 1], a negative norm, an
-                infinity.
+            ValueError: another shape, or a value that cannot be: a cosine outside [-1, 1], a negative norm,
+                an infinity.
         """
         return cls.over(tasks, [(cosines, norms, losses)])
 

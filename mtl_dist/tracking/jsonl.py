@@ -40,8 +40,9 @@ class RowReader:
         self.unfinished = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for self.line, line in self._lines():
-            yield self._row(line, self.line)
+        for number, line in self._lines():
+            self.line = number
+            yield self._row(line, number)
 
     def up_to(self, step: int) -> Iterator[dict[str, Any]]:
         """The rows up to an optimizer step. What follows them may be broken, as a power cut leaves it."""

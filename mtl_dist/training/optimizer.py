@@ -58,8 +58,8 @@ def build_optimizer(
         )
     try:
         optimizer: Optimizer = cls(parameters, **arguments)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"optimizer: {error}; got {spec!r}") from error
     return optimizer
 
 

@@ -138,10 +138,6 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"virtual_ranks={settings.virtual_ranks} needs one process, but {started} were started: "
             "remove it, or start one process (launch/debug.sh)"
         )
-    if settings.batch_size % settings.virtual_ranks:
-        raise ValueError(
-            f"batch_size={settings.batch_size} must be divisible by virtual_ranks={settings.virtual_ranks}"
-        )
     if accumulation not in (1, settings.accumulation):
         raise ValueError(
             f"the launcher asks for {accumulation} gradient accumulation steps, but this run has "

@@ -28,7 +28,7 @@ def alone(tmp_path_factory):
     def of(name: str) -> tuple[Path, Path, tuple[str, ...]]:
         if name not in known:
             folder = tmp_path_factory.mktemp(name)
-            recipe, _, probed = name.partition(" at ")
+            recipe, _, probed = name.partition("-")
             config, settings = configuration(recipe, folder), (*settings_of(recipe, folder), *STEPS)
             settings += ("probe=parameter",) if probed else ()
             train(folder / "one", 1, *settings, config=config)
@@ -38,7 +38,7 @@ def alone(tmp_path_factory):
     return of
 
 
-PARAMETERS = [f"{name} at all parameters" for name in SHORT if name not in ("hierarchical_vae", "side_tuning")]
+PARAMETERS = [f"{name}-parameters" for name in SHORT if name not in ("hierarchical_vae", "side_tuning")]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

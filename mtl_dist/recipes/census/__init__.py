@@ -120,8 +120,9 @@ class CensusNet(nn.Module):
         if not self.training:
             z = self.shared(numbers, categories)
             logits = [head(z).squeeze(1) for head in self.heads]
+            dtype = stats_dtype(numbers.device)
             losses = [
-                F.binary_cross_entropy_with_logits(logit, label, reduction="none").to(stats_dtype(numbers.device))
+                F.binary_cross_entropy_with_logits(logit, label, reduction="none").to(dtype)
                 for logit, label in zip(logits, labels.T, strict=True)
             ]
             places = [histograms(logit, label) for logit, label in zip(logits, labels.T, strict=True)]
