@@ -84,11 +84,14 @@ def evaluation_keys(tasks: Sequence[str], prefix: str = "eval", name: str = "") 
 
 
 def check_task_names(tasks: Sequence[str]) -> None:
-    """Raises an error for task names that cannot be part of a key.
+    """Raises an error for task names that cannot be part of a key, and for one that is given twice.
 
     Raises:
-        ValueError: a name has characters besides letters, digits, `_`, `.` and `-`, or contains `__`.
+        ValueError: a name stands twice, contains `__`, or characters besides letters, digits, `_`, `.` and
+            `-`.
     """
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks: give each task once, got {list(tasks)}")
     for task in tasks:
         if not _NAME.fullmatch(task) or "__" in task:
             raise ValueError(
