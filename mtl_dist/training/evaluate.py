@@ -12,6 +12,7 @@ from mtl_dist.recipes import BatchData, Recipe
 from mtl_dist.stats import stats_dtype
 from mtl_dist.tracking import Row
 from mtl_dist.training.batches import eval_batches
+from mtl_dist.training.contract import check_sums
 
 
 def evaluate(
@@ -33,7 +34,7 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for batch in eval_batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
-            sums = model(**send_to_device(batch, accelerator.device))
+            sums = check_sums(recipe, model(**send_to_device(batch, accelerator.device)))
             total = sums + functional.pad(total, (0, sums.shape[1] - total.shape[1]))
     model.train(was_training)
     summed: torch.Tensor = accelerator.reduce(total, reduction="sum")

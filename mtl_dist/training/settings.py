@@ -30,6 +30,7 @@ from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
 from mtl_dist.training.best import Mode, check_metric
 from mtl_dist.training.components import Component, Kind, Spec, build, hint, search_beside
+from mtl_dist.training.contract import check_metrics
 from mtl_dist.training.optimizer import Schedule, check_optimizer
 from mtl_dist.training.values import read_values, set_value
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
@@ -135,6 +136,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         check_task_names(self.recipe.object.tasks)
+        check_metrics(self.recipe.object)
         if self.overwrite and self.resume_from in ("auto", "latest"):
             raise ValueError(
                 f"overwrite=true and resume_from={self.resume_from}: one removes the earlier run, the other "
