@@ -29,7 +29,7 @@ from mtl_dist.training.optimizer import set_hyperparameters
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
 from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row, launch_notes
 from mtl_dist.training.settings import Settings, load_settings
-from mtl_dist.training.setup import Run, build_run, claim_output, make_accelerator
+from mtl_dist.training.setup import Run, build_run, claim_output, enter_output, make_accelerator
 from mtl_dist.training.step import train_batch
 from mtl_dist.training.storage import check_storage, storage_in_words, tree_size
 from mtl_dist.training.summary import summarise, table
@@ -109,6 +109,7 @@ def _trained(settings: Settings, held: ExitStack) -> tuple[Accelerator, dict[str
     if settings.check:
         make_deterministic()
     accelerator = make_accelerator(settings)
+    enter_output(settings, accelerator, held)
     start = agree_on_start(accelerator, settings)
     if accelerator.is_main_process:
         for note in (*launch_notes(), *start.notes):
@@ -118,7 +119,7 @@ def _trained(settings: Settings, held: ExitStack) -> tuple[Accelerator, dict[str
             _print(f"{str(settings.output_dir)!r} is finished: step {start.done} of {settings.steps}")
         return accelerator, json.loads((settings.output_dir / SUMMARY).read_text(encoding="utf-8"))
     run = build_run(settings, accelerator, start.done)
-    claim_output(settings, accelerator, start, held)
+    claim_output(settings, accelerator, start)
     if start.checkpoint is not None:
         accelerator.load_state(str(start.checkpoint))
         # the checkpoint brought its own values

@@ -169,28 +169,42 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def claim_output(settings: Settings, accelerator: Accelerator, start: Start, held: ExitStack) -> None:
+def enter_output(settings: Settings, accelerator: Accelerator, held: ExitStack) -> None:
+    """Makes the output folder, and keeps other runs out of it. All ranks call it, before they look into it.
+
+    Args:
+        settings: of the run.
+        accelerator: of the run.
+        held: lets other runs in, when it is closed.
+
+    Raises:
+        RunError: on every rank, if another run writes into the folder, or it cannot be made.
+    """
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(settings.output_dir))
+        except OSError as error:
+            problem = explain_storage(error, settings.output_dir)
+        except ValueError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)
+
+
+def claim_output(settings: Settings, accelerator: Accelerator, start: Start) -> None:
     """Makes the output folder ready for a run that begins at `start`. All ranks call it.
 
     An earlier run is removed unless it goes on; later checkpoints than that of `start` are renamed. Then the
     ranks look whether they see one folder, if there are checkpoints.
 
-    Args:
-        settings: of the run.
-        accelerator: of the run.
-        start: where the run begins.
-        held: gives the folder back to other runs, when it is closed.
-
     Raises:
-        RunError: on every rank, if the folder cannot be written, is not the same one, or another run writes
-            into it, or its rows are damaged.
+        RunError: on every rank, if the folder cannot be written, is not the same one, or has damaged rows.
     """
     everyone(accelerator, None)  # every rank has looked at the folder before one rank changes it
     problem = note = None
     if accelerator.is_main_process:
         try:
-            settings.output_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone_in(settings.output_dir))
             note = check_rows(settings, start)
             _claim(settings, start)
         except OSError as error:

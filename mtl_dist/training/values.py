@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -16,7 +16,7 @@ class Loader(yaml.SafeLoader):
     date. It takes the last of two keys without a word.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # those of `_PLAIN`
+    yaml_implicit_resolvers: dict[str, Any] = {}  # those of `_PLAIN`
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises `ConstructorError` for a key that stands twice."""
