@@ -63,8 +63,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     try:
         settings = load_settings(arguments.config, arguments.overrides)
-        _check(settings)
-    except (ValueError, ImportError) as error:
+        with storage_in_words(settings.output_dir):
+            _check(settings)
+    except (ValueError, ImportError, RunError) as error:
         _print_once(str(error))
         return 2
     if arguments.check:

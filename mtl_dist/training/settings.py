@@ -107,7 +107,7 @@ class Settings(BaseModel):
     lag: int = Field(0, ge=0, le=1)
     counts: Literal["given", "equal"] = "given"
     seed: int = Field(0, ge=0, lt=2**32)  # NumPy takes no larger ones
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=2**53)  # exact in rows
     batch_size: int = Field(gt=0)
     accumulation: int = Field(1, gt=0)
     optimizer: Spec = "adamw"
@@ -126,7 +126,7 @@ class Settings(BaseModel):
     best_metric: str | None = None
     best_mode: Mode = "min"
     num_processes: int | None = Field(None, gt=0)
-    timeout_minutes: float | None = Field(None, gt=0)
+    timeout_minutes: float | None = Field(None, gt=0, le=525_600)  # a year; Gloo counts milliseconds
     output_dir: Annotated[Path, BeforeValidator(_folder)]
     overwrite: bool = False
     check: bool = False

@@ -128,8 +128,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
     Raises:
         RuntimeError: another number of processes was started.
-        ValueError: the batch size is not divisible by the number of processes, or the launcher accumulates
-            gradients.
+        ValueError: the batch size is not divisible by the number of processes, the launcher accumulates
+            gradients, or the device has no float16.
     """
     minutes = settings.timeout_minutes
     timeout = None if minutes is None else timedelta(minutes=minutes)
@@ -159,9 +159,15 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"precision={settings.precision}, but the launcher's configuration of the engine says "
             f"{accelerator.mixed_precision}: set it there, or leave out precision"
         )
-    if accelerator.state.deepspeed_plugin is not None:
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.mixed_precision == "fp16" and plugin is None and not accelerator.native_amp:
+        raise ValueError(
+            f"precision=fp16: on the device {accelerator.device.type!r}, Accelerate would train in float32 "
+            "without a word; use precision=bf16 or precision=no"
+        )
+    if plugin is not None:
         # Accelerate takes it from the loader's batch_size; a loader with a batch sampler has none
-        engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine = plugin.deepspeed_config
         engine["train_micro_batch_size_per_gpu"] = micro_batch // started
         engine["gradient_accumulation_steps"] = settings.accumulation
         if settings.clip_norm is not None:  # DeepSpeed clips inside its optimizer step

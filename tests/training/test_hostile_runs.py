@@ -86,7 +86,7 @@ def test_one_task_and_many(
     row = last(tmp_path / "run")
     assert sum(row[f"mtl/weight/{name}"] for name in names) == pytest.approx(1)
     assert console(["groups", str(tmp_path / "run")]) == (2 if number == 1 else 0)
-    assert console(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_summary_is_json_where_validation_is_nan(train_here: Train, tmp_path: Path) -> None:
@@ -174,6 +174,20 @@ def test_rows_that_are_damaged_are_named(
     assert train_here(tmp_path, "resume_from=auto", "steps=6") == 1
     assert "metrics.jsonl:1: not JSON: 'no row'" in capsys.readouterr().err
     assert metrics.read_text() == before
+
+
+def test_float16_where_there_is_none_is_refused(train_here: Train, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="precision=fp16: on the device 'cpu', Accelerate would train in float32"
+    ):
+        train_here(tmp_path, "precision=fp16")
+
+
+def test_a_name_that_no_folder_can_have(
+    train_here: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(tmp_path / (300 * "x")) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_one_run_at_a_time_writes_into_a_folder(

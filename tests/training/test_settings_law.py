@@ -32,9 +32,9 @@ from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "recipe" / "multi_digits.yaml"
 WRITTEN = [
-    *("null", "~", "true", "false", "yes", "no", "x", '"5"', '""', '" "', "1:30", "010", "2026-11-26"),
-    *("-1", "0", "1", "1.0", "1.5", "-0.5", "1e400", ".nan", ".inf", "-.inf", "1" + 25 * "0", "9" * 5000),
-    *("[]", "[1, 2]", "[[]]", "[jsonl, jsonl]", "{}", "{a: 1}", "{1: 1}"),
+    *("null", "true", "false", "x", '"5"', '""'),
+    *("-1", "0", "1.0", "1.5", "-0.5", "1e400", ".nan", "1" + 25 * "0"),
+    *("[]", "[1, 2]", "[jsonl, jsonl]", "{}", "{a: 1}"),
 ]
 NEEDED = {
     "rule": "equal",
