@@ -82,6 +82,16 @@ def check_sums(recipe: Recipe, sums: Any) -> Tensor:
     return sums
 
 
+def check_value(recipe: Recipe, task: str, name: str, value: Any) -> float:
+    """What a metric gave, as a number. Raises `ValueError` unless it is one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise _wrong(
+            recipe, f"the metric {name!r} of task {task!r} must give a number, got {_kind(value)}"
+        ) from None
+
+
 def _wrong(recipe: Recipe, what: str) -> ValueError:
     return ValueError(f"recipe: {type(recipe).__name__}: {what}")
 

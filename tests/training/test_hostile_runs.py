@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from mtl_dist.cli import main as console
 from mtl_dist.tracking import read_rows
 from mtl_dist.train import main
-from mtl_dist.training import storage
-from tests.training.tiny import DATA, EVAL, MODEL, TRAIN
+from mtl_dist.training import evaluate, storage
+from tests.training.tiny import DATA, EVAL, MODEL, TRAIN, Tiny
 
 SETTINGS = (
     'recipe={name: "tests.training.tiny:Tiny"}',
@@ -51,7 +51,12 @@ def last(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("fault", [*TRAIN, *DATA, *MODEL, *(fault for fault in EVAL if "NaN" not in fault)])
 def test_a_recipe_that_breaks_its_promise_is_told(train_here: Train, tmp_path: Path, fault: str) -> None:
-    part = {"eval": "in eval mode", "train": "in training mode", "data": r"data\(\)", "model": r"model\(\)"}
+    part = {
+        "eval": "(in eval mode|the metric 'mse')",
+        "train": "in training mode",
+        "data": r"data\(\)",
+        "model": r"model\(\)",
+    }
     with pytest.raises(ValueError, match=f"recipe: Tiny: {part[fault.partition(':')[0]]}"):
         train_here(tmp_path / "run", f"recipe.fault={json.dumps(fault)}")
 
@@ -87,6 +92,25 @@ def test_one_task_and_many(
     assert sum(row[f"mtl/weight/{name}"] for name in names) == pytest.approx(1)
     assert console(["groups", str(tmp_path / "run")]) == (2 if number == 1 else 0)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_rank_with_fewer_columns_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank has no sample, its model may not know how many sums a metric has."""
+    reduced = []
+
+    class Rank:
+        device, process_index, num_processes = torch.device("cpu"), 0, 1
+
+        def reduce(self, total: torch.Tensor, reduction: str) -> torch.Tensor:
+            reduced.append(total.shape)
+            return total
+
+    monkeypatch.setattr(evaluate, "everyone", lambda accelerator, mine: [mine, 5])
+    recipe = Tiny()
+    model = recipe.model(torch.nn.Identity())
+    row = evaluate.evaluate(model, recipe.data(0)[1], recipe, Rank(), 16)
+    assert reduced == [(2, 5)]
+    assert row["eval/a/mse"] == row["eval/loss/a"] > 0
 
 
 def test_the_summary_is_json_where_validation_is_nan(train_here: Train, tmp_path: Path) -> None:

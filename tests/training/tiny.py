@@ -38,6 +38,7 @@ EVAL = {
     "eval: nothing": lambda sums: None,
     "eval: whole numbers": lambda sums: sums.long(),
     "eval: NaN": lambda sums: sums * torch.nan,
+    "eval: no number": lambda sums: sums,
 }
 TRAIN = {
     "train: nothing": lambda total: None,
@@ -63,7 +64,8 @@ class Tiny(Recipe):
 
     @property
     def metrics(self) -> dict[str, Metric]:  # type: ignore[override]
-        return {name: Metric(self.metric) for name in self.names}
+        finish = (lambda mean: None) if self.fault == "eval: no number" else float
+        return {name: Metric(self.metric, finish) for name in self.names}
 
     def data(self, seed: int) -> Any:
         draw = torch.Generator().manual_seed(seed)
