@@ -742,6 +742,10 @@ def test_other_counts_than_told_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"told other counts .* 'task0': 3 and then 1, 'task2': 0 and"):
         net(*batch(0))
     assert collectives.events == ["begin", "leave"]
+    alone = Net(MGDA(), lag=1)
+    alone.balancer.expect({"task0": 3, "task1": 1})
+    with pytest.raises(ValueError, match="told other counts"):
+        alone(*batch(0))
 
 
 def test_expect_is_refused_where_no_count_is_awaited() -> None:
