@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,13 +24,15 @@ from mtl_dist.training.checkpoints import checkpoints_of, save_checkpoint, space
 from mtl_dist.training.debug import findings_text, make_deterministic, step_table
 from mtl_dist.training.engine import describe_engine
 from mtl_dist.training.evaluate import evaluate
+from mtl_dist.training.files import write_json
+from mtl_dist.training.optimizer import set_hyperparameters
 from mtl_dist.training.record import StepClock, open_log, postfix, save_ids
 from mtl_dist.training.resume import Start, agree_on_start, find_start, last_row, launch_notes
 from mtl_dist.training.settings import Settings, load_settings
-from mtl_dist.training.setup import Run, build_run, claim_output, make_accelerator
+from mtl_dist.training.setup import Run, build_run, claim_output, enter_output, make_accelerator
 from mtl_dist.training.step import train_batch
 from mtl_dist.training.storage import check_storage, storage_in_words, tree_size
-from mtl_dist.training.summary import summarise, table, write_json
+from mtl_dist.training.summary import summarise, table
 from mtl_dist.training.together import RunError
 
 
@@ -60,8 +63,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     try:
         settings = load_settings(arguments.config, arguments.overrides)
-        _check(settings)
-    except (ValueError, ImportError) as error:
+        with storage_in_words(settings.output_dir):
+            _check(settings)
+    except (ValueError, ImportError, RunError) as error:
         _print_once(str(error))
         return 2
     if arguments.check:
@@ -94,17 +98,19 @@ def train(settings: Settings) -> dict[str, Any] | None:
         RuntimeError: the launcher did not start what was asked for, or (`RunError`) the output folder cannot
             do what the run needs.
     """
-    accelerator, summary = _trained(settings)
+    with ExitStack() as held:
+        accelerator, summary = _trained(settings, held)
     # free the model before its process group: otherwise a Gloo group can hang at exit (torch 2.13)
     accelerator.free_memory()
     accelerator.end_training()
     return summary
 
 
-def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any] | None]:
+def _trained(settings: Settings, held: ExitStack) -> tuple[Accelerator, dict[str, Any] | None]:
     if settings.check:
         make_deterministic()
     accelerator = make_accelerator(settings)
+    enter_output(settings, accelerator, held)
     start = agree_on_start(accelerator, settings)
     if accelerator.is_main_process:
         for note in (*launch_notes(), *start.notes):
@@ -117,6 +123,8 @@ def _trained(settings: Settings) -> tuple[Accelerator, dict[str, Any] | None]:
     claim_output(settings, accelerator, start)
     if start.checkpoint is not None:
         accelerator.load_state(str(start.checkpoint))
+        # the checkpoint brought its own values
+        set_hyperparameters(run.optimizer, settings.learning_rate, settings.weight_decay)
     with open_log(run, start.done, start.checkpoint) as log:
         if accelerator.is_main_process:
             save_ids(settings, log.run_ids)

@@ -60,7 +60,7 @@ def test_a_component_given_by_name_takes_fields_by_override():
         ("equal", Equal()),
         ({"name": "mgda"}, MGDA()),
         ({"name": "generalized_mean", "power": math.inf}, GeneralizedMean(power=math.inf)),
-        ({"name": "generalized_mean", "power": "1e3"}, GeneralizedMean(power=1000.0)),
+        ({"name": "generalized_mean", "power": 1e3}, GeneralizedMean(power=1000.0)),
         ({"name": "fixed", "weights": {"left": 1, "right": 2}}, Fixed({"left": 1.0, "right": 2.0})),
         ({"name": "fixed", "weights": [1, 2]}, Fixed([1.0, 2.0])),
         ({"name": "smooth", "decay": 0.9, "rule": {"name": "mgda"}}, Smooth(MGDA(), decay=0.9)),

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import warm
+from accelerate import Accelerator
 from program import BIN, ROOT, run
 
 from mtl_dist.doctor import facts, machines, trial, versions
 from mtl_dist.doctor.examine import Line, add_arguments, examine
 from mtl_dist.doctor.facts import Facts
+from mtl_dist.integrations.accelerate import check_launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 DOCTOR = ["-m", "mtl_dist.doctor"]
@@ -223,6 +225,38 @@ def test_only_one_of_head_and_machines_is_refused(capsys: pytest.CaptureFixture[
 
     assert main(["doctor", "--machines", "2"]) == 2
     assert "give both --machines and --head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        *(
+            (f"{name} {value}", f"argument {name}: ")
+            for name in ("--num-processes", "--machines", "--wait-minutes")
+            for value in ("0", "-1", "nan", "inf", "x", "true")
+        ),
+        ("--machines 1.5", "invalid number value: '1.5'"),
+        ("--engine some.yaml", "--engine and --wait-minutes go with --machines"),
+        ("--wait-minutes 3", "--engine and --wait-minutes go with --machines"),
+        ("--machines 2 --head node0:29500 --engine nowhere.yaml", "'nowhere.yaml' cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_named(given: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mtl_dist.cli import main
+
+    try:
+        status = main(["doctor", *given.split()])
+    except SystemExit as stop:
+        status = stop.code
+    assert status in (1, 2)
+    told = capsys.readouterr()
+    assert words in told.out + told.err
+
+
+@pytest.mark.parametrize("number", ["two", "-2", "0", "2.0", " ", "\u00b2"])
+def test_a_wrong_number_in_the_environment_is_told(number: str, fresh_accelerate: object) -> None:
+    with pytest.raises(RuntimeError, match="MTL_DIST_NUM_PROCESSES must be a number of processes >= 1, got"):
+        check_launch(Accelerator(cpu=True), {"MTL_DIST_NUM_PROCESSES": number})
 
 
 @pytest.fixture

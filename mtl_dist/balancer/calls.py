@@ -104,24 +104,27 @@ class BalancerCalls(BalancerMembers):
             balancer.expect({"depth": len(depth), "normal": len(normal)})
             loss = balancer(trunk(x), heads)
 
+        Told again before the call, as after an exception in the trunk, the new counts take the place of the
+        old ones; every rank must tell equally often.
+
         Args:
             counts: as for the call; 0 for a task that is not named. Nothing is awaited in eval mode, or where
                 the weights are held.
 
         Raises:
             ValueError: no count is awaited here (lag=0, or equal counts), or counts that cannot be.
-            RuntimeError: the call that was told of has not come yet.
         """
         if (twin := self._virtual_twin()) is not None:
             twin.expect(counts)
             return
         if not self.lag or self.counts == "equal":
             raise ValueError('expect: only lag=1 with counts="given" waits for counts alone: leave it out')
-        if self._expected is not None:
-            raise RuntimeError("expect: counts were told already: make the training call that has them first")
         held = self._updates_left is not None and self._updates_left <= 0
         if held or not (self.training and torch.is_grad_enabled()):
             return
+        earlier, self._expected = self._expected, None
+        if earlier is not None:  # of a step that failed before its call, and that its caller went on from
+            earlier.finish()
         self._connect()
         self._underway.arrive()
         local = told_counts(counts, self.tasks, self._synchronizer.device)

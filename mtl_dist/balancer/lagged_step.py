@@ -77,6 +77,9 @@ class LaggedStep(Step):
     def shares(self, losses: LocalLosses) -> tuple[Tensor | None, Tensor]:
         """`[n]`, `s_i`, and `[n]`, `c_i / s_i`."""
         counts = losses.counts
+        if self.expected is not None:  # also where nobody else reads them
+            told = self.expected.local.counts.to(counts.device, non_blocking=True)
+            self.refuse((told != counts).any(), partial(self._explain_expected, counts))
         if self.counts is not None:
             return self._shares_of(counts, self.counts.to(counts))
         if self.world_size == 1 or self.equal_counts:
@@ -85,8 +88,6 @@ class LaggedStep(Step):
         if self.expected is None:
             total = self.reduce_now(own, None, self.call(Kind.COUNTS)).total.counts
         else:
-            told = self.expected.local.counts.to(counts.device, non_blocking=True)
-            self.refuse((told != counts).any(), partial(self._explain_expected, own))
             self.reduced = True
             summed = self.expected.finish()
             self.look_at_ranks(summed, self.call(Kind.COUNTS))
@@ -164,9 +165,9 @@ class LaggedStep(Step):
     def _call(self) -> Call:
         return self.call(Kind.LAGGED)
 
-    def _explain_expected(self, own: LocalStats) -> Exception:
+    def _explain_expected(self, own: Tensor) -> Exception:
         assert self.expected is not None
-        pairs = zip(self.tasks, self.expected.local.counts.tolist(), own.counts.tolist(), strict=True)
+        pairs = zip(self.tasks, self.expected.local.counts.tolist(), own.tolist(), strict=True)
         wrong = [f"{task!r}: {told:g} and then {got:g}" for task, told, got in pairs if told != got]
         return ValueError(
             f"mtl_dist, step {self.step}: balancer.expect told other counts than this call has, for task "

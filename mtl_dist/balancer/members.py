@@ -86,6 +86,7 @@ class BalancerMembers(TypedCall):
         """Sets the data-parallel group before the first step.
 
         Raises:
+            ValueError: `group` is no process group.
             RuntimeError: a step was already taken with another group.
         """
         self._synchronizer.set_group(group)

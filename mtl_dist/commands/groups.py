@@ -14,7 +14,7 @@ from mtl_dist.grouping import Affinities, Agreement, codelength, find_groups
 from mtl_dist.grouping.affinity import Links
 from mtl_dist.tracking.files import METRICS
 from mtl_dist.tracking.report.groups import affinities_of
-from mtl_dist.tracking.report.read import read_runs
+from mtl_dist.tracking.report.read import RunData, read_runs
 
 _MATRICES = ("cosines", "conflicts", "affinity")
 
@@ -37,10 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Writes groups and means. If that is not possible, prints one line and returns 2."""
     try:
-        record, found = groups_record(arguments.runs, arguments.links, arguments.seed)
+        runs = read_runs([Path(folder) for folder in arguments.runs])
+        record, found = groups_record(runs, arguments.links, arguments.seed)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"mtl-dist groups: {error}\n")
         return 2
+    for run in runs:
+        for sentence in run.left_out:
+            sys.stderr.write(f"mtl-dist groups: {run.name}: {sentence}\n")
     if arguments.json:
         matrices = {name: _rows(getattr(found, name)) for name in _MATRICES}
         sys.stdout.write(json.dumps(record | matrices, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -49,15 +53,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def groups_record(
-    folders: Sequence[str | Path], links: Links, seed: int
-) -> tuple[dict[str, Any], Affinities]:
+def groups_record(runs: Sequence[RunData], links: Links, seed: int) -> tuple[dict[str, Any], Affinities]:
     """What the command tells, and the matrices behind it.
 
     Raises:
-        ValueError: a folder is not a run, or no cosine was recorded.
+        ValueError: no cosine was recorded.
     """
-    found = affinities_of(read_runs([Path(folder) for folder in folders]))
+    found = affinities_of(runs)
     weights = found.links(links)
     groups, bits = find_groups(weights, seed=seed)
     everyone = range(len(found.tasks))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from mtl_dist.training.together import RunError, everyone
 
 # what all ranks find, so that one of them says it
 _SAME_EVERYWHERE = ("machines", "code", "packages", "settings", "processes", "interface", "agreement")
+_WAIT_MINUTES = 10.0
 _SLOW_MS = 5.0  # Gloo within an idle node takes 0.4 ms
 
 
@@ -33,21 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `mtl-dist doctor`."""
     parser.add_argument(
         "--num-processes",
-        type=int,
+        type=_positive(int),
         help="expected number of processes (default: that of the launcher)",
     )
     together = parser.add_argument_group(
         "before a training on several machines",
         "run it on each of them, without a launcher: they meet at the head and compare what they have",
     )
-    together.add_argument("--machines", type=int, help="number of machines")
+    together.add_argument("--machines", type=_positive(int), help="number of machines")
     together.add_argument("--head", metavar="HOST:PORT", help="one of them, where they meet")
     together.add_argument("--engine", metavar="FILE", help="the engine's file, to compare")
     together.add_argument(
-        "--wait-minutes", type=float, default=10.0, help="for the other machines (default: 10)"
+        "--wait-minutes", type=_positive(float), help="for the other machines (default: 10)"
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="what will be trained, to compare")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="its settings")
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Reads an argument that counts or measures something."""
+
+    def read(text: str) -> float:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        return value
+
+    read.__name__ = "number"  # argparse shows it for what is none
+    return read
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -57,6 +71,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     if (arguments.machines is None) != (arguments.head is None):
         sys.stderr.write("mtl-dist doctor: give both --machines and --head, or none of them\n")
+        return 2
+    if arguments.machines is None and (arguments.engine, arguments.wait_minutes) != (None, None):
+        sys.stderr.write("mtl-dist doctor: --engine and --wait-minutes go with --machines and --head\n")
         return 2
     lines: list[Line] = []
     main = int(os.environ.get("RANK", "0")) == 0
@@ -109,13 +126,18 @@ def examine(arguments: argparse.Namespace) -> Iterator[Line]:
 
 
 def _before_start(arguments: argparse.Namespace, settings: Settings | None) -> Iterator[Line]:
-    engine = Path(arguments.engine).read_text(encoding="utf-8") if arguments.engine else ""
+    try:
+        engine = "" if arguments.engine is None else Path(arguments.engine).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        yield Line("FAIL", "engine", f"{arguments.engine!r} cannot be read", str(error))
+        return
     text = "" if settings is None else settings.model_dump_json() + engine
     number = arguments.num_processes
     processes = "" if number is None else f"{number} in all, {_devices()} device(s) on each machine"
     mine = gather_facts(text, processes, arguments.head.rpartition(":")[0])
     folder = None if settings is None else settings.output_dir
-    yield from examine_machines(arguments.head, arguments.machines, mine, folder, 60 * arguments.wait_minutes)
+    seconds = 60 * (arguments.wait_minutes or _WAIT_MINUTES)
+    yield from examine_machines(arguments.head, arguments.machines, mine, folder, seconds)
 
 
 def _machines(accelerator: Accelerator, settings: Settings | None) -> Iterator[Line]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mtl_dist.grouping.map_equation import Array, Groups
 
 Links = Literal["cosine", "affinity"]
+_ROUNDING = 1e-6  # of a cosine in float32
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Affinities:
             cosines: `[S, n, n]`, cosines of the gradients; the diagonal is not read.
             norms: `[S, n]`, lengths of the gradients.
             losses: `[S, n]`.
+
+        Raises:
+            ValueError: another shape, or a value that cannot be: a cosine outside [-1, 1], a negative norm,
+                an infinity.
         """
         return cls.over(tasks, [(cosines, norms, losses)])
 
@@ -74,13 +79,21 @@ class Affinities:
         Args:
             tasks: n names.
             parts: cosines, norms and losses of some steps each, in the shapes of `measure`.
+
+        Raises:
+            ValueError: as `measure`.
         """
         n, steps = len(tasks), 0
         cosines, conflicts, affinity = _Mean(n), _Mean(n), _Mean(n)
         diagonal = np.arange(n)
         for part in parts:
             cosine, norm, loss = (np.array(values, dtype=np.float64) for values in part)
-            cosine[:, diagonal, diagonal] = np.nan
+            shape = (len(cosine), n) if cosine.ndim else (0, n)
+            if cosine.shape == (*shape, n):
+                cosine[:, diagonal, diagonal] = np.nan
+            _check("cosines", cosine, (*shape, n), -1, 1)
+            _check("norms", norm, shape, 0, np.inf)
+            _check("losses", loss, shape, -np.inf, np.inf)
             measured = np.isfinite(cosine)
             steps += int(measured.any((1, 2)).sum())
             cosines.add(cosine)
@@ -124,6 +137,15 @@ class Affinities:
             return Agreement(0, np.nan, np.nan)
         a, b = np.transpose(pairs)
         return Agreement(len(pairs), float(self.cosines[a, b].mean()), float(self.conflicts[a, b].mean()))
+
+
+def _check(name: str, values: Array, shape: tuple[int, ...], low: float, high: float) -> None:
+    """Raises `ValueError` for values of another shape, infinite ones, and those outside the range."""
+    if values.shape != shape:
+        raise ValueError(f"{name} must be of shape {list(shape)}, got {list(values.shape)}")
+    wrong = np.isinf(values) | (values < low - _ROUNDING) | (values > high + _ROUNDING)
+    if wrong.any():
+        raise ValueError(f"{name} must be finite and in [{low}, {high}], or NaN, got {values[wrong][0]}")
 
 
 class _Mean:

@@ -12,6 +12,7 @@ loss scale. If the scaler skips a step, the rule stays as it was. With accumulat
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import wraps
@@ -308,8 +309,13 @@ def _flag(variable: str, environment: Mapping[str, str] = os.environ) -> bool:
 
 def _asked_processes(environment: Mapping[str, str]) -> int | None:
     for variable in (EXPECTED_PROCESSES, "WORLD_SIZE"):
-        if environment.get(variable, "").isdigit():
-            return int(environment[variable])
+        text = environment.get(variable, "")
+        if re.fullmatch("[0-9]{1,9}", text) and int(text):
+            return int(text)
+        if text and variable == EXPECTED_PROCESSES:
+            raise RuntimeError(
+                f"{variable} must be a number of processes >= 1, got {text!r}: correct or unset it"
+            )
     return None
 
 

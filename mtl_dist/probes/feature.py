@@ -11,6 +11,7 @@ from mtl_dist.losses import Heads
 from mtl_dist.probes.base import LaggedStep, Probe, StepContext
 from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.pipeline import evaluate, weigh
+from mtl_dist.probes.settings import check_flag
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class FeatureProbe(Probe):
             step.
 
     Raises:
-        ValueError: `reevaluate=False`, and the engine partitions parameters (on every rank, before any
-            collective of the step); a head that changes the features in place, or reads them past its
-            argument.
+        ValueError: a setting of the wrong kind; `reevaluate=False`, and the engine partitions parameters (on
+            every rank, before any collective of the step); a head that changes the features in place, or
+            reads them past its argument.
     """
 
     reevaluate: bool | None = None
 
     at_features: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_flag(self, "reevaluate", optional=True)
 
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """`Σ α_i s_i l_i`, one collective."""

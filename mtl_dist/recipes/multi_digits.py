@@ -131,10 +131,9 @@ class MultiDigitsNet(nn.Module):
             left: `[B]` int64, the left digit.
             right: `[B]` int64, the right digit.
         """
-        z = self.trunk(image)
-        total, pixels = (left + right).to(z.dtype), image.flatten(1)
+        total, pixels = (left + right).to(image.dtype), image.flatten(1)
         if not self.training:
-            return self._sums(z, left, right, total, pixels)
+            return self._sums(self.trunk(image), left, right, total, pixels)
         heads = {
             "left": lambda z: F.cross_entropy(self.left(z), left),
             "right": lambda z: F.cross_entropy(self.right(z), right),
@@ -142,7 +141,8 @@ class MultiDigitsNet(nn.Module):
             "image": lambda z: (self.image(z) - pixels).square().sum(1).mean(),
         }
         counts = dict.fromkeys(heads, float(len(image)))
-        scalar: Tensor = self.balancer(z, heads, counts=counts)
+        # a function, which ParameterProbe calls again for each task where an engine frees the parameters
+        scalar: Tensor = self.balancer(lambda: self.trunk(image), heads, counts=counts)
         return scalar
 
     def _sums(self, z: Tensor, left: Tensor, right: Tensor, total: Tensor, pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +85,15 @@ class TextMixtureNet(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if not self.training and not len(tokens):
             return torch.zeros(len(DOMAINS), 3, dtype=stats_dtype(tokens.device), device=tokens.device)
-        hidden = self.trunk(input_ids=inputs, use_cache=False).last_hidden_state
+
+        def hidden() -> Any:  # [B, T, width]
+            return self.trunk(input_ids=inputs, use_cache=False).last_hidden_state
 
         def losses(logits: Tensor) -> Tensor:  # [B, T]
             return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
         if not self.training:
-            return self._sums(losses(self.head(hidden)), domain)
+            return self._sums(losses(self.head(hidden())), domain)
         scalar: Tensor = self.balancer(hidden, losses, layer=self.head, task_ids=domain)
         return scalar
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.sync.group import job_store, make_group, members, timeout_of
+from mtl_dist.sync.group import check_member, job_store, make_group, members, timeout_of
 from mtl_dist.sync.meeting import Arrival, Board
 
 # Which of several virtual ranks the running thread is; None outside of `VirtualRanks.run`.
@@ -198,14 +198,24 @@ def is_part_of_world(group: dist.ProcessGroup | None) -> bool:
 
 
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
-    """Where the collectives of `group` take their tensors: the CPU if they can, else the accelerator."""
+    """Where the collectives of `group` take their tensors: the CPU if they can, else the accelerator.
+
+    Raises the errors of `all_reduce_sum`.
+    """
+    check_member(group)
     if is_distributed() and "cpu" not in dist.get_backend_config(group):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return torch.device("cpu")
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum of `tensor` over the ranks of `group` (None: all), a new tensor; a copy in a single process."""
+    """Sum of `tensor` over the ranks of `group` (None: all), a new tensor; a copy in a single process.
+
+    Raises:
+        ValueError: `group` is no process group.
+        RuntimeError: this rank is not in it.
+    """
+    check_member(group)
     total = tensor.clone()
     if is_distributed():
         dist.all_reduce(total, group=group)

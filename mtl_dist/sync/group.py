@@ -112,6 +112,37 @@ def _unbound(world: Any, *, whole: bool) -> Iterator[None]:
         world.bound_device_id = bound
 
 
+def is_member(group: Any) -> bool:
+    """Whether this rank is in the group that it was given; `new_group` gives a number to ranks it leaves out.
+
+    Raises:
+        ValueError: it is no group.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return True
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        return False
+    raise ValueError(
+        f"group= must be a process group, such as torch.distributed.new_group(ranks) makes, got {group!r}: "
+        "give the one of the ranks that hold different samples (a device mesh has get_group()), or None for "
+        "all ranks"
+    )
+
+
+def outside(group: Any) -> RuntimeError:
+    """The error for a group that this rank is not in."""
+    return RuntimeError(
+        f"mtl_dist: group= is no process group that this rank is a member of, got {group!r}: give each rank "
+        "the group of the ranks that it shares the model with, or do not train on this rank"
+    )
+
+
+def check_member(group: dist.ProcessGroup | None) -> None:
+    """Raises the error of a group that this rank cannot sum over; None stands for all ranks."""
+    if group is not None and not is_member(group):
+        raise outside(group)
+
+
 def members(group: dist.ProcessGroup) -> Sequence[int]:
     """The ranks of a living group, in its order.
 

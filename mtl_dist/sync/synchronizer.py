@@ -24,7 +24,7 @@ from mtl_dist.sync.collectives import (
     collective_device,
     is_part_of_world,
 )
-from mtl_dist.sync.group import group_is_gone
+from mtl_dist.sync.group import group_is_gone, is_member, outside
 from mtl_dist.sync.joins import JoinWatch
 from mtl_dist.sync.layout import Call, Kind, Layout
 from mtl_dist.sync.notice import Notice
@@ -47,6 +47,9 @@ class Synchronizer:
     Args:
         num_tasks: n, which fixes the layout.
         group: the data-parallel group given by the user; None for all ranks. Held weakly.
+
+    Raises:
+        ValueError: `group` is no process group.
 
     Attributes:
         num_tasks: n.
@@ -340,22 +343,17 @@ _NO_JOB = (
 
 
 def _reference(group: Any) -> Callable[[], dist.ProcessGroup | None]:
-    if not isinstance(group, dist.ProcessGroup):  # what new_group gives to ranks that it leaves out
-        return _Outside(group)
-    return weakref.ref(group)
+    return weakref.ref(group) if is_member(group) else _Outside(group)
 
 
 class _Outside:
     """Stands for a group that this rank is not in."""
 
     def __init__(self, given: Any) -> None:
-        self._given = repr(given)
+        self._given = given
 
     def __call__(self) -> dist.ProcessGroup | None:
-        raise RuntimeError(
-            f"mtl_dist: group= is no process group that this rank is a member of, got {self._given}: give "
-            "each rank the group of the ranks that it shares the model with, or do not train on this rank"
-        )
+        raise outside(self._given)
 
 
 def _gone() -> None:

@@ -22,10 +22,13 @@ def build_workspace(entity: str, project: str, tasks: Sequence[str] = (), name: 
         name: name of the view.
 
     Raises:
-        ValueError: wandb-workspaces is not installed, or a task name cannot be part of a key.
+        ValueError: wandb-workspaces is not installed, a task cannot be part of a key, or a name is empty.
     """
     require("wandb_workspaces", "dashboard", "wandb")
     check_task_names(tasks)
+    for what, given in (("entity", entity), ("project", project), ("name", name)):
+        if not given.strip():
+            raise ValueError(f"{what}: give a name, got {given!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from pydantic, about the validators of wandb-workspaces 0.4.13
         import wandb_workspaces.workspaces as ws

@@ -9,4 +9,5 @@ REPORT = "report.html"  # written when the run has finished, or by `mtl-dist rep
 TRACKING = "tracking.json"  # the run's name in each tracker; every checkpoint has a copy
 BEST = "best.json"  # which checkpoint is the best, if `best_metric` names a column
 CHECKPOINTS = "checkpoints"  # a folder: one `step_<step>` per checkpoint
+EVENTS = "events.out.tfevents.*"  # of TensorBoard
 CHECKPOINT_PATTERN = "step_????????"  # finished checkpoints only: an unfinished one has another name

@@ -27,18 +27,21 @@ class RowReader:
         path: the file.
 
     Attributes:
+        line: number of the line of the last row, from 1.
         unfinished: whether the last row was unfinished; known when the iteration has ended.
 
     Raises:
-        ValueError: during iteration, where a line is not a JSON object.
+        ValueError: during iteration, where a line is not a JSON object in UTF-8.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.line = 0
         self.unfinished = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, line in self._lines():
+            self.line = number
             yield self._row(line, number)
 
     def up_to(self, step: int) -> Iterator[dict[str, Any]]:
@@ -47,31 +50,44 @@ class RowReader:
         for number, line in self._lines():
             try:
                 row = self._row(line, number)
+                if (done := step_of(row)) is None:
+                    raise ValueError(f"{self.path}:{number}: no {STEP_KEY} >= 0: {_beginning(line)}")
             except ValueError as error:
                 broken = broken or error
                 continue
-            done = row.get(STEP_KEY)
-            if isinstance(done, (int, float)) and done <= step:
+            if done <= step:
                 if broken is not None:
                     raise broken
                 yield row
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        with self.path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     self.unfinished = True
                 elif line.strip():
-                    yield number, line.rstrip("\n")
+                    yield number, line.rstrip(b"\n")
 
-    def _row(self, line: str, number: int) -> dict[str, Any]:
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets of that depth
-            raise ValueError(f"{self.path}:{number}: not JSON: {line[:80]!r}") from error
+            raise ValueError(f"{self.path}:{number}: not JSON: {_beginning(line)}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}:{number}: not a row: {line[:80]!r}")
+            raise ValueError(f"{self.path}:{number}: not a row: {_beginning(line)}")
         return row
+
+
+def step_of(row: Mapping[str, Any]) -> float | None:
+    """The optimizer step of a row; None if it has none that can be: a whole number >= 0."""
+    step = row.get(STEP_KEY)
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        return None
+    return step if 0 <= step < 2**53 and step == int(step) else None  # no NaN
+
+
+def _beginning(line: bytes) -> str:
+    return repr(line.decode("utf-8", errors="replace")[:80])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,26 @@ from itertools import combinations
 
 STEP_KEY = "train/global_step"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+# prefix of a column: the least and the largest value that it can have
+_POSSIBLE = {
+    "mtl/cosine/": (-1.0, 1.0),
+    "mtl/conflict_rate": (0.0, 1.0),
+    "mtl/contribution/": (0.0, math.inf),
+    "mtl/grad_norm/": (0.0, math.inf),
+    "mtl/weight_entropy": (0.0, math.inf),
+    "mtl/held": (0.0, math.inf),
+    "perf/": (0.0, math.inf),
+}
+_ROUNDING = 1e-6  # of a cosine that another program computed in float32
+
+
+def possible(key: str) -> tuple[float, float]:
+    """The range of a column, with room for rounding errors; infinite where every number is possible."""
+    found = (limits for prefix, limits in _POSSIBLE.items() if key.startswith(prefix))
+    low, high = next(found, (-math.inf, math.inf))
+    return low - _ROUNDING, high + _ROUNDING
 
 
 @dataclass(frozen=True)
@@ -63,11 +84,14 @@ def evaluation_keys(tasks: Sequence[str], prefix: str = "eval", name: str = "") 
 
 
 def check_task_names(tasks: Sequence[str]) -> None:
-    """Raises an error for task names that cannot be part of a key.
+    """Raises an error for task names that cannot be part of a key, and for one that is given twice.
 
     Raises:
-        ValueError: a name has characters besides letters, digits, `_`, `.` and `-`, or contains `__`.
+        ValueError: a name stands twice, contains `__`, or characters besides letters, digits, `_`, `.` and
+            `-`.
     """
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks: give each task once, got {list(tasks)}")
     for task in tasks:
         if not _NAME.fullmatch(task) or "__" in task:
             raise ValueError(

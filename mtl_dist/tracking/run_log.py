@@ -38,7 +38,8 @@ class RunLog:
         log_every: a row is due every `log_every` steps.
 
     Raises:
-        ValueError: a task name that no column can have; before anything is trained.
+        ValueError: a task name that no column can have, or `log_every` that is no number of steps; before
+            anything is trained.
 
     Attributes:
         last_row: the newest row that is on the host; None before the first.
@@ -46,6 +47,8 @@ class RunLog:
 
     def __init__(self, trackers: Sequence[Tracker], run: RunInfo, log_every: int = 1) -> None:
         check_task_names(run.tasks)
+        if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
+            raise ValueError(f"RunLog: log_every must be a number of steps >= 1, got {log_every!r}")
         self.last_row: Row | None = None
         self._trackers = list(trackers)
         self._run = run

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from mtl_dist.durable import write_whole
 from mtl_dist.recipes import Recipe
 from mtl_dist.tracking.files import BEST, CHECKPOINT_PATTERN, CHECKPOINTS
+from mtl_dist.training.files import read_json, write_json
 
 Mode = Literal["min", "max"]
+
+_LOGGER = logging.getLogger("mtl_dist")
 
 
 def check_metric(metric: str, recipe: Recipe) -> None:
@@ -25,11 +27,8 @@ def check_metric(metric: str, recipe: Recipe) -> None:
 
 def best_step(folder: Path) -> int | None:
     """The step of the best checkpoint of a run; None if nothing is known."""
-    path = folder / BEST
-    if not path.is_file():
-        return None
-    best: int | None = json.loads(path.read_text(encoding="utf-8"))["step"]
-    return best
+    step = (read_json(folder / BEST) or {}).get("step")
+    return step if isinstance(step, int) else None
 
 
 def note_checkpoint(folder: Path, step: int, metric: str, mode: Mode, row: Mapping[str, float]) -> None:
@@ -45,21 +44,24 @@ def note_checkpoint(folder: Path, step: int, metric: str, mode: Mode, row: Mappi
         mode: whether a small or a large value is good.
         row: the validation row of that step. A NaN is never the best.
     """
-    path, values = folder / BEST, {}
-    if path.is_file():
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        if (noted["metric"], noted["mode"]) == (metric, mode):
-            there = {
-                int(each.name.removeprefix("step_"))
-                for each in (folder / CHECKPOINTS).glob(CHECKPOINT_PATTERN)
-            }
-            values = {int(key): value for key, value in noted["values"].items() if int(key) in there}
-    values = {key: value for key, value in values.items() if key < step}
+    path, values = folder / BEST, dict[int, float]()
+    noted = read_json(path) or {}
+    if path.is_file() and not _is_whole(noted):
+        _LOGGER.warning("mtl_dist: %s is damaged: the best checkpoint is one of those from now on", path)
+    elif (noted.get("metric"), noted.get("mode")) == (metric, mode):
+        for each in (folder / CHECKPOINTS).glob(CHECKPOINT_PATTERN):
+            number = int(each.name.removeprefix("step_"))
+            if number < step and str(number) in noted["values"]:
+                values[number] = noted["values"][str(number)]
     if metric in row and not math.isnan(row[metric]):
         values[step] = row[metric]
     sign = 1 if mode == "min" else -1
     best = (
         min(values, key=lambda key: (sign * values[key], -key)) if values else None
     )  # of equal ones the newest
-    text = {"metric": metric, "mode": mode, "step": best, "values": values}
-    write_whole(path, (json.dumps(text) + "\n").encode())
+    write_json(path, {"metric": metric, "mode": mode, "step": best, "values": values})
+
+
+def _is_whole(noted: Mapping[str, Any]) -> bool:
+    values = noted.get("values")
+    return isinstance(values, dict) and all(isinstance(value, float | int) for value in values.values())

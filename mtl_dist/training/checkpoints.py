@@ -13,7 +13,17 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from mtl_dist.durable import flush, flush_tree, move
-from mtl_dist.tracking.files import CHECKPOINT_PATTERN, CHECKPOINTS, METRICS, TRACKING
+from mtl_dist.tracking.files import (
+    BEST,
+    CHECKPOINT_PATTERN,
+    CHECKPOINTS,
+    EVENTS,
+    METRICS,
+    REPORT,
+    RUN,
+    SUMMARY,
+    TRACKING,
+)
 from mtl_dist.training.best import best_step
 from mtl_dist.training.engine import engine_name
 from mtl_dist.training.manifest import MANIFEST, Manifest, digest
@@ -73,6 +83,14 @@ def space_needed(settings: Settings, done: int, size: int) -> int:
 def checkpoints_of(settings: Settings) -> list[Path]:
     """The finished checkpoints of the output folder, oldest first."""
     return sorted((settings.output_dir / CHECKPOINTS).glob(CHECKPOINT_PATTERN))
+
+
+def traces_of(settings: Settings) -> list[Path]:
+    """What a run has left in the output folder: the files and folders that a new run would replace."""
+    folder = settings.output_dir
+    files = [folder / name for name in (METRICS, RUN, SUMMARY, REPORT, TRACKING, BEST)]
+    found = [path for path in files if path.exists()]
+    return found + sorted((folder / CHECKPOINTS).glob(f"{CHECKPOINT_PATTERN}*")) + sorted(folder.glob(EVENTS))
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -166,14 +167,23 @@ def hint(name: str, valid: Iterable[str]) -> str:
 def component_value(
     value: Any, annotation: Any, path: str, nested: Mapping[type, Nested] | None = None
 ) -> Any:
-    """`value` with the type `annotation`: builds a nested component, and lets pydantic convert the rest."""
+    """`value` with the type `annotation`: a nested component is built, and pydantic checks the rest.
+
+    It is strict as for JSON: a list becomes a tuple, and a string a path, but `true` is no number, and "5"
+    and 5.0 are no whole ones.
+    """
     for base, build_nested in (nested or {}).items():
         if isinstance(annotation, type) and issubclass(annotation, base):
             return build_nested(value, path)
+    if annotation is Any:
+        return value
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        found = TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except PydanticSchemaGenerationError:  # a class of one's own, which checks what it gets
         return value
     except ValidationError as error:
         problems = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
         raise ValueError(f"{path}: {problems}; got {value!r}") from None
+    if type(found) is int and type(value) is not int:  # of Literal[0, 1], where 1 == 1.0 == True
+        raise ValueError(f"{path}: Input should be a whole number; got {value!r}")
+    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.stats import StepReport
+from mtl_dist.training.contract import check_total
 from mtl_dist.training.setup import Run
 
 _HEADER = ("step", "task", "loss", "weight", "grad norm", "contribution", "lowest cosine")
@@ -24,12 +25,12 @@ def forward_backward(run: Run, batch: dict[str, Any]) -> None:
     """Runs forward and backward of one batch: as a whole, or in shards on virtual ranks."""
     ranks, accelerator = run.ranks, run.accelerator
     if ranks is None:
-        accelerator.backward(run.model(**batch))
+        accelerator.backward(check_total(run.recipe, run.model(**batch)))
         return
     shards = ranks.split(batch)
 
     def work(rank: int) -> Tensor:
-        loss: Tensor = run.model(**shards[rank])
+        loss = check_total(run.recipe, run.model(**shards[rank]))
         accelerator.backward(loss / ranks.number)
         return loss
 

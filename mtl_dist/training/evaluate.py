@@ -12,6 +12,8 @@ from mtl_dist.recipes import BatchData, Recipe
 from mtl_dist.stats import stats_dtype
 from mtl_dist.tracking import Row
 from mtl_dist.training.batches import eval_batches
+from mtl_dist.training.contract import check_sums, check_value
+from mtl_dist.training.together import everyone
 
 
 def evaluate(
@@ -33,9 +35,12 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for batch in eval_batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
-            sums = model(**send_to_device(batch, accelerator.device))
-            total = sums + functional.pad(total, (0, sums.shape[1] - total.shape[1]))
+            sums = check_sums(recipe, model(**send_to_device(batch, accelerator.device)))
+            width = max(sums.shape[1], total.shape[1])
+            total = _padded(sums, width) + _padded(total, width)
     model.train(was_training)
+    # a rank without samples may have fewer columns, and buffers of unequal size would hang
+    total = _padded(total, max(everyone(accelerator, total.shape[1])))
     summed: torch.Tensor = accelerator.reduce(total, reduction="sum")
     return eval_row(summed, recipe)
 
@@ -48,5 +53,11 @@ def eval_row(sums: torch.Tensor, recipe: Recipe) -> Row:
     ):
         if count:
             row[f"eval/loss/{task}"] = loss / count
-            row[f"eval/{task}/{metric.name}"] = metric.value([value, *more], count)
+            row[f"eval/{task}/{metric.name}"] = check_value(
+                recipe, task, metric.name, metric.value([value, *more], count)
+            )
     return row
+
+
+def _padded(sums: torch.Tensor, width: int) -> torch.Tensor:
+    return functional.pad(sums, (0, width - sums.shape[1]))

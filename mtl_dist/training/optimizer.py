@@ -58,8 +58,8 @@ def build_optimizer(
         )
     try:
         optimizer: Optimizer = cls(parameters, **arguments)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"optimizer: {error}; got {spec!r}") from error
     return optimizer
 
 
@@ -89,8 +89,16 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int, warmup: int)
     return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0
 
 
+def set_hyperparameters(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
+    """Sets them for all parameters. The engine's wrapper of the optimizer passes them on."""
+    set_learning_rate(optimizer, learning_rate)
+    for group in optimizer.param_groups:
+        if "weight_decay" in group:
+            group["weight_decay"] = weight_decay
+
+
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets it for all parameters. The engine's wrapper of the optimizer passes it on."""
+    """Sets it for all parameters."""
     for group in optimizer.param_groups:
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,11 @@ from pathlib import Path
 
 from mtl_dist.tracking import Row, RunInfo, RunLog
 from mtl_dist.tracking.files import TRACKING
+from mtl_dist.training.files import read_json, write_json
 from mtl_dist.training.settings import Settings, build_trackers
 from mtl_dist.training.setup import Run
 
+_LOGGER = logging.getLogger("mtl_dist")
 _FEW = 4  # number of tasks that fit into a progress bar
 
 
@@ -44,17 +46,18 @@ def earlier_ids(settings: Settings, checkpoint: Path) -> dict[str, str]:
     """The name of the run in each tracker, from its output folder, or else from its checkpoint."""
     for folder in (settings.output_dir, checkpoint):
         if (folder / TRACKING).is_file():
-            ids: dict[str, str] = json.loads((folder / TRACKING).read_text(encoding="utf-8"))
-            return ids
+            ids = read_json(folder / TRACKING)
+            if ids is not None and all(isinstance(value, str) for value in ids.values()):
+                return ids
+            _LOGGER.warning("mtl_dist: %s is damaged: trackers may begin a new run", folder / TRACKING)
     return {}
 
 
 def save_ids(settings: Settings, ids: dict[str, str]) -> None:
     """Saves the names for `earlier_ids`. A tracker that could not start this time keeps its earlier name."""
     path = settings.output_dir / TRACKING
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if ids:
-        path.write_text(json.dumps({**before, **ids}) + "\n", encoding="utf-8")
+        write_json(path, {**(read_json(path) or {}), **ids})
 
 
 class StepClock:

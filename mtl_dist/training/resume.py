@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from accelerate import Accelerator
 from mtl_dist.tracking import RowReader
 from mtl_dist.tracking.files import METRICS, RUN, SUMMARY
 from mtl_dist.tracking.keys import STEP_KEY
-from mtl_dist.training.checkpoints import checkpoints_of
+from mtl_dist.training.checkpoints import checkpoints_of, traces_of
 from mtl_dist.training.engine import engine_name
+from mtl_dist.training.files import read_json
 from mtl_dist.training.manifest import Damaged, Manifest, find_damage, read_manifest
 from mtl_dist.training.settings import Settings, run_identity
 from mtl_dist.training.together import everyone, raise_together
@@ -153,10 +153,10 @@ def _my_damage(accelerator: Accelerator, folder: Path) -> str | None:
 
 
 def _at_the_start(settings: Settings) -> Start:
-    if (settings.output_dir / METRICS).exists() and not settings.overwrite:
+    if not settings.overwrite and (traces := traces_of(settings)):
         raise ValueError(
             f"output_dir: {str(settings.output_dir)!r} already has a run; choose another folder, "
-            f"resume_from=auto (go on where it stopped), or overwrite=true"
+            f"resume_from=auto (go on where it stopped), or overwrite=true; found {traces[0].name}"
         )
     return Start()
 
@@ -164,15 +164,13 @@ def _at_the_start(settings: Settings) -> Start:
 def _anew(settings: Settings, notes: list[str]) -> Start:
     """A start under `auto`, in a folder without a whole checkpoint."""
     folder = settings.output_dir
-    if not (folder / METRICS).exists():
+    if not traces_of(settings):
         return Start(notes=tuple(notes))
-    try:
-        identity = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if (identity := read_json(folder / RUN)) is None:
         raise ValueError(
             f"resume_from: {str(folder)!r} has a run without a checkpoint, and does not tell its settings; "
             f"choose another folder, or overwrite=true without resume_from"
-        ) from None
+        )
     _check_identity(settings, folder, identity)
     notes.append(f"{str(folder)!r} has no whole checkpoint: the run begins again")
     return Start(continues=True, abandoned=tuple(checkpoints_of(settings)), notes=tuple(notes))
@@ -208,12 +206,25 @@ def _at(
     return Start(folder, done, continues, ended and _has_summary(settings), later, tuple(notes))
 
 
+def check_rows(settings: Settings, start: Start) -> str | None:
+    """What the user should know of the rows that a run goes on from; None: they reach its checkpoint.
+
+    Raises:
+        ValueError: a row before the checkpoint is damaged.
+    """
+    path, last = settings.output_dir / METRICS, 0.0
+    if not start.continues or start.checkpoint is None:
+        return None
+    if path.is_file():
+        last = max((row[STEP_KEY] for row in RowReader(path).up_to(start.done)), default=0)
+    if last >= start.done - start.done % settings.log_every:
+        return None
+    return f"{METRICS} ends at step {last:g}, and {start.checkpoint.name} goes on: rows are missing between"
+
+
 def _has_summary(settings: Settings) -> bool:
-    try:
-        summary = json.loads((settings.output_dir / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(summary.get("steps") == settings.steps)
+    summary = read_json(settings.output_dir / SUMMARY)
+    return summary is not None and summary.get("steps") == settings.steps
 
 
 def _check_identity(settings: Settings, folder: Path, identity: Mapping[str, Any]) -> None:

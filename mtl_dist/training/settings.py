@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -30,7 +30,9 @@ from mtl_dist.recipes import RECIPES, Recipe
 from mtl_dist.tracking import TRACKERS, JsonlTracker, Tracker, check_task_names
 from mtl_dist.training.best import Mode, check_metric
 from mtl_dist.training.components import Component, Kind, Spec, build, hint, search_beside
+from mtl_dist.training.contract import check_metrics
 from mtl_dist.training.optimizer import Schedule, check_optimizer
+from mtl_dist.training.values import read_values, set_value
 from mtl_dist.weighting import COMBINATORS, RULES, Rule
 
 PROBES: dict[str, type[Probe]] = {
@@ -82,22 +84,30 @@ ProbeSetting = Annotated[
 ]
 
 
+def _folder(given: Any) -> Path:
+    """The folder of a name; an empty one would be the working folder."""
+    if isinstance(given, Path) or (isinstance(given, str) and given.strip() and "\0" not in given):
+        return Path(given)
+    raise ValueError(f"output_dir: give the name of a folder; got {given!r}")
+
+
 class Settings(BaseModel):
     """All settings of a run. `configs/recipe/multi_digits.yaml` describes each field.
 
     Recipe, rule and probe are built once, while the settings are loaded. The run uses these objects.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: `true` is no number, and "5" and 5.0 are no whole ones
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     recipe: RecipeSetting
     weighting: RuleSetting = Field("equal", validate_default=True)
     probe: ProbeSetting = Field(None, validate_default=True)
     on_nonfinite: Literal["raise", "skip", "hold"] = "raise"
-    lag: Literal[0, 1] = 0
+    lag: int = Field(0, ge=0, le=1)
     counts: Literal["given", "equal"] = "given"
     seed: int = Field(0, ge=0, lt=2**32)  # NumPy takes no larger ones
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=2**53)  # exact in rows
     batch_size: int = Field(gt=0)
     accumulation: int = Field(1, gt=0)
     optimizer: Spec = "adamw"
@@ -116,16 +126,17 @@ class Settings(BaseModel):
     best_metric: str | None = None
     best_mode: Mode = "min"
     num_processes: int | None = Field(None, gt=0)
-    timeout_minutes: float | None = Field(None, gt=0)
-    output_dir: Path
+    timeout_minutes: float | None = Field(None, gt=0, le=525_600)  # a year; Gloo counts milliseconds
+    output_dir: Annotated[Path, BeforeValidator(_folder)]
     overwrite: bool = False
     check: bool = False
     virtual_ranks: int = Field(1, gt=0)
-    resume_from: str | None = None
+    resume_from: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         check_task_names(self.recipe.object.tasks)
+        check_metrics(self.recipe.object)
         if self.overwrite and self.resume_from in ("auto", "latest"):
             raise ValueError(
                 f"overwrite=true and resume_from={self.resume_from}: one removes the earlier run, the other "
@@ -134,6 +145,10 @@ class Settings(BaseModel):
         build_balancer(self)
         build_trackers(self)
         check_optimizer(self.optimizer, self.learning_rate, self.weight_decay)
+        if self.batch_size % self.virtual_ranks:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be divisible by virtual_ranks={self.virtual_ranks}"
+            )
         if self.accumulation > 1 and self.virtual_ranks > 1:
             raise ValueError(
                 f"accumulation={self.accumulation} and virtual_ranks={self.virtual_ranks}: give one of them; "
@@ -164,10 +179,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         ValueError: the file, a key or a value is wrong. The message has one line per problem.
     """
-    values = _read(Path(path))
+    values = read_values(Path(path))
     search_beside(Path(path))
     for override in overrides:
-        _override(values, override)
+        set_value(values, override)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -212,65 +227,6 @@ def build_trackers(settings: Settings) -> list[Tracker]:
         raise ValueError(f"trackers: give each tracker once, got {names}")
     jsonl = [tracker for tracker in built if tracker.name == "jsonl"] or [JsonlTracker()]
     return [*jsonl, *(tracker for tracker in built if tracker.name != "jsonl")]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
-    except FileNotFoundError:
-        raise ValueError(
-            f"no configuration file {str(path)!r}; the shipped ones are in configs/recipe"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a configuration: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a mapping of settings, got {values!r}")
-    return values
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Plain values, and every key once: YAML's own loader takes the last of two without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises `ConstructorError` for a key that stands twice."""
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":  # merged keys may be overridden
-                continue
-            if (before := lines.get(key.value)) is not None:
-                line = key.start_mark.line + 1
-                problem = f"{key.value!r} stands in line {before} and again in line {line}: keep one of them"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Sets `a.b=value` in place. If a component is only a name, it becomes a mapping when a field is set."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"override {override!r}: write key=value, such as weighting.name=mgda")
-    try:
-        value = yaml.load(text, _OnceLoader)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    for depth, key in enumerate(keys[:-1]):
-        inner = values.setdefault(key, {})
-        if isinstance(inner, str):
-            inner = values[key] = {"name": inner}
-        elif inner is None:
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {inner!r}, which has no fields"
-            )
-        values = inner
-    values[keys[-1]] = value
 
 
 def _explain(error: ValidationError, source: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,17 +17,26 @@ from torch.utils.data import DataLoader
 from mtl_dist.balancer import Balancer
 from mtl_dist.integrations.accelerate import attach, start
 from mtl_dist.recipes import Batch, BatchData, Recipe
-from mtl_dist.tracking.files import BEST, CHECKPOINTS, METRICS, REPORT, RUN, SUMMARY, TRACKING
+from mtl_dist.tracking.files import REPORT, RUN, SUMMARY
 from mtl_dist.training.batches import StepBatches, train_loader
-from mtl_dist.training.checkpoints import move_aside, remove_unfinished, space_needed
+from mtl_dist.training.checkpoints import (
+    move_aside,
+    remove_checkpoint,
+    remove_unfinished,
+    space_needed,
+    traces_of,
+)
+from mtl_dist.training.contract import check_data, check_model
 from mtl_dist.training.engine import take_inputs_as_parameters
+from mtl_dist.training.files import write_json
 from mtl_dist.training.optimizer import build_optimizer
-from mtl_dist.training.resume import Start
+from mtl_dist.training.resume import Start, check_rows
 from mtl_dist.training.settings import Settings, build_balancer, run_identity
-from mtl_dist.training.storage import check_shared, check_storage, explain_storage
-from mtl_dist.training.summary import write_json
+from mtl_dist.training.storage import alone_in, check_shared, check_storage, explain_storage
 from mtl_dist.training.together import everyone, raise_together
 from mtl_dist.virtual import VirtualRanks
+
+_LOGGER = logging.getLogger("mtl_dist")
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,9 @@ def build_run(settings: Settings, accelerator: Accelerator, done: int) -> Run:
     """
     set_seed(settings.seed)
     recipe = settings.recipe.object
-    train_data, eval_data = recipe.data(settings.seed)
+    train_data, eval_data = check_data(recipe, recipe.data(settings.seed))
     balancer = build_balancer(settings)
-    model = recipe.model(balancer)
+    model = check_model(recipe, recipe.model(balancer))
     _check_space(settings, accelerator, model, done)
     take_inputs_as_parameters(model)
     optimizer = build_optimizer(
@@ -118,8 +128,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
     Raises:
         RuntimeError: another number of processes was started.
-        ValueError: the batch size is not divisible by the number of processes, or the launcher accumulates
-            gradients.
+        ValueError: the batch size is not divisible by the number of processes, the launcher accumulates
+            gradients, or the device has no float16.
     """
     minutes = settings.timeout_minutes
     timeout = None if minutes is None else timedelta(minutes=minutes)
@@ -138,10 +148,6 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"virtual_ranks={settings.virtual_ranks} needs one process, but {started} were started: "
             "remove it, or start one process (launch/debug.sh)"
         )
-    if settings.batch_size % settings.virtual_ranks:
-        raise ValueError(
-            f"batch_size={settings.batch_size} must be divisible by virtual_ranks={settings.virtual_ranks}"
-        )
     if accumulation not in (1, settings.accumulation):
         raise ValueError(
             f"the launcher asks for {accumulation} gradient accumulation steps, but this run has "
@@ -153,14 +159,43 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"precision={settings.precision}, but the launcher's configuration of the engine says "
             f"{accelerator.mixed_precision}: set it there, or leave out precision"
         )
-    if accelerator.state.deepspeed_plugin is not None:
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.mixed_precision == "fp16" and plugin is None and not accelerator.native_amp:
+        raise ValueError(
+            f"precision=fp16: on the device {accelerator.device.type!r}, Accelerate would train in float32 "
+            "without a word; use precision=bf16 or precision=no"
+        )
+    if plugin is not None:
         # Accelerate takes it from the loader's batch_size; a loader with a batch sampler has none
-        engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine = plugin.deepspeed_config
         engine["train_micro_batch_size_per_gpu"] = micro_batch // started
         engine["gradient_accumulation_steps"] = settings.accumulation
         if settings.clip_norm is not None:  # DeepSpeed clips inside its optimizer step
             engine["gradient_clipping"] = settings.clip_norm
     return accelerator
+
+
+def enter_output(settings: Settings, accelerator: Accelerator, held: ExitStack) -> None:
+    """Makes the output folder, and keeps other runs out of it. All ranks call it, before they look into it.
+
+    Args:
+        settings: of the run.
+        accelerator: of the run.
+        held: lets other runs in, when it is closed.
+
+    Raises:
+        RunError: on every rank, if another run writes into the folder, or it cannot be made.
+    """
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(settings.output_dir))
+        except OSError as error:
+            problem = explain_storage(error, settings.output_dir)
+        except ValueError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)
 
 
 def claim_output(settings: Settings, accelerator: Accelerator, start: Start) -> None:
@@ -170,34 +205,34 @@ def claim_output(settings: Settings, accelerator: Accelerator, start: Start) -> 
     ranks look whether they see one folder, if there are checkpoints.
 
     Raises:
-        RunError: on every rank, if the folder cannot be written or is not the same one.
+        RunError: on every rank, if the folder cannot be written, is not the same one, or has damaged rows.
     """
     everyone(accelerator, None)  # every rank has looked at the folder before one rank changes it
-    problem = None
+    problem = note = None
     if accelerator.is_main_process:
         try:
+            note = check_rows(settings, start)
             _claim(settings, start)
         except OSError as error:
             problem = explain_storage(error, settings.output_dir)
+        except ValueError as error:
+            problem = str(error)
     raise_together(accelerator, problem)
+    if note is not None:
+        _LOGGER.warning("mtl_dist: %s", note)
     if settings.checkpoint_every or start.checkpoint is not None:
         check_shared(accelerator, settings.output_dir)
 
 
 def _claim(settings: Settings, start: Start) -> None:
     folder = settings.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY, REPORT):
-        (folder / name).unlink(missing_ok=True)
-    if start.continues:
-        for checkpoint in start.abandoned:
-            move_aside(checkpoint)
-    else:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        for name in (METRICS, TRACKING, BEST):
-            (folder / name).unlink(missing_ok=True)
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
+    for checkpoint in start.abandoned:
+        move_aside(checkpoint)
+    for path in traces_of(settings):
+        if path.is_dir() and not start.continues:
+            remove_checkpoint(path)
+        elif path.name in (SUMMARY, REPORT) or not start.continues:
+            path.unlink()
     remove_unfinished(settings)
     write_json(folder / RUN, run_identity(settings))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _WRITE_FAILED = re.compile(
     r"iostream error|inline_container\.cc|failed writing|os error (28|122)\b|No space left"
 )
+_LEAVE_SECONDS = 10.0  # after a kill, data loading workers live on for a moment, with the locks of their run
 _LOOK_SECONDS = 30.0  # NFS remembers for so long that a name was not there
 
 
@@ -61,6 +63,35 @@ def storage_in_words(folder: Path, need: int = 0) -> Iterator[None]:
         if words is None:
             raise
         raise RunError(words) from error
+
+
+@contextmanager
+def alone_in(folder: Path, seconds: float = _LEAVE_SECONDS) -> Iterator[None]:
+    """Inside, no other run on a machine that shares the folder's locks can enter it.
+
+    The lock ends with the process. File systems that lock no folders (NFS) let every run in, and so does
+    Windows.
+
+    Args:
+        folder: the output folder.
+        seconds: how long to wait for a run that is just ending.
+
+    Raises:
+        ValueError: another run is inside.
+    """
+    if os.name == "nt":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _locked(descriptor, seconds):
+            raise ValueError(
+                f"output_dir: another run is writing into {str(folder)!r}: wait until it has ended, or "
+                "choose another output_dir"
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_storage(folder: Path, need: int = 0) -> None:
@@ -133,6 +164,21 @@ def in_bytes(number: float) -> str:
 def tree_size(folder: Path) -> int:
     """Bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _locked(descriptor: int, seconds: float) -> bool:
+    fcntl, limit = importlib.import_module("fcntl"), time.monotonic() + seconds  # Windows has none
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.2)
+        except OSError:  # this file system locks no folders
+            return True
+        else:
+            return True
 
 
 def _appears(path: Path, seconds: float) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from mtl_dist.durable import write_whole
 from mtl_dist.recipes import Recipe
 from mtl_dist.tracking import Row
 from mtl_dist.training.settings import Settings
@@ -38,11 +36,6 @@ def summarise(row: Row, recipe: Recipe, settings: Settings, num_processes: int) 
         "tasks": tasks,
         "settings": json.loads(settings.model_dump_json()),
     }
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes `values`. The file is replaced only when it is complete."""
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def table(summary: Mapping[str, Any], recipe: Recipe) -> str:

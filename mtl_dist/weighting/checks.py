@@ -129,7 +129,7 @@ def check_choice(rule: object, name: str, value: object, choices: Sequence[objec
     Raises:
         ValueError: with the name, the allowed values and the value received.
     """
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 == True
         known = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{type(rule).__name__}: {name} must be one of {known}, got {value!r}")
 

@@ -57,7 +57,7 @@ class PrimaryAuxiliary(Rule):
             raise ValueError(f"PrimaryAuxiliary: primary must name at least one task, got {self.primary}")
         both = [*names, *(self.auxiliary or ())]
         if len(set(both)) < len(both):
-            raise ValueError(f"PrimaryAuxiliary: each task must be listed once, got {both}")
+            raise ValueError(f"PrimaryAuxiliary: primary and auxiliary must list each task once, got {both}")
 
     @property
     def _primary(self) -> Sequence[str]:

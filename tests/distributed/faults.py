@@ -102,6 +102,15 @@ def group_changed_too_late(rank: int) -> None:
     balancer.set_group(None)
 
 
+def told_again_on_one_rank(rank: int) -> None:
+    """Rank 1 goes on after an exception that the others did not have."""
+    balancer = Balancer(["a", "b"], MGDA(), lag=1)
+    for _ in range(1 + rank):
+        balancer.expect({"a": 1, "b": 1})
+    for _ in range(2):
+        balancer(features(), heads()).backward()
+
+
 CASES = [
     different_tasks,
     different_rules,
@@ -116,6 +125,7 @@ CASES = [
     negative_mean_of_positive_and_negative,
     positive_mean_of_positive_and_negative,
     group_changed_too_late,
+    told_again_on_one_rank,
 ]
 
 

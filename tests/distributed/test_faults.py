@@ -26,6 +26,10 @@ EXPECTED = {
     "negative_mean_of_positive_and_negative": [("ValueError", r"needs them > 0, got {'b': -1\.0}")] * 2,
     "positive_mean_of_positive_and_negative": [None, None],
     "group_changed_too_late": [("RuntimeError", "the group cannot change after the first step")] * 2,
+    "told_again_on_one_rank": [
+        ("RuntimeError", r"different calls.*\n.*rank 0: the statistics .*\n.*rank 1: the counts")
+    ]
+    * 2,
 }
 
 

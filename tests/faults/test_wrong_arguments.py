@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mtl_dist import Balancer
+from mtl_dist import Balancer, EvaluationSums
+from mtl_dist.priors import Binary
 from mtl_dist.weighting import MGDA, Equal, InverseGradNorm, InverseLoss
 from tests.faults.small import TASKS, batch, net
 
@@ -17,6 +19,8 @@ from tests.faults.small import TASKS, batch, net
 @pytest.mark.parametrize(
     ("tasks", "settings", "message"),
     [
+        (TASKS, {"group": 5}, r"group= must be a process group.*got 5: give the one of the ranks that hold"),
+        (TASKS, {"group": [0, 1]}, r"group= must be a process group.*got \[0, 1\]"),
         ({"a", "b"}, {}, "tasks is a set, which has another order in every process"),
         (None, {}, "tasks must be a sequence of names, got None"),
         (
@@ -33,6 +37,20 @@ from tests.faults.small import TASKS, batch, net
 def test_settings_of_the_balancer(tasks: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Balancer(tasks, Equal(), **settings)
+
+
+def test_what_is_no_group_is_told_without_other_ranks() -> None:
+    for asked in (
+        lambda: Balancer(TASKS, Equal()).set_group(5),
+        lambda: EvaluationSums(TASKS, 5).losses(),
+        lambda: Binary().synchronize(5),
+    ):
+        with pytest.raises(ValueError, match=r"group= must be a process group.*got 5"):
+            asked()
+    left_out = dist.GroupMember.NON_GROUP_MEMBER  # by `new_group`
+    Balancer(TASKS, Equal(), group=left_out)
+    with pytest.raises(RuntimeError, match="no process group that this rank is a member of, got -100"):
+        Binary().synchronize(left_out)
 
 
 @pytest.mark.parametrize("rule", [None, "mgda", 5, nn.Linear(1, 1)])

@@ -137,6 +137,39 @@ def test_command_says_what_is_missing(tmp_path, capsys):
     assert third.startswith("mtl-dist groups: no run has values of tasks")
 
 
+def test_command_leaves_out_what_cannot_be(tmp_path, capsys):
+    run = train(tmp_path / "a", InverseGradNorm())
+    assert cli.main(["groups", str(run)]) == 0
+    file, right = run / "metrics.jsonl", capsys.readouterr().out
+    for value, said in ((5.0, "mtl/cosine/left__near has values outside [-1, 1]"), ("x", "not numbers")):
+        row = {"train/global_step": 21, "mtl/cosine/left__near": value}
+        file.write_text(file.read_text() + json.dumps(row) + "\n")
+        assert cli.main(["groups", str(run)]) == 0
+        told = capsys.readouterr()
+        assert told.out == right
+        assert said in told.err
+        assert "line 21" in told.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"cosines": 5.0}, r"cosines must be finite and in \[-1, 1\], or NaN, got 5\.0"),
+        ({"cosines": -np.inf}, "cosines must be finite"),
+        ({"norms": -1.0}, "norms must be finite and in .0, inf., or NaN, got -1"),
+        ({"losses": np.inf}, "losses must be finite"),
+    ],
+)
+def test_what_cannot_be_is_refused(damage, message):
+    given = {"cosines": np.zeros((3, 2, 2)), "norms": np.ones((3, 2)), "losses": np.ones((3, 2))}
+    for name, value in damage.items():
+        given[name][1, ..., 0] = value
+    with pytest.raises(ValueError, match=message):
+        Affinities.measure("ab", **given)
+    with pytest.raises(ValueError, match=r"norms must be of shape \[3, 2\], got \[2, 2\]"):
+        Affinities.measure("ab", np.zeros((3, 2, 2)), np.ones((2, 2)), np.ones((3, 2)))
+
+
 def test_report_draws_the_groups(tmp_path):
     page = write_report([train(tmp_path / "a", InverseGradNorm())]).read_text("utf-8")
     assert '<ol class="members"><li>left, right</li><li>near, far</li></ol>' in page

@@ -77,7 +77,7 @@ def test_under_gates_experts_and_inputs_together_hold_the_whole_gradient(data):
 
     class Recorder(torch.nn.Module):
         def forward(self, z, heads, counts):
-            z = tuple(part.view_as(part) for part in z)  # as the balancer does: x itself leads to the experts
+            z = tuple(part.view_as(part) for part in z())  # as the balancer does: x leads to the experts
             taken["z"], taken["losses"] = z, [head(z) for head in heads.values()]
             return z[0].sum()
 

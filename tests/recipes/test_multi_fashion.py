@@ -49,7 +49,8 @@ def test_each_corner_holds_the_image_that_the_label_names(folder, kind):
 def test_parts_are_disjoint_and_have_every_class(folder, kind):
     source = load(folder, kind)
     train, test = ({tuple(image.flatten().tolist()) for image in part} for part in source.images)
-    assert not train & test
+    # Fashion-MNIST has some images twice
+    assert len(train & test) == (12 if kind == "garments" and len(source.images[0]) == 60_000 else 0)
     assert all(set(labels.tolist()) == set(range(10)) for labels in source.labels)
 
 

@@ -162,7 +162,7 @@ def test_counts_are_sentences_for_a_crf_and_tokens_for_the_others(data):
     class Recorder(torch.nn.Module):
         def forward(self, z, heads, counts):
             taken.update(counts)
-            return z.sum()
+            return z().sum()
 
     batch = data[0].__getitems__(range(10))
     RECIPE.model(Recorder())(**batch)

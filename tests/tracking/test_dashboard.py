@@ -101,6 +101,17 @@ def test_a_wrong_task_name_is_status_2(capsys):
     assert "mtl-dist dashboard: task 'x y' cannot be part of a column name" in capsys.readouterr().err
 
 
+def test_tasks_once_and_names_that_are_not_empty(capsys):
+    for given, message in (
+        (["a", "b", "--tasks", "x", "x"], "tasks: give each task once, got ['x', 'x']"),
+        (["", "b"], "entity: give a name, got ''"),
+        (["a", " "], "project: give a name, got ' '"),
+    ):
+        entity, project, *rest = given
+        assert cli.main(["dashboard", "--json", "z", "--entity", entity, "--project", project, *rest]) == 2
+        assert f"mtl-dist dashboard: {message}" in capsys.readouterr().err
+
+
 class Stub(BaseHTTPRequestHandler):
     """As much of W&B's GraphQL as saving a workspace asks for."""
 

@@ -58,6 +58,13 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path):
     path.write_text('{"train/global_step": 1}\nnot json\n{"train/global_step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
         JsonlWriter(path, after_step=2)
+    path.write_bytes(b'{"train/global_step": 1, "mtl/loss/\xff": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not JSON"):
+        read_rows(path)
+    for step in ("true", '"1"', "-1", "0.5", "NaN"):  # no step that can be, and a whole row behind it
+        path.write_text(f'{{"train/global_step": {step}}}\n{{"train/global_step": 2}}\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:1: no train/global_step >= 0"):
+            JsonlWriter(path, after_step=2)
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="not a row"):
         read_rows(path)

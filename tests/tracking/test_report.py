@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_dist.cli import main
+from mtl_dist.tracking.keys import STEP_KEY, possible
 from mtl_dist.tracking.report import write_report
 from mtl_dist.tracking.report.page import render
 from mtl_dist.tracking.report.panels import cosine_keys, make_panels, metrics_of, tasks_of, with_shares
@@ -132,6 +134,38 @@ def test_damaged_runs_are_told_in_words(tmp_path):
     ):
         assert told in notes
     assert "last row is incomplete" in write_report([folder]).read_text()
+
+
+@pytest.mark.parametrize(
+    "value", [True, "5", "", None, math.nan, math.inf, -math.inf, 5.0, -5.0, 1e300, 10**400, [1.0], {"a": 1}]
+)
+def test_every_recorded_value_is_possible_or_told(tmp_path, value):
+    """Of every column that a row can have: a number in its range, or a sentence that names the column."""
+    for key in made_row(TASKS, 4, 4):
+        folder = write_run(tmp_path / key.replace("/", "-"), TASKS, 4)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines[2] = json.dumps({**json.loads(lines[2]), key: value})
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (run,) = read_runs([folder])
+        if key == STEP_KEY and value == 5.0:
+            assert run.steps.tolist() == [1, 2, 4, 5]
+        elif key == STEP_KEY:
+            assert run.steps.tolist() == [1, 2, 4]
+            assert any("1 rows without" in note and "line 3" in note for note in run.left_out)
+        elif math.isfinite(read := run.columns[key][2]):
+            low, high = possible(key)
+            assert read == np.float32(value)
+            assert low <= read <= high
+        else:
+            assert any(key in note for note in run.notes)
+    assert write_report([folder]).stat().st_size > 0
+
+
+@pytest.mark.parametrize("summary", ["[" * 100_000, "1" * 5000, '{"steps": tru', "[1]", "\x00"])
+def test_a_damaged_summary_is_told(tmp_path, summary):
+    folder = write_run(tmp_path / "a", TASKS, 4)
+    (folder / "summary.json").write_text(summary)
+    assert "summary.json is damaged" in write_report([folder]).read_text()
 
 
 def test_an_empty_run_beside_a_full_one(tmp_path):

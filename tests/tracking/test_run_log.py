@@ -182,3 +182,9 @@ def test_a_package_that_is_missing_is_a_setting_that_is_wrong():
 
 def test_trackers_are_listed_by_their_names():
     assert all(cls.name == name for name, cls in TRACKERS.items())
+
+
+@pytest.mark.parametrize("every", [0, -1, True, 2.5, "2", None])
+def test_a_wrong_number_of_steps_is_refused(tmp_path, every):
+    with pytest.raises(ValueError, match="log_every must be a number of steps >= 1"):
+        RunLog([], RunInfo(tmp_path, ("a",), {}), every)

@@ -111,7 +111,8 @@ def test_an_output_folder_with_a_run_is_not_overwritten_by_accident(tmp_path):
         found(own, f"resume_from={there}")
     assert found(own, "overwrite=true") == (None, 0)
     assert found(own, "resume_from=latest") == found(own, f"resume_from={here}") == (here, 20)
-    assert found(other, f"resume_from={here}") == (here, 20)
+    with pytest.raises(ValueError, match=r"already has a run.*found step_00000020"):
+        found(other, f"resume_from={here}")
     assert not find_start(settings(other / "new", f"resume_from={here}")).continues
     for word in ("auto", "latest"):
         with pytest.raises(ValueError, match=f"overwrite=true and resume_from={word}: one removes"):

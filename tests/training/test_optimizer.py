@@ -37,7 +37,7 @@ def parameter():
     ("spec", "cls", "expected"),
     [
         ("adamw", torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2}),
-        ({"name": "sgd", "momentum": "0.9"}, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        ({"name": "sgd", "momentum": 0.9}, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
         ({"name": "adam", "betas": [0.5, 0.9]}, torch.optim.Adam, {"betas": (0.5, 0.9)}),
         ("torch.optim:RMSprop", torch.optim.RMSprop, {"lr": 0.1, "weight_decay": 0.2}),
     ],

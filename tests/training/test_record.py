@@ -75,7 +75,7 @@ def test_rows_are_always_kept():
     ("override", "message"),
     [
         ("trackers=[wandbb]", r"trackers\[0\]\.name: got 'wandbb'; did you mean 'wandb'\?"),
-        ("trackers=[jsonl, {name: wandb, mode: off}]", r"trackers\[1\]\.mode: .*got False"),
+        ("trackers=[jsonl, {name: wandb, mode: off}]", r"trackers\[1\]\.mode: .*got 'off'"),
         ("trackers=[{name: wandb, entitty: x}]", r"'wandb' has no such field; did you mean 'entity'\?"),
         ("trackers=[tensorboard, tensorboard]", "give each tracker once"),
         ("log_every=0", "log_every: Input should be greater than 0"),

@@ -308,11 +308,11 @@ class Signed(Rule):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Grouped(Equal(), Equal(), {}), "every group must have tasks of its own, got {}"),
-        (lambda: Grouped(Equal(), Equal(), {"a": []}), "every group must have tasks of its own"),
+        (lambda: Grouped(Equal(), Equal(), {}), "groups must each have tasks of their own, got {}"),
+        (lambda: Grouped(Equal(), Equal(), {"a": []}), "groups must each have tasks of their own"),
         (
             lambda: Grouped(Equal(), Equal(), {"a": ["x"], "b": ["x"]}),
-            "every group must have tasks of its own",
+            "groups must each have tasks of their own",
         ),
         (lambda: Grouped(Equal(), CoBa(), GROUPS), "between must learn from the step alone"),
         (lambda: run(Grouped(Equal(), Equal(), {"a": ["depth"]}), []), "groups must have each of the tasks"),

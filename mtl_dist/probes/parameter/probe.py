@@ -21,6 +21,7 @@ from mtl_dist.probes.parameter.rows import (
     rows_of_losses,
 )
 from mtl_dist.probes.pipeline import Measured, evaluate, measure_without_trace, weigh
+from mtl_dist.probes.settings import check_count, check_flag, check_seed
 from mtl_dist.probes.sketch import CountSketch
 from mtl_dist.probes.summed import summed_gram
 
@@ -91,11 +92,16 @@ class ParameterProbe(Probe):
     grams_add: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"ParameterProbe: every must be at least 1, got {self.every}")
-        for name in ("bucket", "sketch"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"ParameterProbe: {name} must be None or at least 1, got {given}")
+        check_count(self, "every")
+        check_count(self, "bucket", optional=True)
+        check_count(self, "sketch", optional=True)
+        check_flag(self, "reevaluate", optional=True)
+        check_seed(self)
+        if self.parameters is not None and not callable(self.parameters):
+            raise ValueError(
+                "ParameterProbe: parameters must be None or a function that returns them, got "
+                f"{type(self.parameters).__name__}"
+            )
 
     def __call__(self, features: Any, heads: Heads, step: StepContext) -> Tensor:
         """`Σ α_i s_i l_i`."""

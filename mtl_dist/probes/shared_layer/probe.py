@@ -13,6 +13,7 @@ from mtl_dist.losses import FeatureGradients, Heads, LayerInput
 from mtl_dist.probes.base import LaggedStep, Probe, Reduced, StepContext, later_gram
 from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.pipeline import evaluate, weigh
+from mtl_dist.probes.settings import check_count, check_flag, check_seed
 from mtl_dist.probes.shared_layer.compare import compared
 from mtl_dist.probes.shared_layer.kernel import kernel_gram
 from mtl_dist.probes.shared_layer.layer import Rows, rows_of
@@ -90,8 +91,10 @@ class SharedLayerProbe(Probe):
     grams_add: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.sketch is not None and self.sketch < 1:
-            raise ValueError(f"SharedLayerProbe: sketch must be None or at least 1, got {self.sketch}")
+        check_count(self, "sketch", optional=True)
+        check_flag(self, "bias")
+        check_flag(self, "reevaluate", optional=True)
+        check_seed(self)
         if self.form not in ("auto", "exact", "kernel"):
             raise ValueError(f'SharedLayerProbe: form must be "auto", "exact" or "kernel", got {self.form!r}')
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -117,25 +117,30 @@ class CensusNet(nn.Module):
             categories: `[B, 31]` int64, buckets.
             labels: `[B, 3]` float32, 0 or 1.
         """
-        x = torch.cat([numbers, self.embedding(categories).flatten(1)], 1)
-        z = self.bottom(x)
         if not self.training:
+            z = self.shared(numbers, categories)
             logits = [head(z).squeeze(1) for head in self.heads]
+            dtype = stats_dtype(numbers.device)
             losses = [
-                F.binary_cross_entropy_with_logits(logit, label, reduction="none").to(stats_dtype(x.device))
+                F.binary_cross_entropy_with_logits(logit, label, reduction="none").to(dtype)
                 for logit, label in zip(logits, labels.T, strict=True)
             ]
             places = [histograms(logit, label) for logit, label in zip(logits, labels.T, strict=True)]
             return eval_rows(
-                [(loss.sum(), len(x), place) for loss, place in zip(losses, places, strict=True)]
+                [(loss.sum(), len(labels), place) for loss, place in zip(losses, places, strict=True)]
             )
         loss = F.binary_cross_entropy_with_logits
         heads = {
             task: lambda z, head=head, label=label: loss(head(z).squeeze(1), label)
             for task, head, label in zip(TASKS, self.heads, labels.unbind(1), strict=True)
         }
-        scalar: Tensor = self.balancer(z, heads, counts=dict.fromkeys(heads, len(labels)))
+        counts = dict.fromkeys(heads, len(labels))
+        scalar: Tensor = self.balancer(lambda: self.shared(numbers, categories), heads, counts=counts)
         return scalar
+
+    def shared(self, numbers: Tensor, categories: Tensor) -> Any:
+        """The shared features, as the bottom gives them."""
+        return self.bottom(torch.cat([numbers, self.embedding(categories).flatten(1)], 1))
 
 
 @dataclass(frozen=True)

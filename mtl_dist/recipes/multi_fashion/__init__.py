@@ -76,8 +76,8 @@ class LeNet(nn.Module):
             left: `[B]` int64, the class of the upper left image.
             right: `[B]` int64, the class of the lower right image.
         """
-        z = self.trunk(image)
         if not self.training:
+            z = self.trunk(image)
             pairs = ((self.left(z), left), (self.right(z), right))
             return eval_sums(
                 (F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label)
@@ -87,7 +87,9 @@ class LeNet(nn.Module):
             "left": lambda z: F.cross_entropy(self.left(z), left),
             "right": lambda z: F.cross_entropy(self.right(z), right),
         }
-        scalar: Tensor = self.balancer(z, heads, counts=dict.fromkeys(heads, len(image)))
+        scalar: Tensor = self.balancer(
+            lambda: self.trunk(image), heads, counts=dict.fromkeys(heads, len(image))
+        )
         return scalar
 
 

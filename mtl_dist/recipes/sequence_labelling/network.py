@@ -140,13 +140,12 @@ class SequenceLabellingNet(nn.Module):
         """
         mask = characters != PADDING
         labels = {"words": words, "tags": tags, "names": names}
-        z = self.encoder(characters)
         heads: dict[str, ChainHead] = {"words": self.words, "tags": self.tags, "names": self.names}
         if not self.training:
-            return _sums(heads, z, labels, mask)
+            return _sums(heads, self.encoder(characters), labels, mask)
         losses = {task: lambda z, t=task: heads[t].loss(z, labels[t], mask) for task in labels}
         counts = {task: head.count(mask) for task, head in heads.items()}
-        scalar: Tensor = self.balancer(z, losses, counts=counts)
+        scalar: Tensor = self.balancer(lambda: self.encoder(characters), losses, counts=counts)
         return scalar
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mtl_dist.tracking.files import METRICS, SUMMARY
-from mtl_dist.tracking.jsonl import RowReader
-from mtl_dist.tracking.keys import STEP_KEY
+from mtl_dist.tracking.jsonl import RowReader, step_of
+from mtl_dist.tracking.keys import STEP_KEY, possible
 
 Floats = npt.NDArray[np.float32]
 Steps = npt.NDArray[np.float64]
@@ -33,6 +33,7 @@ class RunData:
         num_processes: number of processes; None if unknown.
         engine: the engine, in a few words; empty if unknown.
         notes: what a reader of the report must know, one sentence each.
+        left_out: those of the notes that tell of values in the file that are not in the columns.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RunData:
     num_processes: int | None
     engine: str
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -77,28 +79,36 @@ class _Columns:
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: dict[str, array[float]] = field(default_factory=dict)
     not_finite: dict[str, list[float]] = field(default_factory=dict)  # key -> steps
-    not_numbers: set[str] = field(default_factory=set)
-    without_step: int = 0
+    not_numbers: dict[str, int] = field(default_factory=dict)  # key -> first line
+    impossible: dict[str, tuple[int, float]] = field(default_factory=dict)  # key -> first line, value
+    without_step: list[int] = field(default_factory=list)  # lines
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any], line: int) -> None:
         """Appends a row. If the previous row has the same step, the two are merged."""
-        step = row.pop(STEP_KEY, None)
-        if not isinstance(step, int | float) or not abs(step) < 2**53:  # NaN is refused too
-            self.without_step += 1
+        step = step_of(row)
+        if step is None:
+            self.without_step.append(line)
             return
+        del row[STEP_KEY]
         if not self.steps or self.steps[-1] != step:
             self.steps.append(step)
         for key, value in row.items():
             if isinstance(value, bool) or not isinstance(value, int | float | None):
-                self.not_numbers.add(key)
+                self.not_numbers.setdefault(key, line)
                 continue
-            column = self.values.setdefault(key, array("f"))
+            if (column := self.values.get(key)) is None:
+                column, self.limits[key] = self.values.setdefault(key, array("f")), possible(key)
             del column[len(self.steps) - 1 :]
             self._pad(column, len(self.steps) - 1)
-            column.append(math.nan if value is None else _float32(value))
-            if not math.isfinite(column[-1]):
-                column[-1] = math.nan
+            number, (low, high) = math.nan if value is None else _float32(value), self.limits[key]
+            if number < low or number > high:
+                self.impossible.setdefault(key, (line, number))
+                number = math.nan
+            elif not math.isfinite(number):
                 self.not_finite.setdefault(key, []).append(step)
+                number = math.nan
+            column.append(number)
 
     def arrays(self) -> tuple[Steps, dict[str, Floats]]:
         """The columns, sorted by step. Of several rows with the same step, the last one counts."""
@@ -111,6 +121,23 @@ class _Columns:
         steps, last = np.unique(steps[::-1], return_index=True)
         return steps, {key: column[::-1][last] for key, column in columns.items()}
 
+    def left_out(self) -> list[str]:
+        """What is in the file and in no column, one sentence each."""
+        said = []
+        if self.without_step:
+            number, first = len(self.without_step), self.without_step[0]
+            said.append(f"{number} rows without {STEP_KEY}, a whole number >= 0: left out (line {first}).")
+        if self.not_numbers:
+            names = ", ".join(f"{key} (line {line})" for key, line in sorted(self.not_numbers.items()))
+            said.append(f"Not drawn, because not numbers: {names}.")
+        for key, (line, value) in self.impossible.items():
+            low, high = (round(limit) if math.isfinite(limit) else limit for limit in possible(key))
+            said.append(
+                f"{key} has values outside [{low}, {high}], which cannot be and are left out: {value:g} in "
+                f"line {line}."
+            )
+        return said
+
     def _pad(self, column: array[float], length: int) -> None:
         column.extend([math.nan] * (length - len(column)))
 
@@ -119,16 +146,14 @@ def _read(folder: Path, name: str) -> RunData:
     columns, notes = _Columns(), list[str]()
     reader = RowReader(folder / METRICS)
     for row in reader:
-        columns.add(row)
+        columns.add(row, reader.line)
     if reader.unfinished:
         notes.append("The last row is incomplete, as after a crash, and is left out.")
     steps, values = columns.arrays()
     if not len(steps):
         notes.insert(0, f"{METRICS} has no complete row: there is nothing to draw.")
-    if columns.without_step:
-        notes.append(f"{columns.without_step} rows without {STEP_KEY} are left out.")
-    if columns.not_numbers:
-        notes.append(f"Not drawn, because not numbers: {', '.join(sorted(columns.not_numbers))}.")
+    left_out = columns.left_out()
+    notes += left_out
     for key, where in columns.not_finite.items():
         notes.append(f"{key} was not finite at {len(where)} steps, first at step {where[0]:g}.")
     held = values.get("mtl/held")
@@ -141,9 +166,10 @@ def _read(folder: Path, name: str) -> RunData:
         steps,
         values,
         settings if isinstance(settings, dict) else {},
-        processes if isinstance(processes, int) else None,
+        processes if type(processes) is int else None,
         _engine(summary.get("engine")),
         tuple(notes),
+        tuple(left_out),
     )
 
 
@@ -153,7 +179,7 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
         notes.append(f"{SUMMARY} is damaged: the configuration is not shown.")

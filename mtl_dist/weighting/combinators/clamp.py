@@ -35,6 +35,11 @@ class Clamp(Combinator):
         check_number(self, "high", self.high, infinite=True)
         if not self.low <= self.high:
             raise ValueError(f"Clamp: low must be <= high, got low={self.low}, high={self.high}")
+        if self.low == math.inf or self.high <= 0:
+            raise ValueError(
+                "Clamp: low must be finite or -inf, and high above 0, or nothing can be trained; got "
+                f"low={self.low}, high={self.high}"
+            )
 
     @property
     def degrees(self) -> tuple[float, float] | None:  # type: ignore[override]  # as in Combinator

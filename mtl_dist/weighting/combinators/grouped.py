@@ -47,7 +47,7 @@ class Grouped(Combinator):
             )
         tasks = [task for group in self.groups.values() for task in group]
         if not tasks or not all(self.groups.values()) or len(set(tasks)) < len(tasks):
-            raise ValueError(f"Grouped: every group must have tasks of its own, got {dict(self.groups)}")
+            raise ValueError(f"Grouped: groups must each have tasks of their own, got {dict(self.groups)}")
         if self.between.observes:
             raise ValueError(
                 f"Grouped: between must learn from the step alone, because a group has no loss outside it; "
