@@ -160,6 +160,8 @@ class _Forward:
 
         take(forward, self._balancer)
         self._model.forward = forward
+        if callable(generate := getattr(self._model, "generate", None)):
+            self._model.generate = _without_ids(generate)
 
     def _trained(self, targets: Targets, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._chunk is not None:
@@ -251,6 +253,17 @@ class _Forward:
         """Hook of the output head: what it read and wrote last."""
         if self._model.training and torch.is_grad_enabled():
             self._of_head = (inputs[0], _numbers(output))
+
+
+def _without_ids(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`Seq2SeqTrainer` gives whole batches to `generate`, which refuses what it does not know."""
+
+    @wraps(generate)
+    def without_ids(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(TASK_IDS, None)
+        return generate(*args, **kwargs)
+
+    return without_ids
 
 
 def _numbers(tensor: Tensor) -> Any:
