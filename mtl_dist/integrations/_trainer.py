@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sized
 from functools import wraps
 from typing import Any
 from weakref import ref
@@ -112,10 +113,25 @@ def _check(trainer: Trainer) -> None:
             f"Trainer runs {args.n_gpu} GPUs in one process (DataParallel), each with its own balancer: "
             f"start it with `torchrun --nproc_per_node {args.n_gpu}`"
         )
+    _check_batches(trainer)
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
             "restore_callback_states_from_checkpoint creates new callbacks without their balancers: set it "
             "to False. The balancer is restored without it"
+        )
+
+
+def _check_batches(trainer: Trainer) -> None:
+    """Raises `ValueError` where some ranks have one batch more, for which they would wait for the others."""
+    args, data = trainer.args, trainer.train_dataset
+    even = getattr(trainer.accelerator, "even_batches", True) or args.dataloader_drop_last
+    if even or args.world_size == 1 or not isinstance(data, Sized):
+        return
+    batches = math.ceil(len(data) / args.train_batch_size)
+    if batches % args.world_size:
+        raise ValueError(
+            f"even_batches=False: {args.world_size} ranks share {batches} batches, so some have one more and "
+            "would wait for the others in it: leave even_batches out, or set dataloader_drop_last=True"
         )
 
 

@@ -1,4 +1,4 @@
-"""What `balance_loss_dict` takes for the divisor of a detector's losses. With ranks it is in tests/gallery."""
+"""What `balance_loss_dict` takes for the divisor of a detector's losses. With ranks: tests/gallery."""
 
 from __future__ import annotations
 
