@@ -66,6 +66,7 @@ def attach(
             "model_init makes a new model in each train(): make the balancer in model_init's model, and "
             "attach that of trainer.model"
         )
+    _check_batches(trainer)
     _divide_once(trainer)
     callback = _callback_of(trainer)
     accelerate.connect(
@@ -113,7 +114,6 @@ def _check(trainer: Trainer) -> None:
             f"Trainer runs {args.n_gpu} GPUs in one process (DataParallel), each with its own balancer: "
             f"start it with `torchrun --nproc_per_node {args.n_gpu}`"
         )
-    _check_batches(trainer)
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
             "restore_callback_states_from_checkpoint creates new callbacks without their balancers: set it "
