@@ -99,11 +99,16 @@ def repacked(trainer: Any, dataset: Any, column: str, tasks: Sequence[str]) -> A
     The rows are packed once more, with task ids in the place of labels: packing depends on lengths alone.
 
     Raises:
-        ValueError: the trainer does not pack, or packed something else.
+        ValueError: the trainer does not pack, or packs a stream, or packed something else.
     """
     args = trainer.args
     if not is_sft(trainer) or not args.packing:
         raise ValueError("dataset= is for SFTTrainer with packing=True: other trainers keep the column")
+    if getattr(trainer.train_dataset, "column_names", None) is None or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "dataset= is packed once more, and a stream is read only once: give SFTTrainer a data set in "
+            "memory or on disk, or packing=False"
+        )
     whole = copy.copy(args)
     whole.max_length, whole.shuffle_dataset = None, False
     prepare = trainer._prepare_dataset

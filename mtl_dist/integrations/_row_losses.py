@@ -22,6 +22,9 @@ _KINDS = {
     "ForTokenClassification": (True, False),
     "ForSequenceClassification": (False, False),
 }
+# of encoders with a decoder, whose token t is predicted from the labels before it
+_DECODERS = ("ForConditionalGeneration", "MTModel")
+_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class RowLosses:
         tokens: whether there is one loss for each token; otherwise one for each row.
         shifted: whether token t predicts token t + 1.
         config: of the model.
+        decodes: whether labels are the tokens of a decoder, and the inputs those of an encoder.
     """
 
     tokens: bool
     shifted: bool
     config: Any
+    decodes: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> RowLosses:
@@ -72,8 +77,11 @@ class RowLosses:
             for ending, (tokens, shifted) in _KINDS.items():
                 if kind.__name__.endswith(ending):
                     return cls(tokens, shifted, model.config)
+            if kind.__name__.endswith(_DECODERS) and getattr(model.config, "is_encoder_decoder", False):
+                return cls(True, False, model.config, decodes=True)
         raise TypeError(
-            f"balance_by_column knows the losses of models ...{', ...'.join(_KINDS)}, got "
+            f"balance_by_column knows the losses of models ...{', ...'.join(_KINDS)}, and of encoders with a "
+            f"decoder ...{', ...'.join(_DECODERS)}, got "
             f"{type(model).__name__}: call the balancer in the model's forward instead, with task_ids="
         )
 
@@ -84,6 +92,11 @@ class RowLosses:
             # as ForCausalLMLoss of transformers
             labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels
             ids = F.pad(ids, (0, 1))[..., 1:] if ids.dim() > 1 else ids
+        if self.decodes and ids.dim() > 1:
+            raise ValueError(
+                "balance_by_column: a model with an encoder and a decoder has one task for each row, and the "
+                f"batch has one for each of {ids.shape[1]} input tokens: neither pack nor flatten its rows"
+            )
         if self.tokens or not labels.is_floating_point():
             return Targets(labels, ids, labels != IGNORED)
         return Targets(labels, ids, torch.ones(len(labels), dtype=torch.bool, device=labels.device))
@@ -94,10 +107,25 @@ class RowLosses:
             return torch.zeros(num_tasks)
         return self.targets(batch).counts(num_tasks)
 
+    def inputs(self, model: Any, labels: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What stands in the place of `labels` where the model makes the decoder's inputs from them."""
+        if not self.decodes or any(given.get(key) is not None for key in _OF_DECODER):
+            return {}
+        prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is None:  # only the model's forward knows how; its loss is not used
+            return {"labels": labels}
+        return {_OF_DECODER[0]: prepare(labels=labels)}
+
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         """`[B, T]` or `[B]`, float32: the loss of every token or row; 0 where the label does not count."""
         labels = targets.labels.to(logits.device)
         if self.tokens:
+            if logits.shape[:-1] != labels.shape:
+                raise ValueError(
+                    "balance_by_column needs logits for each label, and the model made logits of shape "
+                    f"{list(logits.shape)} for labels of shape {list(labels.shape)}: call the balancer in "
+                    "the model's forward, with task_ids="
+                )
             flat = logits.float().reshape(-1, logits.shape[-1])
             found = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
             return found.view(labels.shape)

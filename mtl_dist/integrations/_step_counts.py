@@ -31,18 +31,23 @@ class StepCounts:
         """Reads all micro-batches of a step. One all-reduce, so all ranks must call it.
 
         Raises:
-            ValueError: a batch of any rank has no task ids, so its rows had no such column.
+            ValueError: a batch of any rank has no task ids, so its rows had no such column; or ranks have
+                different numbers of micro-batches, so that one would wait for the others.
         """
         self._errors.poll()
         group, n = self._balancer.group, len(self._balancer.tasks)
         device = collective_device(group)
-        sums = torch.zeros(n + 1, dtype=stats_dtype(device), device=device)  # the last: batches without ids
+        # behind the counts: batches without ids, batches, their square, ranks
+        sums = torch.zeros(n + 4, dtype=stats_dtype(device), device=device)
+        sums[n + 1], sums[n + 2], sums[n + 3] = len(batches), len(batches) ** 2, 1
         for batch in batches:
             if isinstance(batch, Mapping) and TASK_IDS in batch:
                 sums[:n] += self._count(batch, n).to(sums)
             else:
                 sums[n] += 1
         total = all_reduce_sum(sums, group)
+        number, squares, ranks = total[n + 1 :]
+        self._errors.watch(ranks * squares > number * number, partial(_unequal, number, ranks))
         self._errors.watch(total[n] > 0, partial(_without_column, self._column, total[n]))
         self._counts = total[:n] / max(1, len(batches))
 
@@ -70,6 +75,14 @@ class StepCounts:
                 "batches of each optimizer step first: use eval mode or torch.no_grad() for other forwards"
             )
         return self._counts
+
+
+def _unequal(number: Tensor, ranks: Tensor) -> ValueError:
+    return ValueError(
+        f"balance_by_column: {int(ranks)} ranks have {int(number)} micro-batches together in this optimizer "
+        "step, and not equally many each, so they would wait for each other: give all ranks equally many "
+        "batches (dataloader_drop_last=True, or shards of a stream with equally many rows)"
+    )
 
 
 def _without_column(column: str, batches: Tensor) -> ValueError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sized
 from functools import wraps
 from typing import Any
 from weakref import ref
@@ -65,6 +66,7 @@ def attach(
             "model_init makes a new model in each train(): make the balancer in model_init's model, and "
             "attach that of trainer.model"
         )
+    _check_batches(trainer)
     _divide_once(trainer)
     callback = _callback_of(trainer)
     accelerate.connect(
@@ -116,6 +118,20 @@ def _check(trainer: Trainer) -> None:
         raise ValueError(
             "restore_callback_states_from_checkpoint creates new callbacks without their balancers: set it "
             "to False. The balancer is restored without it"
+        )
+
+
+def _check_batches(trainer: Trainer) -> None:
+    """Raises `ValueError` where some ranks have one batch more, for which they would wait for the others."""
+    args, data = trainer.args, trainer.train_dataset
+    even = getattr(trainer.accelerator, "even_batches", True) or args.dataloader_drop_last
+    if even or args.world_size == 1 or not isinstance(data, Sized):
+        return
+    batches = math.ceil(len(data) / args.train_batch_size)
+    if batches % args.world_size:
+        raise ValueError(
+            f"even_batches=False: {args.world_size} ranks share {batches} batches, so some have one more and "
+            "would wait for the others in it: leave even_batches out, or set dataloader_drop_last=True"
         )
 
 

@@ -67,8 +67,9 @@ def balance_by_column(
     log-probabilities of the answers, or at parameters.
 
     Args:
-        trainer: a `Trainer` of a causal or masked language model, or of a model for sequence or token
-            classification; or TRL's `SFTTrainer` or `DPOTrainer`. PEFT models too.
+        trainer: a `Trainer` of a causal or masked language model, of one with an encoder and a decoder, or of
+            a model for sequence or token classification; or TRL's `SFTTrainer` or `DPOTrainer`. PEFT models
+            too.
         balancer: its tasks are the values of the column. It is not a part of the model; the trainer holds it.
         column: of the training data set. Evaluations of data sets without it are as before.
         dataset: the training data set as it was given to the trainer, where `SFTTrainer` packs it: packing
@@ -104,7 +105,8 @@ def balance_by_column(
     if chunk is not None:
         check_chunked(trainer, model, balancer, rows, chunk)
     if not (pairs or is_sft(trainer)):  # TRL's trainers compute the loss themselves
-        check_own_loss(model, rows, chunked=chunk is not None)
+        says = trainer.args.process_index == 0
+        check_own_loss(model, rows, chunked=chunk is not None, says=says)
     check_alone(model.forward, trainer)
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
@@ -158,6 +160,8 @@ class _Forward:
 
         take(forward, self._balancer)
         self._model.forward = forward
+        if callable(generate := getattr(self._model, "generate", None)):
+            self._model.generate = _without_ids(generate)
 
     def _trained(self, targets: Targets, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._chunk is not None:
@@ -170,6 +174,7 @@ class _Forward:
             fused = kwargs.pop("fused_lm_head", False)
             for key in ("labels", "shift_labels", "num_items_in_batch"):
                 kwargs.pop(key, None)
+            kwargs |= self._rows.inputs(self._model, targets.labels, kwargs)
             self._of_head = None
             outputs = self._inner(*args, **kwargs)
             if not isinstance(outputs, Mapping):
@@ -238,8 +243,9 @@ class _Forward:
         if found is None or found[1] != _numbers(logits):
             raise ValueError(
                 f"SharedLayerProbe: {type(self._model).__name__} changes the output of its head (a scale, a "
-                "soft cap, a choice of tokens) before the loss, so the gradient of the head's weight is not "
-                "known from the logits: use FeatureProbe(), or ParameterProbe(parameters=...)"
+                "soft cap, a choice of tokens, a copy under torch_compile) before the loss, so the gradient "
+                "of the head's weight is not known from the logits: use FeatureProbe(), or "
+                "ParameterProbe(parameters=...)"
             )
         return found[0], Called(logits)
 
@@ -247,6 +253,17 @@ class _Forward:
         """Hook of the output head: what it read and wrote last."""
         if self._model.training and torch.is_grad_enabled():
             self._of_head = (inputs[0], _numbers(output))
+
+
+def _without_ids(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`Seq2SeqTrainer` gives whole batches to `generate`, which refuses what it does not know."""
+
+    @wraps(generate)
+    def without_ids(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(TASK_IDS, None)
+        return generate(*args, **kwargs)
+
+    return without_ids
 
 
 def _numbers(tensor: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -16,7 +17,10 @@ from mtl_dist.balancer import Balancer
 from mtl_dist.integrations._attached import check_given
 from mtl_dist.integrations._evaluation_rows import Weights
 from mtl_dist.integrations._trainer import attach, base_model, check_alone, evaluates_as_before, take
+from mtl_dist.stats import stats_dtype
+from mtl_dist.sync import all_reduce_sum, collective_device
 
+_LOGGER = logging.getLogger("mtl_dist")
 # loss functions of transformers whose divisors are those of DETR
 _DETR = ("ForObjectDetectionLoss", "ForSegmentationLoss")
 # those of its relatives that divide all losses by the boxes
@@ -28,6 +32,11 @@ _BY_BOXES = tuple(
         "GroundingDinoForObjectDetection",
     )
 )
+# by the boxes of their own rank
+_BY_OWN_BOXES = ("RTDetrForObjectDetectionLoss", "DFineForObjectDetectionLoss")
+# by the mean of the boxes over ranks, as it should be
+_BY_MEAN_BOXES = ("LwDetrForObjectDetectionLoss", "RfDetrForSegmentationLoss")
+_DISTILLED = "loss_ddf"  # of D-FINE: a ratio of sums that is no mean over boxes
 
 
 def balance_loss_dict(
@@ -50,7 +59,9 @@ def balance_loss_dict(
     DETR's own losses on W ranks are not those of one process: that of the classes is divided by a number of
     the rank, and those of the boxes are W times too large (transformers 5.23). Here, both are means over this
     rank with their counts, and ranks equal one process. The boxes of Deformable DETR and its relatives are
-    W times too large too; here they are summed over the ranks.
+    W times too large too; here they are summed over the ranks. RT-DETR and D-FINE divide by the boxes of
+    their own rank, and here by those of all ranks. Only `loss_ddf` of D-FINE is no mean over boxes: its mean
+    over ranks is trained, and a warning says so.
 
     Args:
         trainer: its model has a `loss_function` that returns `(loss, loss_dict, ...)`.
@@ -58,8 +69,7 @@ def balance_loss_dict(
         parameters: where rules that read gradients measure them.
         counts: called with what the loss function is called with; returns, by task, what each loss was
             divided by on this rank. Tasks that it leaves out count 1: they are divided by a number that is
-            the same on all ranks. None: 1 for all, and for DETR and its masks what they are divided by. So
-            models that divide by the boxes of their own rank (RT-DETR, D-FINE) need it to be exact.
+            the same on all ranks. None: a model named above, or LW-DETR or RF-DETR; or a single process.
         name: as for `attach`.
         eval_weights: as for `attach`.
 
@@ -67,7 +77,8 @@ def balance_loss_dict(
         The same balancer.
 
     Raises:
-        ValueError: a rule that reads gradients without `parameters`, or as `attach`.
+        ValueError: a rule that reads gradients without `parameters`; several ranks, and it is not known what
+            the losses of the model are divided by; or as `attach`.
         TypeError: a model without such a loss function; some only show it at the first batch.
     """
     check_given(balancer)
@@ -97,8 +108,13 @@ def balance_loss_dict(
         by_rank = partial(_reducing, _this_rank, inner)
     elif counts is None and kind in _BY_BOXES:
         by_rank = partial(_reducing, _all_ranks, inner)
+    elif counts is None and kind in _BY_OWN_BOXES:
+        by_rank = partial(_by_all_boxes, balancer, inner)
+        _warn_of_distillation(trainer, balancer.tasks)
     else:
         by_rank = inner
+        if counts is None and kind not in _BY_MEAN_BOXES:
+            _check_alone_in_the_world(trainer, model)
     own_flag = trainer.model_accepts_loss_kwargs
     attach(balancer, trainer, name=name, eval_weights=eval_weights)
     evaluates_as_before(trainer, own_flag)
@@ -128,6 +144,27 @@ def balance_loss_dict(
     take(loss_function, balancer)
     model.loss_function = loss_function
     return balancer
+
+
+def _check_alone_in_the_world(trainer: Trainer, model: nn.Module) -> None:
+    """Raises `ValueError` where a loss may be divided by a number that differs between ranks."""
+    if (ranks := trainer.accelerator.num_processes) > 1:
+        raise ValueError(
+            f"balance_loss_dict does not know what the losses of {type(model).__name__} are divided by, and "
+            f"{ranks} ranks may divide by different numbers: give counts=, a function of what the loss "
+            "function is called with, that returns for each task what its loss was divided by on this rank "
+            "(boxes, samples); or counts=lambda *_, **__: {}, if this number is the same on all ranks"
+        )
+
+
+def _warn_of_distillation(trainer: Trainer, tasks: Sequence[str]) -> None:
+    found = [task for task in tasks if task.startswith(_DISTILLED)]
+    if found and trainer.accelerator.num_processes > 1 and trainer.args.process_index == 0:
+        _LOGGER.warning(
+            "mtl_dist: balance_loss_dict: %s of D-FINE is no mean over boxes, so its mean over ranks is "
+            "trained, as without a balancer; here alone, ranks differ from one process on the whole batch",
+            found[0] if len(found) == 1 else f"each of {found}",
+        )
 
 
 def _check_trained(model: str, tasks: Sequence[str], total: Any, losses: Mapping[str, Any]) -> None:
@@ -190,3 +227,27 @@ def _all_ranks(reduce: Any, boxes: Tensor) -> Tensor:
     """The sum over ranks; transformers 5.23 takes their mean, so its losses are W times too large."""
     summed: Tensor = reduce(boxes, reduction="sum")
     return summed
+
+
+def _by_all_boxes(
+    balancer: Balancer,
+    inner: Callable[..., Any],
+    logits: Tensor,
+    labels: Sequence[Mapping[str, Any]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A loss function that divides by max(1, boxes of this rank), with the mean over ranks as the divisor.
+
+    Denoising losses are also divided by the number of groups of the rank, which stays. Without a box there
+    are none, and their sum over this rank is 0.
+    """
+    total, losses, *rest = inner(logits, labels, *args, **kwargs)
+    own, device = sum(len(one["class_labels"]) for one in labels), collective_device(balancer.group)
+    sums = torch.tensor([own, 1], dtype=stats_dtype(device), device=device)
+    boxes, ranks = all_reduce_sum(sums, balancer.group).tolist()
+    factor = max(1, own) * ranks / max(1, boxes)
+    scaled = {key: loss if key.startswith(_DISTILLED) else loss * factor for key, loss in losses.items()}
+    if not own and boxes:
+        scaled = {task: 0 * total for task in balancer.tasks if "_dn_" in task} | scaled
+    return total, scaled, *rest

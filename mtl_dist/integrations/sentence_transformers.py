@@ -57,7 +57,7 @@ def attach(
             "Balancer(tasks, LastSeen(rule)), which keeps the latest statistics of each task"
         )
     if balancer.measures:
-        cached = sorted(task for task, loss in losses.items() if type(loss).__name__.startswith("Cached"))
+        cached = sorted(task for task, loss in losses.items() if _is_cached(loss))
         if cached:
             raise ValueError(
                 f"the losses of {cached} are cached: their gradients come from hooks in the backward, and "
@@ -101,6 +101,12 @@ def _losses_of(trainer: Any, balancer: Balancer) -> Mapping[str, Any]:
             "tasks the names of the data sets"
         )
     return losses
+
+
+def _is_cached(loss: Any) -> bool:
+    """Whether it, or a loss inside it (as in MatryoshkaLoss), computes its gradients in chunks of its own."""
+    inside = loss.modules() if isinstance(loss, nn.Module) else [loss]
+    return any(type(one).__name__.startswith("Cached") for one in inside)
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:

@@ -20,6 +20,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "sft_padding_free": TRL,
     "sentences": (*HF, "sentence_transformers"),
     "detr": (*HF, "scipy"),
+    "rt_detr": (*HF, "scipy"),
+    "seq2seq": HF,
     "causal_lm": HF,
     "multi_token": HF,
     "lightning_net": ("lightning",),

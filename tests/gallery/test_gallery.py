@@ -19,10 +19,10 @@ EXTRAS = {"trl": "clients", "peft": "clients", "sentence_transformers": "clients
 EXTRAS |= {"torchvision": "detectors", "ultralytics": "detectors"}
 # those that take longer, or need the extra `clients`
 LONG = {"detr", "diffusion", "dpo", "faster_rcnn", "graphs", "lightning_net", "multi_token", "sentences"}
-LONG |= {"sft_lora", "sft_padding_free", "vqgan", "yolo"}
+LONG |= {"rt_detr", "seq2seq", "sft_lora", "sft_padding_free", "vqgan", "yolo"}
 
 # clients that divide by numbers of one rank, so that without a balancer two ranks train other than one
-OFF = {"detr", "graphs", "multi_token", "yolo"}
+OFF = {"detr", "graphs", "multi_token", "rt_detr", "seq2seq", "yolo"}
 # batches of two data sets on two ranks are no batch of one process
 APART = {"sentences"}
 

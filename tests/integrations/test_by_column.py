@@ -31,6 +31,7 @@ from transformers import (
 
 from mtl_dist import Balancer, FeatureProbe, FeatureTap, ParameterProbe, Rule, SharedLayerProbe
 from mtl_dist.integrations._columns import TASK_IDS, ColumnCollator
+from mtl_dist.integrations._fused_head import repacked
 from mtl_dist.integrations.transformers import balance_by_column
 from mtl_dist.weighting import MGDA, Fixed, InverseGradNorm, TokenShare
 from tests.gallery.causal_lm import DOMAINS, arguments, config, padded, table
@@ -344,6 +345,19 @@ def test_a_trainer_of_trl_with_another_loss_is_refused() -> None:
     trainer.model, trainer.model_init, trainer.args = llama(), None, SimpleNamespace(use_liger_kernel=False)
     with pytest.raises(TypeError, match="Trainer, SFTTrainer and DPOTrainer, and GRPOTrainer has its own"):
         balance_by_column(trainer, Balancer(DOMAINS, TokenShare()))
+
+
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [(Dataset.from_list([{"input_ids": [1]}]), iter([])), (SimpleNamespace(column_names=None), [])],
+    ids=["given", "own"],
+)
+def test_a_stream_that_trl_packs_is_refused(own: Any, given: Any) -> None:
+    kind = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer", "compute_loss": print})
+    trainer = kind()
+    trainer.args, trainer.train_dataset = SimpleNamespace(packing=True), own
+    with pytest.raises(ValueError, match="packed once more, and a stream is read only once"):
+        repacked(trainer, given, "domain", DOMAINS)
 
 
 @pytest.mark.parametrize(

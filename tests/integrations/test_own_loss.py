@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForTokenClassification,
     Trainer,
     default_data_collator,
 )
@@ -36,6 +40,7 @@ from mtl_dist.integrations.loss_dict import _all_ranks, _reducing, _this_rank
 from mtl_dist.integrations.transformers import balance_by_column, balance_loss_dict, detach
 from mtl_dist.weighting import Equal, TokenShare
 from tests.gallery.causal_lm import DOMAINS, arguments, config, padded, table
+from tests.gallery.seq2seq import T5, t5
 from tests.integrations.by_column_router import mixtral
 from tests.integrations.test_by_column import BERT, llama
 
@@ -103,6 +108,8 @@ KNOWN = {
         BertConfig(**BERT, num_labels=3, problem_type="multi_label_classification")
     ),
     "half precision": lambda: llama().to(torch.bfloat16),
+    "encoder and decoder": t5,
+    "a configuration without a first token": lambda: T5ForTokenClassification(T5Config(**T5, num_labels=3)),
 }
 
 
@@ -129,6 +136,44 @@ def test_known_losses_are_compared_and_nothing_changes(which: str, monkeypatch: 
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
     assert all(p.grad is None for p in model.parameters())
+
+
+class WithBoxes(BertForTokenClassification):
+    """It needs more than tokens, as models of documents do."""
+
+    def forward(self, input_ids: Tensor, labels: Any = None, boxes: Any = None, **others: Any) -> Any:
+        if boxes is None:
+            raise ValueError("You have to specify boxes.\nThe second line is left out.")
+        return super().forward(input_ids, labels=labels, **others)
+
+
+def infinite() -> nn.Module:
+    model = llama()
+    model.lm_head.weight.data.fill_(float("inf"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: WithBoxes(BertConfig(**BERT)),
+            "WithBoxes.*: ValueError: You have to specify boxes. Compare",
+        ),
+        (lambda: llama().to("meta"), "LlamaForCausalLM.*: this rank does not hold its weights. Compare them"),
+        (infinite, "LlamaForCausalLM on a small batch: the model's own is NaN there. Compare them yourself"),
+    ],
+)
+def test_a_loss_that_cannot_be_compared_is_told(
+    make: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
+    with caplog.at_level(logging.WARNING, "mtl_dist"):
+        check_own_loss(model, RowLosses.of(model), says=False)
+        assert not caplog.messages
+        check_own_loss(model, RowLosses.of(model))
+    (message,) = caplog.messages
+    assert re.search(reason, message), message
 
 
 def trainer_of(model: nn.Module, folder: Path, data: Any = None, **others: Any) -> Trainer:

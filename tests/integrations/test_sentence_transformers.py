@@ -33,6 +33,11 @@ def trainer(**others: Any) -> SimpleNamespace:
             trainer(loss={"nli": CachedLoss(), "sts": nn.Module()}),
             r"the losses of \['nli'\] are cached",
         ),
+        (
+            LastSeen(InverseGradNorm()),
+            trainer(loss={"nli": nn.Module(), "sts": nn.Sequential(CachedLoss())}),
+            r"the losses of \['sts'\] are cached",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(rule: Any, client: Any, message: str) -> None:

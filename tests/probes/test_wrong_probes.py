@@ -22,7 +22,7 @@ KINDS = {
     "reevaluate": bool,
     "form": str,
 }
-OPTIONAL = ("sketch", "reevaluate", "parameters")
+OPTIONAL = ("bucket", "sketch", "reevaluate", "parameters")
 
 
 @pytest.mark.parametrize("name", PROBES)

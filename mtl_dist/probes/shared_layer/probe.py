@@ -71,7 +71,8 @@ class SharedLayerProbe(Probe):
     Attributes:
         sketch: m; None: no sketch. (Nor for layers with fewer weights than that.)
         bias: whether the layer's bias counts too.
-        form: "exact", "kernel", or "auto": the one that moves fewer numbers at the first step's batch.
+        form: "exact", "kernel", or "auto": the one that moves fewer numbers at the first step's batch, also
+            after a restart. Where batches differ in size, that may be the other one, which rounds otherwise.
         reevaluate: as for `FeatureProbe`.
         seed: of the sketches.
 
