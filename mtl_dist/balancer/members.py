@@ -161,7 +161,7 @@ class BalancerMembers(TypedCall):
         self._underway.arrive()
         self._errors.poll()
         self._progress.settle()
-        return read_state(self._progress)
+        return read_state(self._progress, self._memory)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -173,7 +173,7 @@ class BalancerMembers(TypedCall):
         """
         self._errors.poll()
         self._underway.clear()
-        write_state(self._progress, state_dict)
+        write_state(self._progress, self._memory, state_dict)
         self._synchronizer.news = state_digest(self._progress)
         for twin in self._twins:
             twin.load_state_dict(state_dict)

@@ -9,25 +9,35 @@ from torch import Tensor
 
 from mtl_dist.balancer.progress import RuleProgress
 from mtl_dist.canonical import canonical
+from mtl_dist.probes import ProbeMemory
 
-_STATE, _WINDOW = "rule.", "window."
+_STATE, _WINDOW, _PROBE = "rule.", "window.", "probe."
 
 
-def read_state(progress: RuleProgress) -> dict[str, Any]:
-    """Everything that the next step depends on."""
+def read_state(progress: RuleProgress, memory: Any) -> dict[str, Any]:
+    """Everything that the next step depends on, of the rule and of the probe's memory."""
     state = {_STATE + key: value.detach().clone() for key, value in progress.state.items()}
     window = {_WINDOW + key: value.clone() for key, value in progress.window_state().items()}
     header = {"tasks": list(progress.tasks), "rule": canonical(progress.rule), "step": progress.step}
-    return {**header, "weights": progress.weights.clone(), **state, **window}
+    kept = memory.state() if isinstance(memory, ProbeMemory) else {}
+    return {
+        **header,
+        "weights": progress.weights.clone(),
+        **state,
+        **window,
+        **{_PROBE + key: value for key, value in kept.items()},
+    }
 
 
-def write_state(progress: RuleProgress, given: Mapping[str, Any]) -> None:
-    """Continues from what `read_state` gave.
+def write_state(progress: RuleProgress, memory: Any, given: Mapping[str, Any]) -> None:
+    """Continues from what `read_state` gave. What another probe had kept is left out.
 
     Raises:
         ValueError: it belongs to other tasks or another rule; nothing is changed then.
     """
-    _check_same(read_state(progress), given)
+    _check_same(read_state(progress, None), given)
+    if isinstance(memory, ProbeMemory):
+        memory.restore(_under(_PROBE, given))
     window = None if progress.window is None else _under(_WINDOW, given)
     weights = given["weights"].detach().clone()
     progress.restart(_under(_STATE, given), weights, int(given["step"]), window)
@@ -46,7 +56,8 @@ def _check_same(expected: Mapping[str, Any], given: Any) -> None:
             raise ValueError(
                 f"this state belongs to {key} {given.get(key)!r}, the balancer has {expected[key]!r}"
             )
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    keys = {key for key in given if not str(key).startswith(_PROBE)}
+    missing, unknown = sorted(expected.keys() - keys), sorted(keys - expected.keys())
     if missing or unknown:
         raise ValueError(f"state with missing keys {missing} and unknown keys {unknown}")
     for key, value in expected.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtl_dist.probes.base import Probe, Reduced, StepContext
+from mtl_dist.probes.base import Probe, ProbeMemory, Reduced, StepContext
 from mtl_dist.probes.feature import FeatureProbe
 from mtl_dist.probes.guards import in_words, tell_detached, without_graph
 from mtl_dist.probes.parameter import ParameterProbe
@@ -14,6 +14,7 @@ __all__ = [
     "FeatureTap",
     "ParameterProbe",
     "Probe",
+    "ProbeMemory",
     "Reduced",
     "SharedLayerProbe",
     "StepContext",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -140,6 +140,21 @@ class Reduced:
         return replace(self, total=self.total + later.total, summed=self.summed + later.summed)
 
 
+class ProbeMemory:
+    """What a probe keeps from step to step for one balancer. Subclasses say what a resumed run needs of it."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, the same on every rank."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from what `state` gave, or from nothing.
+
+        Raises:
+            ValueError: it is damaged; nothing is changed then.
+        """
+
+
 class Probe(ByValue, ABC):
     """Measures gradient statistics, and lets the weights enter the graph again.
 
@@ -174,7 +189,7 @@ class Probe(ByValue, ABC):
         """
         return self(features, heads, step)
 
-    def memory(self) -> Any:
+    def memory(self) -> ProbeMemory | None:
         """What the probe keeps from step to step, made once for each balancer; None: nothing."""
         return None
 

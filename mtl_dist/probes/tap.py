@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses import Features, Heads, TaskLosses, Views, gradient_gram, split
-from mtl_dist.probes.base import LaggedStep, Probe, Reduced, StepContext
+from mtl_dist.probes.base import LaggedStep, Probe, ProbeMemory, Reduced, StepContext
 from mtl_dist.probes.guards import protect
 from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.passage import Rows, branch, rooted
@@ -80,7 +80,7 @@ def _check_apart(losses: TaskLosses, views: Views, shared: Features, step: StepC
         )
 
 
-class _Order:
+class _Order(ProbeMemory):
     """The order of forwards and of their backwards."""
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.losses import FeatureGradients, Heads, LayerInput
-from mtl_dist.probes.base import LaggedStep, Probe, Reduced, StepContext, later_gram
+from mtl_dist.probes.base import LaggedStep, Probe, ProbeMemory, Reduced, StepContext, later_gram
 from mtl_dist.probes.lagged import lagged
 from mtl_dist.probes.pipeline import evaluate, weigh
 from mtl_dist.probes.settings import check_count, check_flag, check_seed
@@ -25,8 +25,10 @@ from mtl_dist.stats import HOST
 Form = Literal["auto", "exact", "kernel"]
 
 
-class FormChoice:
+class FormChoice(ProbeMemory):
     """Which form of layer takes the kernel, decided once per balancer and the same on all ranks.
+
+    The two forms round differently, so a resumed run keeps what the first batch of the run has decided.
 
     Attributes:
         compared: whether the layer was once compared with the linear map that its weight says.
@@ -41,6 +43,21 @@ class FormChoice:
         if form not in self._kernel:
             self._kernel[form] = decide()
         return self._kernel[form]
+
+    def state(self) -> dict[str, Tensor]:
+        """`forms`: `[k, 4]` int64, a form and whether it takes the kernel."""
+        rows = [[*form, int(kernel)] for form, kernel in self._kernel.items()]
+        return {"forms": torch.tensor(rows, device=HOST)} if rows else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `ProbeMemory`."""
+        forms = state.get("forms", torch.zeros(0, 4, dtype=torch.int64, device=HOST))
+        if forms.dtype != torch.int64 or forms.dim() != 2 or forms.shape[1] != 4:
+            raise ValueError(
+                f"state 'probe.forms' must be int64 of shape [k, 4], got {forms.dtype} of {list(forms.shape)}: "
+                "the state is damaged"
+            )
+        self._kernel = {(q, width, depth): bool(kernel) for q, width, depth, kernel in forms.tolist()}
 
 
 @dataclass(frozen=True)
@@ -71,8 +88,8 @@ class SharedLayerProbe(Probe):
     Attributes:
         sketch: m; None: no sketch. (Nor for layers with fewer weights than that.)
         bias: whether the layer's bias counts too.
-        form: "exact", "kernel", or "auto": the one that moves fewer numbers at the first step's batch, also
-            after a restart. Where batches differ in size, that may be the other one, which rounds otherwise.
+        form: "exact", "kernel", or "auto": the one that moves fewer numbers at the first step's batch, which
+            checkpoints keep.
         reevaluate: as for `FeatureProbe`.
         seed: of the sketches.
 
