@@ -141,7 +141,7 @@ class Reduced:
 
 
 class ProbeMemory:
-    """What a probe keeps from step to step for one balancer. Subclasses say what a resumed run needs of it."""
+    """What a probe keeps from step to step for one balancer. Subclasses say what a resumed run needs."""
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, the same on every rank."""

@@ -54,8 +54,8 @@ class FormChoice(ProbeMemory):
         forms = state.get("forms", torch.zeros(0, 4, dtype=torch.int64, device=HOST))
         if forms.dtype != torch.int64 or forms.dim() != 2 or forms.shape[1] != 4:
             raise ValueError(
-                f"state 'probe.forms' must be int64 of shape [k, 4], got {forms.dtype} of {list(forms.shape)}: "
-                "the state is damaged"
+                f"state 'probe.forms' must be int64 of shape [k, 4], got {forms.dtype} of "
+                f"{list(forms.shape)}: the state is damaged"
             )
         self._kernel = {(q, width, depth): bool(kernel) for q, width, depth, kernel in forms.tolist()}
 
