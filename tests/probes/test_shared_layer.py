@@ -102,8 +102,8 @@ def test_to_the_last_digits_in_float64(probe: SharedLayerProbe) -> None:
     close(measured(probe, layer, x, heads).report.stats.gram, explicit(layer, x, heads), 1e-13)
 
 
-# of 400 draws the largest error was 8e-5, and with the kernel 3e-4: rounding errors of its QR decomposition in
-# float32, some units of 6e-8, stand beside a mean that is 1e-3 of the samples
+# of 400 draws the largest error was 8e-5, and with the kernel 3e-4: rounding errors of its QR decomposition
+# in float32, some units of 6e-8, stand beside a mean that is 1e-3 of the samples
 @pytest.mark.parametrize(("probe", "bound"), [(EXACT, 2e-4), (AGAIN, 2e-4), (KERNEL, 6e-4)], ids=repr)
 @pytest.mark.parametrize("seed", range(4))
 def test_cancelling_samples_keep_their_digits(probe: SharedLayerProbe, bound: float, seed: int) -> None:
